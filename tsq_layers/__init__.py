@@ -1,0 +1,32 @@
+"""Weights of any PyTorch model in 2, 3 or 4 bits: observers attach, a calibration runs, layers are swapped."""
+
+from tsq_layers.checkpoint import load, save
+from tsq_layers.config import QuantConfig
+from tsq_layers.linear import QuantLinear
+from tsq_layers.observer import HessianObserver
+from tsq_layers.perplexity import perplexity
+from tsq_layers.records import LayerStatistics, QuantizedWeight
+from tsq_layers.report import LayerReport, Report, report
+from tsq_layers.solver import SolverResult, TwoStageGroupQuantizer
+from tsq_layers.workflow import calibrate, convert, prepare, quantize, unprepare
+
+__all__ = [
+    "HessianObserver",
+    "LayerReport",
+    "LayerStatistics",
+    "QuantConfig",
+    "QuantLinear",
+    "QuantizedWeight",
+    "Report",
+    "SolverResult",
+    "TwoStageGroupQuantizer",
+    "calibrate",
+    "convert",
+    "load",
+    "perplexity",
+    "prepare",
+    "quantize",
+    "report",
+    "save",
+    "unprepare",
+]

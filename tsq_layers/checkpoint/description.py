@@ -1,0 +1,220 @@
+"""What ``tsq.json`` holds, and how a model's tensors are named in ``model.safetensors``."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from tsq_layers.errors import CheckpointError, TSQError
+from tsq_layers.linear import QuantLinear
+from tsq_layers.report import Report, checked_fields
+
+FORMAT = "tsq_layers"
+SCHEMA_VERSION = 1
+DESCRIPTION_FILE = "tsq.json"
+TENSORS_FILE = "model.safetensors"
+NON_PERSISTENT = "non_persistent:"
+
+_SECTIONS: dict[str, tuple[type, ...]] = {
+    "library_version": (str,),
+    "header_sha256": (str,),
+    "layers": (dict,),
+    "aliases": (dict,),
+    "tensors": (dict,),
+    "report": (dict, type(None)),
+}
+_DAMAGED = "the file is damaged or was changed by hand; save the model again"
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """One parameter or buffer of a model: its key in the tensors file, and where it sits in the model."""
+
+    key: str
+    owner: nn.Module
+    local: str
+    tensor: Tensor
+
+
+def entries(model: nn.Module, prefix: str = "") -> Iterator[Entry]:
+    """Every parameter and buffer under every name that it has.
+
+    Left out are the buffers of a quantised layer that are not persistent: they are empty, and follow from its specification.
+    """
+    for name, module in model.named_modules(prefix=prefix, remove_duplicate=False):
+        dot = f"{name}." if name else ""
+        for local, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            yield Entry(dot + local, module, local, parameter)
+        for local, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
+            persistent = local not in module._non_persistent_buffers_set
+            if persistent or not isinstance(module, QuantLinear):
+                yield Entry(dot + local if persistent else NON_PERSISTENT + dot + local, module, local, buffer)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSpec:
+    """How to build the empty :class:`~tsq_layers.linear.QuantLinear` of one layer."""
+
+    in_features: int
+    out_features: int
+    bits: int
+    group_size: int
+    symmetric: bool
+    bias: bool
+    scale_dtype: str
+    dtype: str
+
+    @classmethod
+    def of(cls, layer: QuantLinear) -> Self:
+        """The specification of a layer."""
+        plain = {name: getattr(layer, name) for name in ("in_features", "out_features", "bits", "group_size", "symmetric")}
+        return cls(**plain, bias=layer.bias is not None, scale_dtype=dtype_name(layer.scale_dtype), dtype=dtype_name(layer.dtype))
+
+    def build(self, name: str) -> QuantLinear:
+        """The layer on the meta device: shapes and dtypes, no values."""
+        try:
+            return QuantLinear(
+                self.in_features,
+                self.out_features,
+                bits=self.bits,
+                group_size=self.group_size,
+                symmetric=self.symmetric,
+                bias=self.bias,
+                scale_dtype=dtype_of(self.scale_dtype),
+                device="meta",
+                dtype=dtype_of(self.dtype),
+            )
+        except (TSQError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"layer {name!r} in {DESCRIPTION_FILE}: {error}; {_DAMAGED}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSpec:
+    """Dtype and shape of a stored tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Self:
+        """The specification of a tensor."""
+        return cls(dtype=dtype_name(tensor.dtype), shape=tuple(tensor.shape))
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {list(self.shape)}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """Everything that ``tsq.json`` says.
+
+    Args:
+        layers: dotted name → specification of a quantised layer; ``""`` if the model is the layer.
+        aliases: key → key of the stored tensor that it shares.
+        tensors: key → specification, for every tensor in the tensors file.
+        report: what happened to every layer; ``None`` if the model was put together by hand.
+        library_version: version of this library that wrote it.
+        header_sha256: digest of the header of the tensors file that belongs to this description.
+    """
+
+    layers: Mapping[str, LayerSpec]
+    aliases: Mapping[str, str]
+    tensors: Mapping[str, TensorSpec]
+    report: Report | None
+    library_version: str
+    header_sha256: str = ""
+
+    def canonical(self, key: str) -> str:
+        """The key under which the tensor of ``key`` is stored."""
+        return self.aliases.get(key, key)
+
+    def digest(self) -> str:
+        """SHA-256 of all but ``header_sha256``; the tensors file carries it, so that no two saves can be mixed up."""
+        return hashlib.sha256(dataclasses.replace(self, header_sha256="").to_json().encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """The text of ``tsq.json``."""
+        values = {
+            "format": FORMAT,
+            "schema_version": SCHEMA_VERSION,
+            "library_version": self.library_version,
+            "header_sha256": self.header_sha256,
+            "layers": {name: dataclasses.asdict(spec) for name, spec in self.layers.items()},
+            "aliases": dict(self.aliases),
+            "tensors": {key: {"dtype": spec.dtype, "shape": list(spec.shape)} for key, spec in self.tensors.items()},
+            "report": None if self.report is None else self.report.to_dict(),
+        }
+        return json.dumps(values, indent=2, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Inverse of :meth:`to_json`.
+
+        Raises:
+            CheckpointError: not JSON, of another format or version, or unknown, missing or ill-typed keys.
+        """
+        values = _sections(text)
+        layers = {name: LayerSpec(**checked_fields(LayerSpec, spec, f"{DESCRIPTION_FILE}: layer {name!r}")) for name, spec in values["layers"].items()}
+        tensors = {key: _tensor_spec(key, spec) for key, spec in values["tensors"].items()}
+        for alias, key in values["aliases"].items():
+            if alias in tensors or not isinstance(key, str) or key not in tensors:
+                raise CheckpointError(f"{DESCRIPTION_FILE}: alias {alias!r} of {key!r} does not lead to a stored tensor; {_DAMAGED}")
+        report = None if values["report"] is None else Report.from_dict(values["report"])
+        return cls(**{**values, "layers": layers, "tensors": tensors, "report": report})
+
+
+def header_digest(path: Path) -> str:
+    """SHA-256 of the header of a safetensors file: 8 bytes of length, then that many bytes of JSON."""
+    with path.open("rb") as file:
+        length = file.read(8)
+        return hashlib.sha256(length + file.read(int.from_bytes(length, "little"))).hexdigest()
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a dtype without ``torch.``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """Inverse of :func:`dtype_name`; ``ValueError`` for what is no dtype."""
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"{name!r} is not a dtype of torch")
+    return found
+
+
+def _sections(text: str) -> dict[str, Any]:
+    """The top level of ``tsq.json``, checked, without format and version."""
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{DESCRIPTION_FILE} is not JSON: {error}; {_DAMAGED}") from None
+    if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
+        raise CheckpointError(
+            f'{DESCRIPTION_FILE} does not say "format": "{FORMAT}": this is not a checkpoint of tsq.save; give the directory that tsq.save wrote'
+        )
+    version = values.pop("schema_version", None)
+    if version != SCHEMA_VERSION:
+        raise CheckpointError(
+            f"{DESCRIPTION_FILE} has schema_version={version!r}, written by tsq_layers {values.get('library_version', '?')}; "
+            f"this version reads {SCHEMA_VERSION}: upgrade tsq_layers, or save the model again"
+        )
+    for key, value in values.items():
+        if key not in _SECTIONS or not isinstance(value, _SECTIONS[key]):
+            problem = "has unknown key" if key not in _SECTIONS else f"has a {type(value).__name__} under"
+            raise CheckpointError(f"{DESCRIPTION_FILE} {problem} {key!r}; {_DAMAGED}")
+    missing = [key for key in _SECTIONS if key not in values]
+    if missing:
+        raise CheckpointError(f"{DESCRIPTION_FILE} lacks key {missing[0]!r}; {_DAMAGED}")
+    return values
+
+
+def _tensor_spec(key: str, spec: object) -> TensorSpec:
+    fields = checked_fields(TensorSpec, spec, f"{DESCRIPTION_FILE}: tensor {key!r}")
+    return TensorSpec(dtype=fields["dtype"], shape=tuple(fields["shape"]))

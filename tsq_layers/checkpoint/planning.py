@@ -1,0 +1,157 @@
+"""What loading will do to a model, with every check that needs no tensor values. Nothing is changed here."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tsq_layers.checkpoint.description import DESCRIPTION_FILE, NON_PERSISTENT, Description, Entry, LayerSpec, TensorSpec, entries
+from tsq_layers.errors import CheckpointError
+from tsq_layers.linear import QuantLinear
+
+_OTHER_MODEL = "build the model with the configuration that it was saved with"
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What loading will do to a model.
+
+    Args:
+        layers: name → new layer, on the meta device.
+        fill: parameters and buffers, of the model and of the new layers, that take stored values.
+        follow: plain attributes (module, name, entry) that are the same tensor as an entry.
+        devices: key of a stored tensor → where it goes.
+    """
+
+    layers: Mapping[str, QuantLinear]
+    fill: Sequence[Entry]
+    follow: Sequence[tuple[nn.Module, str, Entry]]
+    devices: Mapping[str, torch.device]
+
+
+def plan(model: nn.Module, description: Description, device: torch.device | None) -> Plan:
+    """Compare a model with a description; raises :class:`~tsq_layers.errors.CheckpointError` where they do not fit."""
+    weights = {name: _replaced_weight(model, name, spec) for name, spec in description.layers.items()}
+    layers = _new_layers(model, description)
+    added = {name: list(entries(layer, name)) for name, layer in layers.items()}
+    kept = [entry for entry in entries(model) if not _is_under(entry.key, weights)]
+    _check_keys(kept, [entry.key for name in added for entry in added[name]], description)
+    kept = [entry for entry in kept if description.canonical(entry.key) in description.tensors]
+    _check_sharing(kept, description)
+    for entry in kept:
+        if not entry.key.startswith(NON_PERSISTENT):
+            _check_shape(entry, description)
+    for entry in (entry for name in added for entry in added[name]):
+        _check_exactly(entry, description)
+    devices = {description.canonical(entry.key): device or _real(entry.tensor.device) for entry in reversed(kept)}
+    for name, weight in weights.items():
+        devices.update({description.canonical(entry.key): device or _real(weight.device) for entry in added[name]})
+    fill = [*kept, *(entry for name in added for entry in added[name])]
+    return Plan(layers, fill, _following_attributes(model, kept, weights), devices)
+
+
+def _replaced_weight(model: nn.Module, name: str, spec: LayerSpec) -> Tensor:
+    """The weight of the layer that a quantised one is to replace, checked."""
+    kind = type(model).__name__
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        raise CheckpointError(f"layer {name!r} of the checkpoint is not in this {kind}; {_OTHER_MODEL}") from None
+    if isinstance(module, QuantLinear):
+        raise CheckpointError(f"layer {name!r} of this {kind} is quantised already; give a freshly built float model")
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):
+        raise CheckpointError(f"layer {name!r} of this {kind} is a {type(module).__name__} without a weight; {_OTHER_MODEL}")
+    shape = (spec.out_features, spec.in_features)
+    if tuple(weight.shape) not in (shape, shape[::-1]):  # the second is how transformers' Conv1D keeps it
+        raise CheckpointError(f"layer {name!r} of this {kind} has a weight of shape {tuple(weight.shape)}, in the checkpoint it is {shape}; {_OTHER_MODEL}")
+    return weight
+
+
+def _new_layers(model: nn.Module, description: Description) -> dict[str, QuantLinear]:
+    """An empty layer for every name; a module that the model has under two names becomes one layer under two names."""
+    layers: dict[str, QuantLinear] = {}
+    known: dict[object, QuantLinear] = {}
+    for name, spec in description.layers.items():
+        layer, old = spec.build(name), model.get_submodule(name)
+        stored = tuple(description.canonical(entry.key) for entry in entries(layer, name))
+        old_bias = getattr(old, "bias", None)
+        if layer.bias is not None and isinstance(old_bias, nn.Parameter):
+            layer.bias.requires_grad_(old_bias.requires_grad)
+        layers[name] = known.setdefault((id(old), spec, stored), layer.train(old.training))
+    return layers
+
+
+def _check_keys(kept: Sequence[Entry], added: Sequence[str], description: Description) -> None:
+    """Every tensor of the model is stored, and every stored tensor is in the model.
+
+    Buffers that are not persistent are derived values, which some models make only when they run:
+    they are asked for only where there is nothing else, on the meta device.
+    """
+    stored = {*description.tensors, *description.aliases}
+    wanted = {*added, *(entry.key for entry in kept if not entry.key.startswith(NON_PERSISTENT))}
+    underived = {entry.key for entry in kept if entry.key.startswith(NON_PERSISTENT) and entry.tensor.is_meta}
+    missing = sorted((wanted | underived) - stored)
+    if missing:
+        raise CheckpointError(f"the checkpoint lacks {_some(missing)}, which the model has; {_OTHER_MODEL}")
+    unexpected = sorted(key for key in stored - wanted if not key.startswith(NON_PERSISTENT))
+    if unexpected:
+        raise CheckpointError(f"the checkpoint holds {_some(unexpected)}, which the model does not have; {_OTHER_MODEL}")
+
+
+def _check_sharing(kept: Sequence[Entry], description: Description) -> None:
+    """A module that the model has under two names can hold only one value."""
+    first: dict[tuple[int, str], Entry] = {}
+    for entry in kept:
+        other = first.setdefault((id(entry.owner), entry.local), entry)
+        if description.canonical(other.key) != description.canonical(entry.key):
+            raise CheckpointError(f"{other.key!r} and {entry.key!r} belong to one module in this model but are two tensors in the checkpoint; {_OTHER_MODEL}")
+
+
+def _check_shape(entry: Entry, description: Description) -> None:
+    stored = description.tensors[description.canonical(entry.key)]
+    if stored.shape != tuple(entry.tensor.shape):
+        raise CheckpointError(f"tensor {entry.key!r} has shape {tuple(entry.tensor.shape)} in this model and {stored.shape} in the checkpoint; {_OTHER_MODEL}")
+
+
+def _check_exactly(entry: Entry, description: Description) -> None:
+    stored, expected = description.tensors[description.canonical(entry.key)], TensorSpec.of(entry.tensor)
+    if stored != expected:
+        raise CheckpointError(
+            f"tensor {entry.key!r} is {stored} in the checkpoint; its layer, as {DESCRIPTION_FILE} describes it, needs {expected}. "
+            "The file is damaged or was changed by hand; save the model again"
+        )
+
+
+def _following_attributes(model: nn.Module, kept: Sequence[Entry], replaced: Collection[str]) -> list[tuple[nn.Module, str, Entry]]:
+    """Tensors that modules keep as plain attributes: those that are also a parameter or buffer will follow it."""
+    by_tensor = {id(entry.tensor): entry for entry in kept}
+    follow = []
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            if not isinstance(value, Tensor) or _is_under(name, replaced):
+                continue
+            if id(value) in by_tensor:
+                follow.append((module, attribute, by_tensor[id(value)]))
+            elif value.is_meta:
+                raise CheckpointError(
+                    f"attribute {attribute!r} of module {name!r} ({type(module).__name__}) is a tensor on the meta device and, being neither "
+                    "parameter nor buffer, is not in the checkpoint; build the model on a real device"
+                )
+    return follow
+
+
+def _is_under(key: str, names: Collection[str]) -> bool:
+    """Whether a key, or a module's name, is one of ``names`` or lies below one."""
+    parts = key.removeprefix(NON_PERSISTENT).split(".")
+    return "" in names or any(".".join(parts[:end]) in names for end in range(1, len(parts) + 1))
+
+
+def _real(device: torch.device) -> torch.device:
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+def _some(keys: Sequence[str]) -> str:
+    shown = ", ".join(map(repr, keys[:3]))
+    return shown if len(keys) <= 3 else f"{shown} and {len(keys) - 3} more"

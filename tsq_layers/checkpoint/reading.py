@@ -1,0 +1,120 @@
+"""Loading: check files against each other and against the model, read all tensors, and only then change the model."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from tsq_layers.checkpoint.description import DESCRIPTION_FILE, TENSORS_FILE, Description, Entry, TensorSpec, header_digest
+from tsq_layers.checkpoint.planning import Plan, plan
+from tsq_layers.errors import CheckpointError
+from tsq_layers.linear import QuantLinear
+
+
+def load(path: str | os.PathLike[str], model: nn.Module, *, device: torch.device | str | None = None) -> nn.Module:
+    """Turn a float model into the quantised model that :func:`save` wrote.
+
+    Every layer that was saved quantised is replaced, every parameter and buffer takes the stored
+    values and dtype, and tensors that shared memory share it again. All checks come before the
+    first change: after an error ``model`` is as it was.
+
+    Args:
+        path: the directory that :func:`save` wrote.
+        model: the float model, freshly built with the configuration of the saved one. It may be on
+            the meta device (``with torch.device("meta")``), so that no float weight is ever allocated.
+        device: where all tensors go. ``None``: each to the device of the tensor that it replaces,
+            and to the CPU if that is on the meta device.
+
+    Returns:
+        The model. If it is itself a quantised layer: the new layer, and ``model`` is not changed.
+
+    Raises:
+        CheckpointError: a file that is missing, damaged, foreign or too new; or a model that does
+            not have the layers, tensors and shapes that were saved.
+
+    Example:
+        >>> import tempfile
+        >>> from tsq_layers.checkpoint import save
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     save(QuantLinear(16, 8, bits=2, group_size=8), directory)
+        ...     load(directory, nn.Linear(16, 8, device="meta")).bits
+        2
+    """
+    directory = Path(path)
+    description = _read_description(directory)
+    todo = plan(model, description, None if device is None else torch.device(device))
+    tensors = _read_tensors(directory, description, todo.devices)
+    return _apply(model, todo, description, tensors)
+
+
+def _read_description(directory: Path) -> Description:
+    try:
+        text = (directory / DESCRIPTION_FILE).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise CheckpointError(f"no {DESCRIPTION_FILE} in {directory}: give the directory that tsq.save wrote") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"cannot read {DESCRIPTION_FILE} in {directory}: {error}; give the directory that tsq.save wrote") from error
+    return Description.from_json(text)
+
+
+def _read_tensors(directory: Path, description: Description, devices: Mapping[str, torch.device]) -> dict[str, Tensor]:
+    """All tensors that the model takes, on their devices; the file is first checked against the description."""
+    file = directory / TENSORS_FILE
+    again = "copy the whole directory again, or save the model again"
+    try:
+        with safe_open(file, framework="pt") as opened:
+            keys = set(opened.keys())
+            differing = sorted(keys ^ description.tensors.keys())
+            if differing:
+                lacking = TENSORS_FILE if differing[0] not in keys else DESCRIPTION_FILE
+                raise CheckpointError(f"tensor {differing[0]!r} is missing in {lacking}: the two files in {directory} are of different saves; {again}")
+            if header_digest(file) != description.header_sha256:
+                raise CheckpointError(f"{TENSORS_FILE} and {DESCRIPTION_FILE} in {directory} are of different saves; {again}")
+            tensors = {key: opened.get_tensor(key).to(device) for key, device in devices.items()}
+    except FileNotFoundError:
+        raise CheckpointError(f"no {TENSORS_FILE} in {directory}, only {DESCRIPTION_FILE}; {again}") from None
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{TENSORS_FILE} in {directory} cannot be read, it is damaged or incomplete: {error}; {again}") from error
+    for key, tensor in tensors.items():
+        if TensorSpec.of(tensor) != description.tensors[key]:
+            raise CheckpointError(f"tensor {key!r} is {TensorSpec.of(tensor)} in {TENSORS_FILE} and {description.tensors[key]} in {DESCRIPTION_FILE}; {again}")
+    return tensors
+
+
+def _apply(model: nn.Module, todo: Plan, description: Description, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """The only changes to the model: assign tensors, put in the new layers, attach the report."""
+    parameters: dict[str, nn.Parameter] = {}
+    for entry in todo.fill:
+        key = description.canonical(entry.key)
+        setattr(entry.owner, entry.local, _new_value(entry, key, tensors[key], parameters))
+    for module, attribute, entry in todo.follow:
+        setattr(module, attribute, getattr(entry.owner, entry.local))
+    for name, layer in todo.layers.items():
+        _leave_meta(layer)
+        parent, _, local = name.rpartition(".")
+        if name:
+            setattr(model.get_submodule(parent), local, layer)
+        else:
+            model = layer
+    if description.report is not None:
+        model.tsq_report = description.report  # type: ignore[assignment]
+    return model
+
+
+def _new_value(entry: Entry, key: str, tensor: Tensor, parameters: dict[str, nn.Parameter]) -> Tensor:
+    """The stored tensor, as a parameter where it replaces one; names that share a tensor share the parameter."""
+    if not isinstance(entry.tensor, nn.Parameter):
+        return tensor
+    differentiable = tensor.is_floating_point() or tensor.is_complex()
+    return parameters.setdefault(key, nn.Parameter(tensor, requires_grad=entry.tensor.requires_grad and differentiable))
+
+
+def _leave_meta(layer: QuantLinear) -> None:
+    """The buffers of a new layer that are not stored hold no values, but they must be where the others are."""
+    for name, buffer in layer.named_buffers():
+        if buffer.is_meta:
+            assert buffer.numel() == 0, name
+            setattr(layer, name, torch.empty_like(buffer, device=layer.words.device))

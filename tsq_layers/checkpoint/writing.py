@@ -1,0 +1,139 @@
+"""Saving: collect every tensor once, write beside the old files, then swap."""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from tsq_layers.checkpoint.description import DESCRIPTION_FILE, TENSORS_FILE, Description, LayerSpec, TensorSpec, entries, header_digest
+from tsq_layers.errors import CheckpointError, StateError
+from tsq_layers.linear import QuantLinear
+from tsq_layers.report import library_versions, memory_extent
+
+
+def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Save a quantised model to a directory; :func:`load` brings it back bit by bit.
+
+    All parameters and buffers are saved, those that are not persistent as well. A tensor that has
+    several names is stored once and is shared again after loading. Both files are written
+    beside the old ones and renamed at the very end; other files in the directory are left alone.
+
+    Args:
+        model: a model with at least one :class:`~tsq_layers.linear.QuantLinear`, or such a layer.
+        path: the directory; made if it does not exist.
+
+    Raises:
+        StateError: nothing in the model is quantised, or it is on the meta device and has no values.
+        CheckpointError: something that such a file cannot hold, or ``path`` cannot be written.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from tsq_layers.checkpoint import load
+        >>> model = nn.Sequential(QuantLinear(16, 8, bits=2, group_size=8), nn.ReLU())
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     save(model, directory)
+        ...     again = load(directory, nn.Sequential(nn.Linear(16, 8), nn.ReLU()))
+        >>> torch.equal(model[0].words, again[0].words)
+        True
+    """
+    layers = {name: module for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, QuantLinear)}
+    if not layers:
+        raise StateError(f"{type(model).__name__} holds no QuantLinear: call tsq.quantize(model, config, batches), or prepare, calibrate and convert, first")
+    _check_extra_state(model)
+    tensors, aliases = _shared_once(model)
+    _check_overlaps(tensors)
+    description = Description(
+        layers={name: LayerSpec.of(layer) for name, layer in layers.items()},
+        aliases=aliases,
+        tensors={key: TensorSpec.of(tensor) for key, tensor in tensors.items()},
+        report=getattr(model, "tsq_report", None),
+        library_version=library_versions()["tsq_layers"],
+    )
+    directory = Path(path)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        _write(directory, tensors, description)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot save to {directory}: {error}; give a directory that can be written, with room for the model") from error
+
+
+def _write(directory: Path, tensors: Mapping[str, Tensor], description: Description) -> None:
+    """Both files in a new folder beside their final places, then renamed: a crash leaves no half-written file."""
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as temporary:
+        new_tensors, new_description = Path(temporary, TENSORS_FILE), Path(temporary, DESCRIPTION_FILE)
+        contiguous = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
+        # "format" is what transformers asks for before it opens a file.
+        save_file(contiguous, new_tensors, metadata={"format": "pt", "tsq_description_sha256": description.digest()})
+        _sort_header(new_tensors)
+        new_description.write_text(replace(description, header_sha256=header_digest(new_tensors)).to_json(), encoding="utf-8")
+        new_tensors.chmod(new_description.stat().st_mode)  # safetensors makes a file that only its owner can read
+        for file in (new_tensors, new_description):
+            _flush(file)
+        os.replace(new_tensors, directory / TENSORS_FILE)
+        os.replace(new_description, directory / DESCRIPTION_FILE)
+
+
+def _sort_header(file: Path) -> None:
+    """Put the metadata in order: safetensors writes it in random order, and the same model shall give the same bytes."""
+    with file.open("rb+") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        header = json.loads(handle.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+        if len(text) == length:  # not so if safetensors escapes a rare character in another way: then the order stays
+            handle.seek(8)
+            handle.write(text)
+
+
+def _flush(file: Path) -> None:
+    """Wait until a file is on the disk: a rename may otherwise survive a power cut that its content does not."""
+    with file.open("rb+") as handle:
+        os.fsync(handle.fileno())
+
+
+def _check_extra_state(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            raise CheckpointError(
+                f"module {name!r} ({type(module).__name__}) keeps extra state beside its tensors, which safetensors cannot hold; save it on your own"
+            )
+
+
+def _shared_once(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Every tensor under its first key, and the other keys of the same tensor as aliases."""
+    first: dict[object, str] = {}
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    for entry in entries(model):
+        tensor = entry.tensor
+        if tensor.is_meta:
+            raise StateError(f"tensor {entry.key!r} is on the meta device and has no values to save: load a checkpoint, or build the model on a real device")
+        key = first.setdefault((memory_extent(tensor), tensor.dtype, tensor.shape, tensor.stride()), entry.key)
+        if key == entry.key:
+            tensors[key] = tensor
+        else:
+            aliases[entry.key] = key
+    return tensors, aliases
+
+
+def _check_overlaps(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that share memory without being the same: loaded again, they would have come apart silently.
+
+    Only tensors without holes are compared; interleaved slices of one storage need not overlap.
+    """
+    dense = [(memory_extent(tensor), key) for key, tensor in tensors.items() if tensor.numel() and _spans_itself(tensor)]
+    for ((storage, start, size), key), ((other_storage, other_start, _), other) in pairwise(sorted(dense)):
+        if storage == other_storage and other_start < start + size:
+            raise CheckpointError(f"tensors {key!r} and {other!r} share memory but are not the same tensor, which a checkpoint cannot keep; clone one of them")
+
+
+def _spans_itself(tensor: Tensor) -> bool:
+    reach = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return reach == tensor.numel()

@@ -1,0 +1,241 @@
+"""`QuantConfig`: what to do with every layer. Frozen, checked when made, JSON both ways."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, Literal, Self
+
+import torch
+
+from tsq_layers.errors import ConfigError
+
+SCHEMA_VERSION = 1
+
+Method = Literal["rtn", "gptq", "two-stage"]
+Deviation = Literal["target", "refine", "none"]
+Refine = Literal["exact", "descent", "none"]
+ScaleDtype = Literal["float16", "bfloat16", "float32"]
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "method": ("rtn", "gptq", "two-stage"),
+    "deviation": ("target", "refine", "none"),
+    "refine": ("exact", "descent", "none"),
+    "scale_dtype": ("float16", "bfloat16", "float32"),
+}
+_DEFAULT_SKIP = ("lm_head",)
+_MODEL_WIDE = ("skip", "overrides")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantConfig:
+    """What to do with the layers of a model.
+
+    Args:
+        bits: width of a code, 1 to 8.
+        group_size: input columns that share a scale; ``None`` is one group for the whole row. It
+            need not divide the layer's width: the last group is then short.
+        symmetric: codes are centred on zero and no zero points are stored.
+        method: ``"rtn"`` rounds to the nearest code of a min-max grid and needs no calibration;
+            ``"gptq"`` is GPTQ (arXiv 2210.17323) on static grids with weight-MSE clipping;
+            ``"two-stage"`` is arXiv 2602.02126.
+        damping: λ; λ·mean(diag H) is added to the diagonal of H. Multiplied by ten, with a
+            :class:`~tsq_layers.errors.DampingWarning`, while the factorisation fails.
+        act_order: process columns by descending H_jj. Costs nothing at run time: grids are static.
+        deviation: where the error of earlier layers, R = E[(x − x̃)xᵀ], enters (two-stage only):
+            ``"target"`` in every step, ``"refine"`` in stage 2 only (the paper), ``"none"``.
+        deviation_strength: share of R that is used, 0 to 1.
+        refine: stage 2; ``"exact"`` solves for all scales of a row at once, ``"descent"`` is the
+            paper's coordinate descent over groups, ``"none"`` stops after GPTQ.
+        refine_ridge: weight, relative to the curvature of each scale, of a pull of stage 2 towards
+            the scales of stage 1. Regularises scales that the calibration data hardly determine.
+        refine_sweeps: sweeps of ``refine="descent"``.
+        scale_dtype: dtype in which scales are stored; the solver accounts for its rounding.
+        skip: patterns of layers that stay as they are.
+        overrides: pattern → changed fields, for the layers that it matches; later patterns win.
+
+    A pattern is a glob, or a regular expression after ``re:``. It is compared with the full dotted
+    name of the module and with every dotted tail of it, so ``"lm_head"`` also matches
+    ``"model.lm_head"``, and ``"mlp.*"`` every layer in any ``mlp``.
+
+    Raises:
+        ConfigError: a value that is not allowed; the message names field, value and what is allowed.
+
+    Example:
+        >>> config = QuantConfig(bits=2, group_size=64, overrides={"*.down_proj": {"bits": 4}})
+        >>> config.for_layer("model.layers.0.mlp.down_proj").bits
+        4
+        >>> QuantConfig.from_json(config.to_json()) == config
+        True
+    """
+
+    bits: int = 4
+    group_size: int | None = 128
+    symmetric: bool = False
+    method: Method = "two-stage"
+    damping: float = 0.01
+    act_order: bool = True
+    deviation: Deviation = "target"
+    deviation_strength: float = 0.25
+    refine: Refine = "exact"
+    refine_ridge: float = 0.01
+    refine_sweeps: int = 8
+    scale_dtype: ScaleDtype = "float16"
+    skip: tuple[str, ...] = _DEFAULT_SKIP
+    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_integer("bits", self.bits, 1, 8)
+        if self.group_size is not None:
+            _check_integer("group_size", self.group_size, 1, None, "a positive integer, or None for one group per row")
+        _check_integer("refine_sweeps", self.refine_sweeps, 1, None)
+        for name in ("symmetric", "act_order"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}={getattr(self, name)!r}: give True or False")
+        _check_float("damping", self.damping, 0.0, 1.0, open_low=True)
+        _check_float("deviation_strength", self.deviation_strength, 0.0, 1.0)
+        _check_float("refine_ridge", self.refine_ridge, 0.0, None)
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name}={getattr(self, name)!r}: give one of {', '.join(map(repr, allowed))}")
+        object.__setattr__(self, "skip", _checked_skip(self.skip))
+        object.__setattr__(self, "overrides", self._checked_overrides())
+
+    def _checked_overrides(self) -> dict[str, dict[str, Any]]:
+        if not isinstance(self.overrides, Mapping):
+            raise ConfigError(f"overrides={self.overrides!r}: give a mapping of pattern to changed fields")
+        checked: dict[str, dict[str, Any]] = {}
+        for pattern, changes in self.overrides.items():
+            _check_pattern(pattern)
+            if not isinstance(changes, Mapping):
+                raise ConfigError(f"overrides[{pattern!r}]={changes!r}: give a mapping of field to value")
+            allowed = [f.name for f in dataclasses.fields(self) if f.name not in _MODEL_WIDE]
+            unknown = [key for key in changes if key not in allowed]
+            if unknown:
+                raise ConfigError(f"overrides[{pattern!r}] has unknown field {unknown[0]!r}; allowed are {', '.join(allowed)}")
+            try:
+                dataclasses.replace(self, overrides={}, **changes)
+            except ConfigError as error:
+                raise ConfigError(f"overrides[{pattern!r}]: {error}") from None
+            checked[pattern] = dict(changes)
+        return checked
+
+    def skips(self, name: str) -> bool:
+        """Whether the layer called ``name`` is to stay as it is."""
+        return any(matches(pattern, name) for pattern in self.skip)
+
+    def for_layer(self, name: str) -> "QuantConfig":
+        """The configuration of the layer called ``name``: overrides applied, none left in it."""
+        changes: dict[str, Any] = {}
+        for pattern, fields in self.overrides.items():
+            if matches(pattern, name):
+                changes.update(fields)
+        return dataclasses.replace(self, overrides={}, **changes)
+
+    @property
+    def uses_deviation(self) -> bool:
+        """Whether the method of this configuration makes use of R, that is of paired passes."""
+        return self.method == "two-stage" and self.deviation != "none" and self.deviation_strength > 0
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the method of this configuration needs statistics of the layer's inputs."""
+        return self.method != "rtn"
+
+    @property
+    def torch_scale_dtype(self) -> torch.dtype:
+        """``scale_dtype`` as a ``torch.dtype``."""
+        dtype: torch.dtype = getattr(torch, self.scale_dtype)
+        return dtype
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as plain JSON values, with a ``schema_version``."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values["skip"] = list(self.skip)
+        values["overrides"] = {pattern: dict(changes) for pattern, changes in self.overrides.items()}
+        return {"schema_version": SCHEMA_VERSION, **values}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Inverse of :meth:`to_dict`. Unknown keys and versions raise :class:`ConfigError`."""
+        values = dict(values)
+        version = values.pop("schema_version", None)
+        if version != SCHEMA_VERSION:
+            raise ConfigError(f"schema_version={version!r}: this version of tsq_layers reads {SCHEMA_VERSION}")
+        allowed = [f.name for f in dataclasses.fields(cls)]
+        unknown = [key for key in values if key not in allowed]
+        if unknown:
+            raise ConfigError(f"unknown field {unknown[0]!r}; allowed are {', '.join(allowed)}")
+        if isinstance(values.get("skip"), list):
+            values["skip"] = tuple(values["skip"])
+        return cls(**values)
+
+    def to_json(self) -> str:
+        """The configuration as a JSON object."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Inverse of :meth:`to_json`."""
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"not a JSON object: {error}") from None
+        if not isinstance(values, dict):
+            raise ConfigError(f"not a JSON object but {type(values).__name__}")
+        return cls.from_dict(values)
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether ``pattern`` (a glob, or ``re:`` and a regular expression) names the module ``name``.
+
+    Example:
+        >>> matches("mlp.*", "model.layers.3.mlp.up_proj"), matches("re:.*[qk]_proj", "attn.v_proj")
+        (True, False)
+    """
+    parts = name.split(".")
+    tails = (".".join(parts[start:]) for start in range(len(parts)))
+    if pattern.startswith("re:"):
+        return any(re.fullmatch(pattern[3:], tail) for tail in tails)
+    return any(fnmatchcase(tail, pattern) for tail in tails)
+
+
+def explicit_patterns(config: QuantConfig) -> list[str]:
+    """The patterns that the user gave: every override, and every skip but the default ones."""
+    return [pattern for pattern in config.skip if pattern not in _DEFAULT_SKIP] + list(config.overrides)
+
+
+def _checked_skip(skip: object) -> tuple[str, ...]:
+    if isinstance(skip, str) or not isinstance(skip, (tuple, list)):
+        raise ConfigError(f"skip={skip!r}: give a tuple of patterns, for example ('lm_head',)")
+    for pattern in skip:
+        _check_pattern(pattern)
+    return tuple(skip)
+
+
+def _check_pattern(pattern: object) -> None:
+    if not isinstance(pattern, str) or not pattern:
+        raise ConfigError(f"pattern {pattern!r}: give a glob such as '*.down_proj', or 're:' and a regular expression")
+    if pattern.startswith("re:"):
+        try:
+            re.compile(pattern[3:])
+        except re.error as error:
+            raise ConfigError(f"pattern {pattern!r} is not a regular expression: {error}") from None
+
+
+def _check_integer(name: str, value: object, low: int, high: int | None, allowed: str | None = None) -> None:
+    if allowed is None:
+        allowed = f"an integer of at least {low}" if high is None else f"an integer from {low} to {high}"
+    wrong = not isinstance(value, int) or isinstance(value, bool) or value < low
+    if wrong or (high is not None and isinstance(value, int) and value > high):
+        raise ConfigError(f"{name}={value!r}: give {allowed}")
+
+
+def _check_float(name: str, value: object, low: float, high: float | None, *, open_low: bool = False) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    inside = number and (value > low if open_low else value >= low) and (value < float("inf") if high is None else value <= high)  # type: ignore[operator]
+    if not inside:
+        bounds = f"{'above' if open_low else 'of at least'} {low:g}" + (f" and at most {high:g}" if high is not None else "")
+        raise ConfigError(f"{name}={value!r}: give a number {bounds}")

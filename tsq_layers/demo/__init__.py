@@ -1,0 +1,1 @@
+"""The demo: a real trained language model, quantised in several ways, saved, and loaded in a fresh process."""

@@ -1,0 +1,66 @@
+"""Every exception and warning that the library raises on purpose.
+
+All exceptions derive from :class:`TSQError` and from the built-in that a caller would expect
+(``ValueError`` for what was given, ``RuntimeError`` for what was done in the wrong order).
+All warnings derive from :class:`TSQWarning`, so one filter silences or escalates them.
+"""
+
+
+class TSQError(Exception):
+    """Base of every exception of this library."""
+
+
+class ConfigError(TSQError, ValueError):
+    """A configuration value that is not allowed, or a pattern that cannot be used."""
+
+
+class LayerError(TSQError, ValueError):
+    """A layer that cannot be quantised as asked: its shape, dtype or values."""
+
+
+class SingularHessianError(LayerError):
+    """The Hessian could not be factorised even with the largest damping."""
+
+
+class CalibrationError(TSQError, RuntimeError):
+    """Calibration data that cannot be used, or statistics that are missing."""
+
+
+class StateError(TSQError, RuntimeError):
+    """A call in the wrong order: prepared twice, converted without being prepared, …"""
+
+
+class CheckpointError(TSQError, ValueError):
+    """A saved model that is damaged, incomplete, foreign, or of another architecture."""
+
+
+class MissingExtraError(TSQError, ImportError):
+    """A command or an integration needs an optional dependency that is not installed."""
+
+
+class TSQWarning(UserWarning):
+    """Base of every warning of this library."""
+
+
+class DampingWarning(TSQWarning):
+    """More damping than configured was needed to factorise a layer's Hessian."""
+
+
+class FewTokensWarning(TSQWarning):
+    """A layer saw too few tokens for its statistics to be trusted."""
+
+
+class UnmatchedPatternWarning(TSQWarning):
+    """A skip or override pattern matches no layer of the model."""
+
+
+class SkippedLayerWarning(TSQWarning):
+    """A layer stays in full precision although the configuration did not ask for that."""
+
+
+class SameInputWarning(TSQWarning):
+    """Layers that shared their input in the recording pass did not share it in another pass."""
+
+
+class CompileWarning(TSQWarning):
+    """``torch.compile`` is not usable here; the layer runs uncompiled."""

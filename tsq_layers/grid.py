@@ -1,0 +1,103 @@
+"""The one meaning of code, scale, zero point, group and rounding; everyone imports it.
+
+A weight is ``scale · (code − zero)``. Codes and zero points are integers in 0 … 2^bits − 1; a
+symmetric grid has the zero point 2^(bits−1) everywhere. A group is ``group_size`` consecutive
+columns of one row and has one scale and one zero point; the last group of a row may be short.
+Rounding is to the nearest integer, ties to even.
+
+Shapes: N rows (output features), K columns (input features), G groups a row, g columns a group.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def code_max(bits: int) -> int:
+    """The largest code of this width."""
+    return 2**bits - 1
+
+
+def group_count(columns: int, group_size: int) -> int:
+    """Groups in a row of ``columns`` entries, the short one included."""
+    return -(-columns // group_size)
+
+
+def to_groups(values_NK: Tensor, group_size: int) -> Tensor:
+    """View rows as groups: (…, K) → (…, G, g); a short last group is filled up with zeros."""
+    columns = values_NK.shape[-1]
+    missing = group_count(columns, group_size) * group_size - columns
+    padded = F.pad(values_NK, (0, missing)) if missing else values_NK
+    return padded.unflatten(-1, (-1, group_size))
+
+
+def from_groups(values_NGg: Tensor, columns: int) -> Tensor:
+    """Inverse of :func:`to_groups`: (…, G, g) → (…, K)."""
+    return values_NGg.flatten(-2)[..., :columns]
+
+
+def expand(values_NG: Tensor, columns: int, group_size: int) -> Tensor:
+    """Repeat a value per group over the group's columns: (…, G) → (…, K)."""
+    return values_NG.repeat_interleave(group_size, dim=-1)[..., :columns]
+
+
+def steps(weight: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
+    """Nearest integers ``code − zero`` to ``weight / scale``; all arguments broadcast, all float."""
+    return (weight / scales).round_().clamp_(min=-zeros, max=code_max(bits) - zeros)
+
+
+def quantize(weight_NK: Tensor, scales_NG: Tensor, zeros_NG: Tensor, bits: int, group_size: int) -> Tensor:
+    """Nearest codes of a weight matrix on given grids, uint8 (N, K)."""
+    columns = weight_NK.shape[-1]
+    zeros_NK = expand(zeros_NG, columns, group_size).to(weight_NK.dtype)
+    scales_NK = expand(scales_NG, columns, group_size).to(weight_NK.dtype)
+    return (steps(weight_NK, scales_NK, zeros_NK, bits) + zeros_NK).to(torch.uint8)
+
+
+def centered(codes_NK: Tensor, zeros_NG: Tensor, group_size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The integers ``code − zero`` in a float dtype, (N, K)."""
+    return codes_NK.to(dtype) - expand(zeros_NG, codes_NK.shape[-1], group_size).to(dtype)
+
+
+def dequantize(codes_NK: Tensor, scales_NG: Tensor, zeros_NG: Tensor, group_size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The weight matrix that codes stand for, (N, K).
+
+    The product is taken in float32 (float64 if the scales or ``dtype`` are float64) and rounded
+    once to ``dtype``, so that every route from codes to weights gives the same bits.
+    """
+    working = torch.float64 if torch.float64 in (scales_NG.dtype, dtype) else torch.float32
+    scales_NK = expand(scales_NG, codes_NK.shape[-1], group_size).to(working)
+    return (centered(codes_NK, zeros_NG, group_size, working) * scales_NK).to(dtype)
+
+
+def minmax(weight_NK: Tensor, bits: int, group_size: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """The finest grids that clip nothing: scales and zero points, both float (N, G).
+
+    Zero always is a level. A group of zeros gets scale 1. A symmetric one-bit grid has the levels
+    −scale and 0, so it cannot cover positive weights and only its negative side is fitted.
+    """
+    groups_NGg = to_groups(weight_NK, group_size)
+    low_NG = groups_NGg.amin(-1).clamp_(max=0)
+    high_NG = groups_NGg.amax(-1).clamp_(min=0)
+    if symmetric:
+        half = 2 ** (bits - 1)
+        scales_NG = torch.maximum(-low_NG / half, high_NG / (half - 1)) if bits > 1 else -low_NG
+        zeros_NG = torch.full_like(scales_NG, half)
+    else:
+        scales_NG = (high_NG - low_NG) / code_max(bits)
+        zeros_NG = torch.zeros_like(scales_NG)
+    fallback_NG = torch.where(high_NG > 0, high_NG, torch.ones_like(high_NG))
+    scales_NG = torch.where(scales_NG > 0, scales_NG, fallback_NG)
+    if not symmetric:
+        zeros_NG = (-low_NG / scales_NG).round_().clamp_(0, code_max(bits))
+    return scales_NG, zeros_NG
+
+
+def storable(scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scales as they will be once stored in ``dtype``, in their present dtype.
+
+    A positive scale stays positive and finite: what would become 0 or inf is held at the ends of
+    the positive range of ``dtype``.
+    """
+    info = torch.finfo(dtype)
+    return scales.clamp(info.smallest_normal, info.max).to(dtype).to(scales.dtype)

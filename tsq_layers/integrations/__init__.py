@@ -1,0 +1,1 @@
+"""Bridges to other libraries. Each is imported only when it is used; the core imports none of them."""

@@ -1,0 +1,270 @@
+"""Run a packed layer: pure functions from words, scales and packed zero points to outputs.
+
+With many rows of input the weight is dequantised once and multiplied, uncompiled. With few rows
+(decoding) the words are the traffic, so one pass over them must do everything: an unrolled sum over
+the fields of a word, which Inductor turns into one loop. Those functions are compiled here, one for
+each kind of call; inside somebody else's ``torch.compile`` they are inlined, and wherever tensors
+have no values (fake, meta, exporting) the plain path runs.
+
+Shapes: N rows of the weight (outputs), K columns (inputs), G groups a row, W words a row, M rows of
+input. In the pass over the words a row of the weight is cut into T segments of R runs of h columns;
+the scale is constant in a run.
+"""
+
+import math
+import warnings
+from collections.abc import Callable
+from functools import reduce
+from types import FunctionType
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from tsq_layers import grid, packing
+from tsq_layers.errors import CompileWarning, LayerError
+
+FEW_ROWS = 16
+"""Up to this many rows of input one pass over the words is faster than dequantising first."""
+
+_SHORTEST_RUN = 4
+"""Shorter runs of one scale fill no vector; the weight is then dequantised first."""
+
+
+_BLOCK = 2**21
+"""Weights that are dequantised at a time."""
+
+
+class _Format(NamedTuple):
+    bits: int
+    group_size: int
+    columns: int
+
+
+def dequantize(words: Tensor, scales: Tensor, zero_words: Tensor | None, bits: int, group_size: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """The weight matrix that packed codes stand for, bit-equal to :func:`grid.dequantize`.
+
+    Args:
+        words: packed codes, int32 (N, W).
+        scales: float16, bfloat16 or float32 (N, G).
+        zero_words: zero points packed like codes, int32 (N, W'); ``None`` is a symmetric grid.
+        bits: width of a code and of a zero point.
+        group_size: columns that share a scale.
+        columns: K.
+        dtype: of the result; the product is taken in float32 (float64) and rounded once.
+
+    Returns:
+        (N, K) in ``dtype``.
+
+    Example:
+        >>> words = packing.pack(torch.tensor([[0, 1, 2, 3]], dtype=torch.uint8), bits=2)
+        >>> dequantize(words, torch.tensor([[0.5]]), None, 2, 4, 4, torch.float32)
+        tensor([[-1.0000, -0.5000,  0.0000,  0.5000]])
+    """
+    codes_NK = packing.unpack(words, bits, columns)
+    return grid.dequantize(codes_NK, scales, zero_points(scales, zero_words, bits), group_size, dtype)
+
+
+def zero_points(scales: Tensor, zero_words: Tensor | None, bits: int) -> Tensor:
+    """Zero points uint8 (N, G) from their words, or the constant of a symmetric grid."""
+    if zero_words is None:
+        return torch.full(scales.shape, 2 ** (bits - 1), dtype=torch.uint8, device=scales.device)
+    return packing.unpack(zero_words, bits, scales.shape[1])
+
+
+def linear(x: Tensor, words: Tensor, scales: Tensor, zero_words: Tensor | None, bias: Tensor | None, bits: int, group_size: int, columns: int) -> Tensor:
+    """``F.linear(x, dequantised weight, bias)`` in the dtype of ``x`` (that of autocast, if it is on).
+
+    Gradients flow to ``x`` and ``bias``; the dequantised matrix is not kept for them. Sums are
+    taken in float32 (float64), also for half-precision inputs.
+
+    Args:
+        x: floating point (…, K); any number of dimensions from one, any number of rows.
+        words, scales, zero_words, bits, group_size, columns: as in :func:`dequantize`.
+        bias: (N,) or ``None``.
+
+    Returns:
+        (…, N).
+
+    Raises:
+        LayerError: ``x`` is not floating point or its last dimension is not K.
+
+    Warns:
+        CompileWarning: once for each device type on which ``torch.compile`` fails.
+
+    Example:
+        >>> words = packing.pack(torch.tensor([[0, 1, 2, 3]], dtype=torch.uint8), bits=2)
+        >>> linear(torch.ones(4), words, torch.tensor([[0.5]]), None, None, 2, 4, 4)
+        tensor([-1.])
+    """
+    if x.dim() == 0 or x.shape[-1] != columns or not x.is_floating_point():
+        raise LayerError(f"input is {x.dtype} of shape {tuple(x.shape)}; this layer takes floating point of shape (..., {columns}) and has {words.shape[0]} outputs")
+    x = _autocast(x)
+    bias = None if bias is None else bias.to(x.dtype)
+    form = _Format(bits, group_size, columns)
+    differentiable = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    if differentiable and not torch.compiler.is_exporting() and not torch._C._are_functorch_transforms_active():
+        output: Tensor = _Linear.apply(x, words, scales, zero_words, bias, form)  # type: ignore[no-untyped-call]
+        return output
+    return _forward(x, words, scales, zero_words, bias, form)
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """What autocast would make of a linear layer's input: float64 stays as it is."""
+    device_type = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+        return x
+    return x.to(torch.get_autocast_dtype(device_type))
+
+
+class _Linear(torch.autograd.Function):
+    """Keeps the packed weight, not the dequantised one, for the gradient of the input."""
+
+    @staticmethod
+    def forward(x: Tensor, words: Tensor, scales: Tensor, zero_words: Tensor | None, bias: Tensor | None, form: _Format) -> Tensor:
+        return _forward(x, words, scales, zero_words, bias, form)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, words, scales, zero_words, _, form = inputs
+        ctx.save_for_backward(words, scales, zero_words)
+        ctx.form = form
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        words, scales, zero_words = ctx.saved_tensors
+        to_x = to_bias = None
+        if ctx.needs_input_grad[0]:
+            to_x = gradient @ _weight(words, scales, zero_words, ctx.form, gradient.dtype)
+        if ctx.needs_input_grad[4]:
+            to_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0)
+        return to_x, None, None, None, to_bias, None
+
+
+def _forward(x: Tensor, words: Tensor, scales: Tensor, zero_words: Tensor | None, bias: Tensor | None, form: _Format) -> Tensor:
+    # While exporting, the number of rows may be a symbol that must not be compared.
+    if torch.compiler.is_exporting() or not one_pass(form.bits, form.group_size, form.columns):
+        return _dense(x, words, scales, zero_words, bias, form)
+    rows = math.prod(x.shape[:-1])
+    if rows == 0 or rows > FEW_ROWS:
+        return _dense(x, words, scales, zero_words, bias, form)
+    x_MK = x.reshape(rows, form.columns)
+    if torch.compiler.is_compiling():
+        y_MN = _few_rows(x_MK, words, scales, zero_words, bias, form)
+    elif _can_compile(x):
+        y_MN = _run_compiled(x_MK, words, scales, zero_words, bias, form)
+    else:
+        y_MN = _dense(x_MK, words, scales, zero_words, bias, form)
+    return y_MN.reshape(*x.shape[:-1], words.shape[0])
+
+
+def _dense(x: Tensor, words: Tensor, scales: Tensor, zero_words: Tensor | None, bias: Tensor | None, form: _Format) -> Tensor:
+    return F.linear(x, _weight(words, scales, zero_words, form, x.dtype), bias)
+
+
+def _weight(words: Tensor, scales: Tensor, zero_words: Tensor | None, form: _Format, dtype: torch.dtype) -> Tensor:
+    """:func:`dequantize`, a block of rows at a time: its many float32 intermediates stay small."""
+    rows = max(1, _BLOCK // form.columns)
+    if torch.compiler.is_compiling() or rows >= words.shape[0]:
+        return dequantize(words, scales, zero_words, *form, dtype)
+    weight_NK = torch.empty(words.shape[0], form.columns, dtype=dtype, device=words.device)
+    zeros = [None] * -(-words.shape[0] // rows) if zero_words is None else zero_words.split(rows)
+    for block, *packed in zip(weight_NK.split(rows), words.split(rows), scales.split(rows), zeros, strict=True):
+        block.copy_(dequantize(*packed, *form, dtype))
+    return weight_NK
+
+
+# --- one pass over the words -------------------------------------------------------------------
+
+
+def _run_length(bits: int, group_size: int, columns: int) -> int:
+    """h, the longest run that tiles every segment and crosses no group's border."""
+    segment = packing.planes(columns, bits)[-1].words
+    return segment if group_size >= columns else math.gcd(segment, group_size)
+
+
+def one_pass(bits: int, group_size: int, columns: int) -> bool:
+    """Whether few rows of input are done in one pass over the words.
+
+    The segments of all planes must fit into one another, and runs of one scale must not be too
+    short: both hold when K is a multiple of 32 and K·bits/32 has a factor in common with the groups.
+    """
+    layout = packing.planes(columns, bits)
+    base = layout[-1]
+    nested = all(plane.words * base.bits == base.words * plane.bits for plane in layout)
+    return nested and _run_length(bits, group_size, columns) >= _SHORTEST_RUN
+
+
+def _per_run(values_NG: Tensor, form: _Format, shape: tuple[int, int]) -> Tensor:
+    """Values per group as values per run, (N, T, R, 1); runs behind the last column get 0."""
+    count = shape[0] * shape[1]
+    h = _run_length(*form)
+    values = values_NG.repeat_interleave(count if form.group_size >= form.columns else form.group_size // h, dim=1)
+    return F.pad(values, (0, count - values.shape[1])).unflatten(1, shape).unsqueeze(-1)
+
+
+def _few_rows(x_MK: Tensor, words: Tensor, scales: Tensor, zero_words: Tensor | None, bias: Tensor | None, form: _Format) -> Tensor:
+    """The sum over segments t of ``x[t] · (codes[t] − zeros[t]) · scales[t]``, and then over runs."""
+    layout = packing.planes(form.columns, form.bits)
+    base, h = layout[-1], _run_length(*form)
+    T, R = base.fields, base.words // h
+    working = torch.float64 if torch.float64 in (x_MK.dtype, scales.dtype) else torch.float32
+    x_MTRh = F.pad(x_MK, (0, T * R * h - form.columns)).unflatten(1, (T, R, h)).to(working)
+    scales_NTR = _per_run(scales.to(working), form, (T, R))
+    zeros_NTR = None if zero_words is None else _per_run(zero_points(scales, zero_words, form.bits).to(torch.int32), form, (T, R))
+    # A wider plane has several of the base's segments in each of its own: (N, segments, R, h).
+    parts = [(plane, words.narrow(1, plane.start, plane.words).unflatten(1, (-1, R, h)).unbind(1)) for plane in layout]
+    terms = []
+    for t in range(T):
+        codes = reduce(torch.add, [packing.field_of(part[t % len(part)], plane, t // len(part)) for plane, part in parts])
+        # Subtracted as integers: the zero point's share of the sum would cancel, and cost digits.
+        steps = codes - (2 ** (form.bits - 1) if zeros_NTR is None else zeros_NTR.select(1, t))
+        terms.append(steps.to(working) * scales_NTR.select(1, t) * x_MTRh.select(1, t).unsqueeze(1))
+    total = reduce(torch.add, terms)
+    y_MN = total.sum((-1, -2))
+    return (y_MN if bias is None else y_MN + bias).to(x_MK.dtype)
+
+
+# --- compilation -------------------------------------------------------------------------------
+
+_compiled: dict[tuple[Any, ...], Callable[..., Tensor]] = {}
+_uncompilable: set[str] = set()
+
+
+def _can_compile(x: Tensor) -> bool:
+    """Whether these are tensors with values, on a device where compilation has not failed."""
+    plain = type(x) in (Tensor, torch.nn.Parameter) and x.device.type != "meta" and x.device.type not in _uncompilable
+    return plain and not is_in_torch_dispatch_mode() and not torch._C._are_functorch_transforms_active()
+
+
+def _compiled_for(key: tuple[Any, ...]) -> Callable[..., Tensor]:
+    """The compiled function for calls of this kind.
+
+    Dynamo counts recompilations per code object and silently gives up at the eighth: a model with
+    nine shapes of layers would run its ninth eagerly. So every kind has a code object of its own.
+    """
+    if key not in _compiled:
+        code = _few_rows.__code__.replace(co_name=f"few_rows_{len(_compiled)}")
+        _compiled[key] = torch.compile(FunctionType(code, _few_rows.__globals__), fullgraph=True, dynamic=False)
+    return _compiled[key]
+
+
+def _run_compiled(x_MK: Tensor, words: Tensor, scales: Tensor, zero_words: Tensor | None, bias: Tensor | None, form: _Format) -> Tensor:
+    """:func:`_few_rows`, compiled; whatever Dynamo would recompile for is in the key or made equal here."""
+    device = x_MK.device
+    autocast = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    single, inference = x_MK.shape[0] == 1, (torch.is_inference_mode_enabled(), x_MK.is_inference(), words.is_inference())
+    key = (form, words.shape[0], x_MK.dtype, scales.dtype, device, bias is None, zero_words is None, single, autocast, inference)
+    x_MK = x_MK.detach().contiguous()
+    if not single:
+        torch._dynamo.maybe_mark_dynamic(x_MK, 0)
+    try:
+        with torch.no_grad():
+            return _compiled_for(key)(x_MK, words, scales, zero_words, None if bias is None else bias.detach(), form)
+    except (torch._dynamo.exc.ShortenTraceback, torch._dynamo.exc.InternalTorchDynamoError) as error:
+        _uncompilable.add(device.type)
+        reason = str(error).strip().splitlines()[0]
+        warnings.warn(f"torch.compile fails on {device.type} ({reason}); quantised layers run uncompiled there, which is slow for few rows of input. Install a C++ compiler (g++ or clang; Triton on a GPU), or silence this by torch.compiler.set_stance('force_eager')", CompileWarning, stacklevel=2)
+        return _dense(x_MK, words, scales, zero_words, bias, form)

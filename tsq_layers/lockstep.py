@@ -1,0 +1,399 @@
+"""Forward passes that wait for one another at the layers of a model.
+
+Each pass runs in a thread of its own and is suspended in the forward pre-hook of every layer that is to be seen. One
+thread runs at a time. When all are suspended, the layer that comes first is visited with all the calls that wait there.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    >>> layers = dict(model.named_children())
+    >>> batches = [torch.ones(2, 4), torch.zeros(3, 4)]
+    >>> rows = {}
+    >>> def visit(name, arrivals):
+    ...     rows[name] = [len(arrival.input) for arrival in arrivals]
+    ...     return [name]
+    >>> run([lambda batch=batch: model(batch) for batch in batches], layers, visit)
+    >>> rows
+    {'0': [2, 3], '1': [2, 3]}
+"""
+
+import contextlib
+import contextvars
+import functools
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import nn, overrides
+from torch.utils import _python_dispatch
+from torch.utils.weak import TensorWeakRef
+
+__all__ = ["Arrival", "Recording", "current_pass", "record", "run"]
+
+# A wait is cut into pieces, because on some platforms Ctrl-C is not seen inside a wait.
+_POLL_SECONDS = 0.5
+# A pass that has swallowed as many aborts as this is never going to end.
+_MOST_ABORTS = 100
+
+_AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps", "hpu", "xla", "mtia", "maia", "ipu", "privateuseone")
+
+# What the calling thread runs: `current`, a (scheduler, pass) pair; absent outside of passes.
+_THREAD = threading.local()
+
+
+class _Abort(BaseException):
+    """Ends a pass from inside its hook; not an `Exception`, so that `except Exception` in a model lets it through."""
+
+
+@dataclass(frozen=True, eq=False)
+class Arrival:
+    """One suspended call of a layer.
+
+    Args:
+        pass_index: which of the passes made the call.
+        ordinal: 0 for this pass' first call of the layer, 1 for its second, and so on.
+        args: the positional arguments of the call.
+        kwargs: the keyword arguments of the call.
+    """
+
+    pass_index: int
+    ordinal: int
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def input(self) -> torch.Tensor:
+        """The first tensor among the arguments, positional ones before keywords.
+
+        Raises:
+            TypeError: no argument is a tensor.
+        """
+        tensor = _first_tensor(self.args, self.kwargs)
+        if tensor is None:
+            kinds = [type(value).__name__ for value in (*self.args, *self.kwargs.values())]
+            raise TypeError(f"a call in pass {self.pass_index} has no tensor among its arguments, which are {kinds}")
+        return tensor
+
+
+@dataclass(frozen=True)
+class Recording:
+    """The calls that one pass made.
+
+    Args:
+        order: the names of the layers that were called, by first call.
+        calls: how often each of them was called.
+        groups: a partition of `order`, by first call. Layers are in one group when their first calls received the very
+            same tensor, unmodified in between. A layer that was called more than once is a group of its own.
+    """
+
+    order: tuple[str, ...]
+    calls: Mapping[str, int]
+    groups: tuple[tuple[str, ...], ...]
+
+
+def record(modules: Mapping[str, nn.Module], run: Callable[[], object]) -> Recording:
+    """Call `run` once, in this thread, and tell which of `modules` it called, in which order and with which input.
+
+    The input of a call is its first tensor argument. Two inputs are the same when they are one tensor object that was
+    not modified in place in between; a modification of an inference tensor cannot be seen.
+
+    Args:
+        modules: the layers to watch, by name.
+        run: makes one forward pass.
+    """
+    calls: Counter[str] = Counter()
+    groups: list[list[str]] = []
+    # By id, for speed. The weak reference tells whether it is still the same tensor, and keeps nothing alive.
+    seen: dict[int, tuple[TensorWeakRef, int | None, list[str]]] = {}
+
+    def watch(name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls[name] += 1
+        if calls[name] > 1:
+            return
+        tensor = _first_tensor(args, kwargs)
+        reference, version, group = seen.get(id(tensor), (None, None, None))
+        if tensor is None or reference is None or reference() is not tensor or version != _version(tensor):
+            group = []
+            groups.append(group)
+            if tensor is not None:
+                seen[id(tensor)] = (TensorWeakRef(tensor), _version(tensor), group)
+        assert group is not None
+        group.append(name)
+
+    with _hooked(modules, watch):
+        run()
+    place = {name: index for index, name in enumerate(calls)}
+    single = [[name] for name in calls if calls[name] > 1]
+    shared = [[name for name in group if calls[name] == 1] for group in groups]
+    partition = sorted((group for group in single + shared if group), key=lambda group: place[group[0]])
+    return Recording(tuple(calls), MappingProxyType(dict(calls)), tuple(map(tuple, partition)))
+
+
+def run(
+    passes: Sequence[Callable[[], object]],
+    modules: Mapping[str, nn.Module],
+    visit: Callable[[str, list[Arrival]], Iterable[str]],
+    *,
+    order: Sequence[str] = (),
+) -> None:
+    """Run all `passes` side by side and call `visit` at each layer with the calls that wait there.
+
+    Each pass runs in a thread of its own, one at a time, until it calls one of `modules`. When every pass is suspended
+    or has returned, `visit(name, arrivals)` is called in this thread for the layer that comes first in the order. Then
+    the passes that were among the arrivals run on, in pass order. A pass sees the grad mode, inference mode, autocast
+    settings, CUDA device and stream, dispatch and function modes and context variables of the caller.
+
+    A layer that the order lacks is inserted directly behind the last layer that the pass which found it had entered.
+    **Every caller of a layer is waiting when it is visited, if every pass goes forward in the order:** the visited
+    layer is the first at which any pass waits, so a pass that waits elsewhere is behind it for good. Insertion keeps
+    this for branches that `order` lacks: if x is always called right after a, then whoever is going to call x was
+    still at a, or before it, when x was found, and goes forward from a to x. It does not hold for a layer that `order`
+    lacks and that is reached in two ways (after a in one pass, after c in another): who comes from c finds x gone by.
+    So give an `order` that is complete where such layers are, as among experts of which a pass calls several. A pass
+    may go back in the order (a loop): it waits at the earlier layer, which is visited next, for it alone.
+
+    When a pass or `visit` raises, or the user interrupts, the other passes are aborted: an exception that is not an
+    `Exception` is raised in the hook in which they wait, and this function waits until they have ended. A pass that
+    catches it and goes on is aborted again at its next layer. After a hundred times its thread is left behind,
+    suspended for good, with a `RuntimeWarning`. A pass that computes is waited for until its next layer or its end; a
+    second Ctrl-C gives up the waiting and leaves the threads suspended.
+
+    Args:
+        passes: the forward passes; what they return is dropped.
+        modules: the layers to stop at, by name.
+        visit: is given a layer's name and the waiting calls by pass index, and returns the names of layers at which no
+            pass stops from now on. Once that is all of them (so at once if there are none), the passes are ended
+            where they are.
+        order: names of layers in the order in which a pass calls them, usually `Recording.order`.
+
+    Raises:
+        ValueError: `visit` returned a name that is not in `modules`.
+        TypeError: `visit` returned something else than names.
+        BaseException: what a pass or `visit` raised; for a pass a note says which one and how far it came.
+    """
+    _Scheduler(passes, modules, visit, order).run()
+
+
+def current_pass() -> int | None:
+    """The index of the pass that the calling thread runs; None in a thread that runs none."""
+    current = getattr(_THREAD, "current", None)
+    return None if current is None else current[1].index
+
+
+@dataclass(eq=False)
+class _Pass:
+    """One pass and its thread. It must not refer to the scheduler or to an exception for long: no cycles."""
+
+    index: int
+    call: Callable[[], object]
+    stop: tuple[str, Arrival] | None = None  # where it is suspended
+    last: str | None = None  # the layer that it entered last
+    calls: Counter[str] = field(default_factory=Counter)
+    thread: threading.Thread | None = None
+    go: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    over: threading.Event = field(default_factory=threading.Event)
+    error: BaseException | None = None
+    aborts: int = 0
+
+
+class _Scheduler:
+    """The state of one `run`. All of it is changed only by the one thread whose turn it is."""
+
+    def __init__(
+        self,
+        passes: Sequence[Callable[[], object]],
+        modules: Mapping[str, nn.Module],
+        visit: Callable[[str, list[Arrival]], Iterable[str]],
+        order: Sequence[str],
+    ) -> None:
+        self.passes = [_Pass(index, call) for index, call in enumerate(passes)]
+        self.modules = modules
+        self.visit = visit
+        self.order = list(dict.fromkeys(order))
+        self.released: set[str] = set()
+        self.enter_state = _thread_state()
+        self.turn_over = threading.Semaphore(0)
+        self.running: _Pass | None = None
+        self.closing = False
+
+    def run(self) -> None:
+        with _hooked(self.modules, self.on_call):
+            try:
+                due = self.passes
+                while not self.modules.keys() <= self.released:
+                    for pass_ in due:
+                        self.resume(pass_)
+                    if all(pass_.stop is None for pass_ in self.passes):
+                        return
+                    due = self.visit_first()
+            finally:
+                self.close()
+
+    def visit_first(self) -> list[_Pass]:
+        """Visit the first layer at which a pass waits; returns the passes that may go on."""
+        place = {name: index for index, name in enumerate(self.order)}
+        stops = [pass_.stop for pass_ in self.passes if pass_.stop is not None]
+        first = min((name for name, _ in stops), key=place.__getitem__)
+        released = self.visit(first, [arrival for name, arrival in stops if name == first])
+        del stops
+        self.released |= self.checked(first, released)
+        open_names = {first, *self.released}
+        return [pass_ for pass_ in self.passes if pass_.stop is not None and pass_.stop[0] in open_names]
+
+    def checked(self, name: str, released: Iterable[str]) -> set[str]:
+        if isinstance(released, str) or not isinstance(released, Iterable):
+            raise TypeError(f"visit({name!r}, ...) must return the names of the released layers, got {released!r}")
+        names = set(released)
+        if unknown := sorted(names - self.modules.keys()):
+            raise ValueError(f"visit({name!r}, ...) released {unknown}, which are not among the modules of this run")
+        return names
+
+    def resume(self, pass_: _Pass) -> None:
+        """Let a pass run to its next stop or its end, in its thread, while this one waits."""
+        pass_.stop = None
+        self.running = pass_
+        if pass_.thread is None:
+            body = functools.partial(contextvars.copy_context().run, self.body, pass_)
+            thread = threading.Thread(target=body, name=f"lockstep-{pass_.index}", daemon=True)
+            thread.start()
+            pass_.thread = thread
+        pass_.go.release()
+        while not self.turn_over.acquire(timeout=_POLL_SECONDS):
+            pass
+        self.running = None
+        error, pass_.error = pass_.error, None
+        if error is None:
+            return
+        place = "before the first layer" if pass_.last is None else f"after layer {pass_.last!r}"
+        error.add_note(f"in pass {pass_.index}, {place}")
+        try:
+            raise error
+        finally:
+            del error  # it refers to this frame
+
+    def body(self, pass_: _Pass) -> None:
+        """What the thread of a pass runs."""
+        pass_.go.acquire()
+        _THREAD.current = (self, pass_)
+        try:
+            if not self.closing:
+                with self.enter_state():
+                    pass_.call()
+        except _Abort:
+            pass
+        except BaseException as error:  # every exception is the caller's, SystemExit too
+            if not self.closing:
+                pass_.error = error
+        finally:
+            del _THREAD.current
+            pass_.over.set()
+            self.turn_over.release()
+
+    def on_call(self, name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The pre-hook of every module."""
+        scheduler, pass_ = getattr(_THREAD, "current", (None, None))
+        if scheduler is not self or pass_ is None:
+            return
+        self.end_if_closing(pass_)
+        ordinal = pass_.calls[name]
+        pass_.calls[name] += 1
+        if name not in self.order:
+            behind = 0 if pass_.last is None else self.order.index(pass_.last) + 1
+            self.order.insert(behind, name)
+        if name not in self.released:
+            pass_.stop = (name, Arrival(pass_.index, ordinal, args, kwargs))
+            self.turn_over.release()
+            pass_.go.acquire()
+            self.end_if_closing(pass_)
+        pass_.last = name
+
+    def end_if_closing(self, pass_: _Pass) -> None:
+        if not self.closing:
+            return
+        pass_.aborts += 1
+        if pass_.aborts > _MOST_ABORTS:
+            pass_.over.set()
+            threading.Event().wait()  # for ever: it would go on for ever anyway, and compute
+        raise _Abort
+
+    def close(self) -> None:
+        """End all passes that have not ended, one after the other: first the one that an interrupt left running."""
+        self.closing = True
+        for pass_ in sorted(self.passes, key=lambda pass_: pass_ is not self.running):
+            pass_.stop = None
+            pass_.go.release()
+            if pass_.thread is None:
+                continue
+            while not pass_.over.wait(_POLL_SECONDS):
+                pass
+            if pass_.aborts <= _MOST_ABORTS:
+                pass_.thread.join()
+        if left := [pass_.index for pass_ in self.passes if pass_.aborts > _MOST_ABORTS]:
+            message = f"passes {left} catch every abort and go on; their threads are left behind, suspended"
+            warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+@contextlib.contextmanager
+def _hooked(modules: Mapping[str, nn.Module], hook: Callable[..., None]) -> Iterator[None]:
+    """Call `hook(name, module, args, kwargs)` before every call of the modules."""
+    with contextlib.ExitStack() as handles:
+        for name, module in modules.items():
+            handle = module.register_forward_pre_hook(functools.partial(hook, name), with_kwargs=True)
+            handles.callback(handle.remove)
+        yield
+
+
+def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
+
+
+def _version(tensor: torch.Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
+
+
+def _thread_state() -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """Take what torch keeps per thread in this one; the result enters it in another."""
+    grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    autocast = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in _AUTOCAST_DEVICES]
+    autocast_cache = torch.is_autocast_cache_enabled()
+    stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
+    dispatch_modes = _python_dispatch._get_current_dispatch_mode_stack()
+    function_modes = overrides._get_current_function_mode_stack()
+
+    @contextlib.contextmanager
+    def enter() -> Iterator[None]:
+        # A thread learns the number that torch.set_num_threads was given only when it asks.
+        torch.get_num_threads()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(inference))
+            stack.enter_context(torch.set_grad_enabled(grad))
+            for kind, enabled, dtype in autocast:
+                torch.set_autocast_enabled(kind, enabled)
+                torch.set_autocast_dtype(kind, dtype)
+            torch.set_autocast_cache_enabled(autocast_cache)
+            if any(enabled for _, enabled, _ in autocast):
+                # As if inside the caller's context: else an inner autocast context would empty the cache at its end.
+                torch.autocast_increment_nesting()
+                stack.callback(torch.autocast_decrement_nesting)
+            if stream is not None:
+                torch.cuda.set_device(stream.device)
+                torch.cuda.set_stream(stream)
+            # Pushed, not entered: what a mode does on entering (resetting a count, say) the caller has done.
+            for mode in dispatch_modes:
+                _python_dispatch._push_mode(mode)
+                stack.callback(_pop_dispatch_mode, mode)
+            for mode in function_modes:
+                overrides._push_mode(mode)
+                stack.callback(overrides._pop_mode)
+            yield
+
+    return enter
+
+
+def _pop_dispatch_mode(mode: _python_dispatch.TorchDispatchMode) -> None:
+    _python_dispatch._pop_mode(getattr(mode, "_dispatch_key", None) or getattr(mode, "_mode_key", None))

@@ -1,0 +1,19 @@
+"""What happened to every layer: as data, as JSON, and as a table of plain text."""
+
+from tsq_layers.report.fields import checked_fields
+from tsq_layers.report.model import library_versions, memory_extent, model_bytes, report
+from tsq_layers.report.records import SCHEMA_VERSION, LayerReport, Report, Status
+from tsq_layers.report.table import format_bytes
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "LayerReport",
+    "Report",
+    "Status",
+    "checked_fields",
+    "format_bytes",
+    "library_versions",
+    "memory_extent",
+    "model_bytes",
+    "report",
+]

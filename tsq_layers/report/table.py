@@ -1,0 +1,70 @@
+"""The report as aligned plain text. Numbers that are missing or not finite show as a dash."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tsq_layers.report.records import LayerReport, Report
+
+BLANK = "–"
+
+
+def summary(report: "Report") -> str:
+    """Three lines: how much was quantised, what that saved, and how it was done."""
+    ratio = _format(report.size_before / report.size_after, ".2f") if report.size_after else BLANK
+    quantized = f"{len(report.quantized)} of {len(report.layers)} layers quantised, {report.share_quantized:.1%} of their weights"
+    size = f"{format_bytes(report.size_before)} → {format_bytes(report.size_after)} ({ratio}× smaller)"
+    run = f"{_format(report.seconds, '.1f')} s, {'paired passes' if report.paired else 'one pass'}"
+    versions = ", ".join(f"{package} {version}" for package, version in report.versions.items())
+    return f"{quantized}; {_format(report.bits_per_weight, '.3f')} bits per weight\nmodel: {size}\n" + "; ".join(filter(None, (run, versions)))
+
+
+def layers(rows: Sequence["LayerReport"]) -> str:
+    """One aligned line for every layer, under a line of titles. Columns that would be empty are left out."""
+    cells = {title: [cell(layer) for layer in rows] for title, cell in _COLUMNS.items()}
+    shown = {title: column for title, column in cells.items() if any(text not in ("", BLANK) for text in column)}
+    aligned = [_align([title, *column], left=title in _LEFT) for title, column in shown.items()]
+    return "\n".join("  ".join(line).rstrip() for line in zip(*aligned, strict=True))
+
+
+def _format(value: float | None, spec: str) -> str:
+    return format(value, spec) if value is not None and math.isfinite(value) else BLANK
+
+
+def format_bytes(count: int) -> str:
+    """A number of bytes in decimal units, for example ``"1.23 MB"``."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count} B"
+
+
+def _align(column: list[str], *, left: bool) -> list[str]:
+    width = max(map(len, column))
+    return [text.ljust(width) if left else text.rjust(width) for text in column]
+
+
+def _last_held_out(layer: "LayerReport") -> float | None:
+    return list(layer.held_out_losses.values())[-1] if layer.held_out_losses else None
+
+
+_LEFT = ("layer", "kind", "status", "method", "reason")
+_COLUMNS: dict[str, Callable[["LayerReport"], str]] = {
+    "layer": lambda layer: layer.name or "(model)",
+    "kind": lambda layer: layer.kind,
+    "shape": lambda layer: f"{layer.rows}×{layer.columns}",
+    "status": lambda layer: layer.status,
+    "method": lambda layer: layer.method or BLANK,
+    "bits": lambda layer: _format(layer.bits, "d"),
+    "group": lambda layer: _format(layer.group_size, "d"),
+    "bits/weight": lambda layer: _format(layer.bits_per_weight, ".3f"),
+    "tokens": lambda layer: _format(layer.tokens, ",d"),
+    "damping": lambda layer: _format(layer.damping, ".2g"),
+    "initialize": lambda layer: _format(layer.losses.get("initialize"), ".3g"),
+    "assign": lambda layer: _format(layer.losses.get("assign"), ".3g"),
+    "refine": lambda layer: _format(layer.losses.get("refine"), ".3g"),
+    "held out": lambda layer: _format(_last_held_out(layer), ".3g"),
+    "seconds": lambda layer: _format(sum(layer.seconds.values()) if layer.seconds else None, ".2f"),
+    "reason": lambda layer: layer.reason,
+}

@@ -1,0 +1,157 @@
+"""The problem that every step solves: which weights, under which metric.
+
+Symbols (docstrings of this folder use the paper's letters):
+
+    W   (N, K)  full-precision weight            H   (K, K)  E[x xᵀ], x on the quantised stream
+    W'  (N, K)  target, see below                R   (K, K)  E[(x − x̃) xᵀ], x̃ on the full-precision stream
+    Q   (N, K)  quantised weight                 λ           damping, relative to mean(diag H)
+
+The output error is  E‖Qx − Wx̃‖² = (Q−W) H (Q−W)ᵀ + 2 W R (Q−W)ᵀ + const.  Completing the square,
+W' = W − W R H⁻¹ turns it into (Q−W') H (Q−W')ᵀ + const: the error of earlier layers is a change of
+the target and enters here and nowhere else. H is damped, H + λ·mean(diag H)·I, wherever it is
+inverted or minimised; losses that are reported use the undamped H.
+"""
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tsq_layers.config import QuantConfig
+from tsq_layers.errors import CalibrationError, DampingWarning, LayerError, SingularHessianError
+from tsq_layers.records import LayerStatistics
+from tsq_layers.sync import to_host
+
+_LARGEST_DAMPING = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """Target and metric of one layer, or of layers that share their input, ready to be solved.
+
+    Attributes:
+        weight: W, float32 (N, K).
+        grid_target: what grids and codes approximate, float32 (N, K): W' if the deviation enters
+            every step, else W.
+        refine_target: what stage 2 approximates, float32 (N, K): W', or W without deviation.
+        hessian: damped H, float32 (K, K), a mean over tokens.
+        factor: U upper triangular with H⁻¹ = UᵀU, rows and columns in processing order (K, K).
+        order: the processing order of the columns, int64 (K,).
+        damping: the λ that was used.
+        ridge: λ·mean(diag H), a scalar tensor.
+    """
+
+    weight: Tensor
+    grid_target: Tensor
+    refine_target: Tensor
+    hessian: Tensor
+    factor: Tensor
+    order: Tensor
+    damping: float
+    ridge: Tensor
+
+
+def build(weight: Tensor, statistics: LayerStatistics, config: QuantConfig, name: str = "layer") -> Problem:
+    """Check what was given, damp and factorise H, and shift the target.
+
+    Args:
+        weight: W, any float dtype (N, K).
+        statistics: sums over the calibration tokens.
+        config: damping, act_order and deviation are used.
+        name: how messages call the layer.
+
+    Raises:
+        LayerError: shapes that do not fit, or NaN or inf in the weight.
+        CalibrationError: no tokens, or NaN or inf in the statistics.
+        SingularHessianError: no damping up to 1 makes H positive definite.
+    """
+    weight = weight.detach().to(torch.float32)
+    if weight.dim() != 2 or weight.shape[1] != statistics.columns:
+        raise LayerError(f"{name}: weight has shape {tuple(weight.shape)}, its statistics are for {statistics.columns} columns; give (N, {statistics.columns})")
+    _check_values(weight, statistics, name)
+    count = statistics.count.to(statistics.hessian.dtype)
+    hessian = (statistics.hessian / count).to(torch.float32)
+    diagonal = hessian.diagonal()
+    order = torch.argsort(diagonal, descending=True) if config.act_order else torch.arange(len(diagonal), device=diagonal.device)
+    damped, factor, damping, ridge = factorise(hessian, order, config.damping, name)
+    shifted = weight
+    if config.uses_deviation and statistics.deviation is not None:
+        deviation = (statistics.deviation / count).to(torch.float32)
+        shifted = shift_target(weight, deviation, factor, order, config.deviation_strength)
+    return Problem(
+        weight=weight,
+        grid_target=shifted if config.deviation == "target" else weight,
+        refine_target=shifted,
+        hessian=damped,
+        factor=factor,
+        order=order,
+        damping=damping,
+        ridge=ridge,
+    )
+
+
+def factorise(hessian: Tensor, order: Tensor, damping: float, name: str = "layer") -> tuple[Tensor, Tensor, float, Tensor]:
+    """Damp H and factorise its inverse in processing order.
+
+    With H (reordered) = V Vᵀ, V upper triangular, the factor of the inverse is U = V⁻¹: one
+    Cholesky factorisation of the flipped matrix and one triangular solve, no explicit inverse.
+
+    Returns:
+        damped H (K, K) in the original order, U (K, K) in processing order with H⁻¹ = UᵀU, the λ
+        that was used, and λ·mean(diag H).
+
+    Raises:
+        SingularHessianError: not even λ = 1 was enough. Every λ above the given one warns.
+    """
+    mean = hessian.diagonal().mean()
+    mean = torch.where(mean > 0, mean, torch.ones_like(mean))  # a layer that only saw zeros: the identity
+    used = damping
+    while True:
+        ridge = used * mean
+        damped = hessian + torch.diag_embed(ridge.expand(hessian.shape[0]))
+        lower, info = torch.linalg.cholesky_ex(damped[order][:, order].flip(0, 1))
+        if not to_host(info)[0]:
+            break
+        if used >= _LARGEST_DAMPING:
+            raise SingularHessianError(
+                f"{name}: the Hessian is not positive definite even with damping {used:g}; calibrate with more, or more varied, data, or look for overflow in the activations"
+            )
+        used = min(used * 10, _LARGEST_DAMPING)
+    if used != damping:
+        warnings.warn(f"{name}: damping was raised from {damping:g} to {used:g} to factorise the Hessian; more calibration tokens make this unnecessary", DampingWarning, stacklevel=2)
+    identity = torch.eye(hessian.shape[0], dtype=hessian.dtype, device=hessian.device)
+    factor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+    return damped, factor, used, ridge
+
+
+def shift_target(weight: Tensor, deviation: Tensor, factor: Tensor, order: Tensor, strength: float) -> Tensor:
+    """W' = W − strength · W R H⁻¹, (N, K); ``factor`` and ``order`` as in :class:`Problem`.
+
+    At strength 1 this is the least-squares refit of the full-precision outputs from the
+    quantised stream's inputs; a smaller strength is the propagation strength of QEP (arXiv
+    2504.09629) and regularises an R that is estimated from few tokens.
+    """
+    pulled = (weight @ deviation[:, order]) @ factor.T @ factor
+    shift = torch.empty_like(pulled)
+    shift[:, order] = pulled
+    return weight - strength * shift
+
+
+def squared_error(difference: Tensor, hessian: Tensor) -> Tensor:
+    """Mean squared output error of each row, diag(D H Dᵀ), for a weight difference D (N, K) → (N,)."""
+    return ((difference @ hessian) * difference).sum(1)
+
+
+def _check_values(weight: Tensor, statistics: LayerStatistics, name: str) -> None:
+    bad_weights = (~torch.isfinite(weight)).sum()
+    bad_statistics = (~torch.isfinite(statistics.hessian)).sum()
+    if statistics.deviation is not None:
+        bad_statistics = bad_statistics + (~torch.isfinite(statistics.deviation)).sum()
+    weights, inputs, count = to_host(bad_weights, bad_statistics, statistics.count)
+    if weights:
+        raise LayerError(f"{name}: {weights:.0f} of its weights are NaN or inf; repair the checkpoint, or add the layer to skip")
+    if not count > 0:
+        raise CalibrationError(f"{name}: its statistics hold no tokens; run calibration data through it, or add it to skip")
+    if inputs:
+        raise CalibrationError(f"{name}: NaN or inf in its input statistics; look at the calibration data and for overflow in half precision, or add the layer to skip")

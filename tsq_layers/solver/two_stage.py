@@ -1,0 +1,216 @@
+"""`TwoStageGroupQuantizer`: the paper's algorithm box, one layer at a time.
+
+    1.  scales, zeros  ←  group-wise reconstruction loss, H_ii               (stage 1)
+    2.  codes          ←  GPTQ on these grids, whole H
+    3.  scales         ←  layer-wise loss, codes frozen, closed form         (stage 2)
+
+The error R of earlier layers changes the target of all three, or of stage 2 only. The baselines
+fit the same box: ``"rtn"`` is min-max grids and nearest codes, ``"gptq"`` is weight-MSE grids and
+step 2.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tsq_layers import grid
+from tsq_layers.config import QuantConfig
+from tsq_layers.errors import LayerError, StateError
+from tsq_layers.records import LayerStatistics, QuantizedWeight
+from tsq_layers.solver import gptq, objective, stage1, stage2
+from tsq_layers.sync import clock
+
+
+@dataclass(frozen=True, eq=False)
+class SolverResult:
+    """What a solver returns: the weight, and what each step did to every row.
+
+    Attributes:
+        weight: codes, scales, zero points.
+        losses: step (``"initialize"``, ``"assign"``, ``"refine"``) → mean squared output error of
+            each row against the target, undamped H, float32 (N,).
+        held_out_losses: the same on held-out statistics, if there were any.
+        signal: mean squared target output of each row, (N,); losses ÷ signal are relative.
+        objective: what stage 2 minimises (damped H and pull, made non-negative by its constant),
+            of each row: after GPTQ (``"assign"``) and for both solvers (``"descent"``, ``"exact"``).
+        damping: the λ that was used; ``None`` if H was not needed.
+        seconds: step → wall time.
+    """
+
+    weight: QuantizedWeight
+    losses: Mapping[str, Tensor]
+    held_out_losses: Mapping[str, Tensor]
+    signal: Tensor | None
+    objective: Mapping[str, Tensor]
+    damping: float | None
+    seconds: Mapping[str, float]
+
+
+@dataclass(eq=False)
+class _Progress:
+    """What the steps have found so far."""
+
+    scales: Tensor | None = None
+    zeros: Tensor | None = None
+    codes: Tensor | None = None
+    objective: dict[str, Tensor] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class TwoStageGroupQuantizer:
+    """Quantise one weight matrix, or several stacked ones that share their input.
+
+    Two-Stage Grid Optimization for Group-wise Quantization of LLMs, arXiv 2602.02126. Inputs are
+    not modified. Every row is independent, so a stack of layers is solved as one.
+
+    Args:
+        weight: W, any float dtype (N, K).
+        statistics: sums over the calibration tokens; may be ``None`` for ``method="rtn"``.
+        config: how; ``skip`` and ``overrides`` are not looked at.
+        name: how messages call the layer.
+
+    Raises:
+        LayerError, CalibrationError, SingularHessianError: as :func:`objective.build` says.
+
+    Example:
+        >>> x, w = torch.randn(512, 64), torch.randn(32, 64)
+        >>> statistics = LayerStatistics(x.T @ x, torch.tensor(512))
+        >>> quantizer = TwoStageGroupQuantizer(w, statistics, QuantConfig(bits=2, group_size=16))
+        >>> result = quantizer.run()
+        >>> bool(result.losses["refine"].sum() <= result.losses["assign"].sum() * 1.01)
+        True
+    """
+
+    def __init__(self, weight: Tensor, statistics: LayerStatistics | None, config: QuantConfig, *, name: str = "layer") -> None:
+        if weight.dim() != 2 or not weight.is_floating_point():
+            raise LayerError(f"{name}: weight is {weight.dtype} of shape {tuple(weight.shape)}; give a floating-point matrix (N, K)")
+        if statistics is None and config.needs_calibration:
+            raise LayerError(f"{name}: method {config.method!r} needs statistics of the layer's input; calibrate, or use method='rtn'")
+        self.config, self.name = config, name
+        self.group_size = min(config.group_size or weight.shape[1], weight.shape[1])
+        self._weight = weight.detach().to(torch.float32)
+        self._state = _Progress()
+        started = clock(weight)
+        self.problem = None if statistics is None else objective.build(weight, statistics, config, name)
+        self._state.seconds["factorise"] = clock(weight) - started
+
+    def initialize_scales(self) -> None:
+        """Step 1: scales and zero points, by the grids of the configured method."""
+        started, config = clock(self._weight), self.config
+        if config.method == "two-stage":
+            scales, zeros = stage1.hessian_grids(self.target, self._problem.hessian, config.bits, self.group_size, config.symmetric)
+        elif config.method == "gptq":
+            scales, zeros = stage1.weight_grids(self._weight, config.bits, self.group_size, config.symmetric)
+        else:
+            scales, zeros = grid.minmax(self._weight, config.bits, self.group_size, config.symmetric)
+        self._state = _Progress(seconds={"factorise": self._state.seconds["factorise"]})
+        self._state.scales, self._state.zeros = grid.storable(scales, config.torch_scale_dtype), zeros
+        self._state.seconds["initialize"] = clock(self._weight) - started
+
+    def assign_codes(self) -> None:
+        """Step 2: codes on the present grids, by GPTQ (nearest codes for ``method="rtn"``)."""
+        started = clock(self._weight)
+        scales, zeros = self._grids()
+        if self.config.method == "rtn":
+            self._state.codes = grid.quantize(self._weight, scales, zeros, self.config.bits, self.group_size)
+        else:
+            problem = self._problem
+            self._state.codes = gptq.assign(self.target, problem.factor, problem.order, scales, zeros, self.config.bits, self.group_size)
+        self._state.seconds["assign"] = clock(self._weight) - started
+
+    def refine_scales(self) -> None:
+        """Step 3: all scales on the layer-wise loss, codes frozen; two-stage only."""
+        if self.config.method != "two-stage" or self.config.refine == "none":
+            return
+        started = clock(self._weight)
+        scales, zeros = self._grids()
+        steps = grid.centered(self._codes(), zeros, self.group_size)
+        small = stage2.small_problem(steps, self._problem.refine_target, self._problem.hessian, scales, self.group_size, self.config.refine_ridge)
+        solutions = {"descent": stage2.descent(small, self.config.refine_sweeps)}
+        solutions["exact"] = stage2.exact(small, fallback=solutions["descent"])
+        self._state.scales = stage2.accept(small, solutions[self.config.refine], self.config.torch_scale_dtype)
+        self._state.seconds["refine"] = clock(self._weight) - started
+        constant = objective.squared_error(self._problem.refine_target, self._problem.hessian)
+        found = {"assign": scales, **solutions}
+        self._state.objective = {step: small.objective(value) + constant for step, value in found.items()}
+
+    def run(self, held_out: LayerStatistics | None = None) -> SolverResult:
+        """All steps, with the loss after each; ``held_out`` adds losses on tokens not fitted."""
+        losses: dict[str, Tensor] = {}
+        held_out_losses: dict[str, Tensor] = {}
+        for step, action in (("initialize", self.initialize_scales), ("assign", self.assign_codes), ("refine", self.refine_scales)):
+            action()
+            if self.problem is None or step not in self._state.seconds:
+                continue
+            losses[step] = self.row_losses()
+            if held_out is not None:
+                held_out_losses[step] = self.row_losses(held_out)
+        return SolverResult(
+            weight=self.quantized_weight(),
+            losses=losses,
+            held_out_losses=held_out_losses,
+            signal=None if self.problem is None else self._error(self._problem.refine_target, None),
+            objective=self._state.objective,
+            damping=None if self.problem is None else self.problem.damping,
+            seconds=self._state.seconds,
+        )
+
+    def loss(self, statistics: LayerStatistics | None = None) -> Tensor:
+        """Mean squared output error per token, summed over rows, of the present state (a scalar).
+
+        Measured against the target under the undamped H of the fitted statistics, or of the
+        given (held-out) ones. Before :meth:`assign_codes` the nearest codes are taken.
+        """
+        return self.row_losses(statistics).sum()
+
+    def row_losses(self, statistics: LayerStatistics | None = None) -> Tensor:
+        """:meth:`loss` of each row, float32 (N,)."""
+        return self._error(self._dequantized() - self._problem.refine_target, statistics)
+
+    def quantized_weight(self) -> QuantizedWeight:
+        """The present codes, scales and zero points."""
+        scales, zeros = self._grids()
+        return QuantizedWeight(
+            codes=self._codes(),
+            scales=scales.to(self.config.torch_scale_dtype),
+            zeros=zeros.to(torch.uint8),
+            bits=self.config.bits,
+            group_size=self.group_size,
+            symmetric=self.config.symmetric,
+        )
+
+    @property
+    def target(self) -> Tensor:
+        """W', what grids and codes approximate, float32 (N, K)."""
+        return self._problem.grid_target
+
+    @property
+    def _problem(self) -> objective.Problem:
+        if self.problem is None:
+            raise StateError(f"{self.name}: no statistics were given, so there is no loss to speak of; pass LayerStatistics")
+        return self.problem
+
+    def _grids(self) -> tuple[Tensor, Tensor]:
+        if self._state.scales is None or self._state.zeros is None:
+            raise StateError(f"{self.name}: there are no scales yet; call initialize_scales() first, or run()")
+        return self._state.scales, self._state.zeros
+
+    def _codes(self) -> Tensor:
+        if self._state.codes is None:
+            raise StateError(f"{self.name}: there are no codes yet; call assign_codes() first, or run()")
+        return self._state.codes
+
+    def _dequantized(self) -> Tensor:
+        scales, zeros = self._grids()
+        codes = self._state.codes
+        if codes is None:
+            codes = grid.quantize(self.target, scales, zeros, self.config.bits, self.group_size)
+        return grid.dequantize(codes, scales, zeros, self.group_size)
+
+    def _error(self, difference: Tensor, statistics: LayerStatistics | None) -> Tensor:
+        if statistics is not None:
+            return objective.squared_error(difference, (statistics.hessian / statistics.count).to(torch.float32))
+        damped = objective.squared_error(difference, self._problem.hessian)
+        return damped - self._problem.ridge * difference.square().sum(1)

@@ -1,0 +1,252 @@
+"""`prepare`, `calibrate`, `convert`, and `quantize`, the three in one call."""
+
+import time
+import warnings
+from collections.abc import Iterable
+
+from torch import nn
+
+from tsq_layers import preparation as preparations
+from tsq_layers.calibration import Batch, Calibration, Forward, PaddingMask, attention_mask, checked_batches, default_forward
+from tsq_layers.config import QuantConfig
+from tsq_layers.errors import CalibrationError, SkippedLayerWarning, StateError
+from tsq_layers.observer import HessianObserver
+from tsq_layers.preparation import Preparation, Solved
+from tsq_layers.report import LayerReport, Report, library_versions, model_bytes
+from tsq_layers.solving import solve
+
+
+def prepare(model: nn.Module, config: QuantConfig) -> nn.Module:
+    """Attach an observer to every layer that ``config`` does not skip. Changes no output.
+
+    Undone by :func:`unprepare`. Between ``prepare`` and :func:`convert` either call
+    :func:`calibrate`, or run the model on data in a loop of your own; the latter is the one-pass
+    form: H from the full-precision model, no deviation.
+
+    Args:
+        model: any module on a real device; its ``nn.Linear`` and transformers ``Conv1D`` layers are targets.
+        config: what to do with each.
+
+    Returns:
+        the same model.
+
+    Raises:
+        StateError: not a module, or one that is already prepared or converted.
+        ConfigError: the configuration leaves no layer.
+        LayerError: a weight on the meta device, or NaN or inf in it.
+
+    Warns:
+        UnmatchedPatternWarning: a pattern of ``config`` matches no layer.
+        SkippedLayerWarning: a layer is left alone because its weight is tied to another module's.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
+        >>> _ = prepare(model, QuantConfig(bits=4, group_size=16))
+        >>> for _ in range(8):
+        ...     _ = model(torch.randn(64, 32))
+        >>> type(convert(model)[0]).__name__
+        'QuantLinear'
+    """
+    preparation = preparations.inspect(model, config)
+    for name, target in preparation.targets.items():
+        if target.config.needs_calibration:
+            preparation.observers[name] = HessianObserver(target.weight.shape[1])
+    preparation.attach()
+    preparations.store(model, preparation)
+    return model
+
+
+def unprepare(model: nn.Module) -> nn.Module:
+    """Undo :func:`prepare`: the model is as it was before.
+
+    Raises:
+        StateError: the model is not prepared.
+    """
+    preparations.remove(model)
+    return model
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    held_out: Iterable[Batch] | None = None,
+    paired: bool | None = None,
+    forward: Forward = default_forward,
+    padding_mask: PaddingMask = attention_mask,
+    progress: bool | None = None,
+) -> nn.Module:
+    """Solve every layer, sequentially, from paired passes. :func:`convert` then swaps them in.
+
+    Every batch runs through the network twice, once in full precision and once with every layer
+    quantised that comes before; all passes advance together from layer to layer, and a layer is
+    solved when they reach it. One more pass, on the first batch, records the order of the layers
+    and which of them share an input. Passes end at the last layer that is to be solved.
+
+    Args:
+        model: a prepared model. It runs in evaluation mode without gradients.
+        batches: a tensor, a tuple (positional arguments) or a dict (keyword arguments) each, on
+            any device; a ``padding`` token is left out by an ``attention_mask`` among the keywords.
+        held_out: batches of which only the loss is reported.
+        paired: ``False`` leaves the full-precision pass out: half the work, and no deviation.
+            ``None`` runs it if the configuration makes use of it.
+        forward: ``forward(model, batch)`` runs a batch of any other form.
+        padding_mask: ``padding_mask(batch, layer_name, x)`` gives a mask shaped like ``x`` without
+            its last dimension (0 is padding), or ``None`` if all tokens count.
+        progress: show a progress bar; ``None`` shows one on a terminal only.
+
+    Returns:
+        the same model, unchanged but for the results that wait for :func:`convert`. When anything
+        is raised, a forward's own exception or Ctrl-C included, the model is prepared as before.
+
+    Raises:
+        StateError: the model is not prepared, or already calibrated.
+        CalibrationError: no batches, NaN or inf in a layer's input; LayerError and
+            SingularHessianError as the solver says.
+
+    Warns:
+        FewTokensWarning: a layer saw fewer than 16 tokens for each of its input columns.
+        SkippedLayerWarning: a layer was never called; it stays in full precision.
+    """
+    preparation = preparations.fetch(model, "calibrate")
+    if preparation.solved is not None:
+        raise StateError("the model is already calibrated; call convert(model), or unprepare(model) to start again")
+    if paired is None:
+        paired = any(target.config.uses_deviation for target in preparation.targets.values())
+    fitted = checked_batches(batches, "batches")
+    others = [] if held_out is None else checked_batches(held_out, "held_out")
+    started = time.perf_counter()
+    preparation.detach()
+    try:
+        solved = Calibration(model, preparation, fitted, others, paired, forward, padding_mask, progress).run()
+    except BaseException:
+        preparation.attach()
+        raise
+    _warn_never_called(preparation, solved)
+    preparation.solved, preparation.paired = solved, paired
+    preparation.seconds = time.perf_counter() - started
+    return model
+
+
+def convert(model: nn.Module) -> nn.Module:
+    """Put a ``QuantLinear`` in the place of every solved layer, and a report on the model.
+
+    Without a :func:`calibrate` before it, layers are solved from what the observers have seen.
+
+    Args:
+        model: a prepared model.
+
+    Returns:
+        the same model (the twin, if the model itself is a single layer), with ``tsq_report``.
+
+    Raises:
+        StateError: the model is not prepared.
+        CalibrationError: no observer saw any data.
+        LayerError, SingularHessianError: as the solver says; the model is left as it was.
+    """
+    preparation = preparations.fetch(model, "convert")
+    before, versions = model_bytes(model), library_versions()
+    solved = preparation.solved
+    if solved is None:
+        started = time.perf_counter()
+        solved = _solve_observed(preparation)
+        preparation.seconds = time.perf_counter() - started
+        _warn_never_called(preparation, solved)
+    targets = preparation.targets
+    twins = {id(targets[name].module): targets[name].kind.twin(targets[name].module, layer.weight) for name, layer in solved.items()}
+    preparations.remove(model)
+    model = _swapped(model, twins)
+    model.tsq_report = Report(  # type: ignore[assignment]
+        layers=_all_reports(preparation, solved),
+        config=preparation.config,
+        size_before=before,
+        size_after=model_bytes(model),
+        paired=preparation.paired,
+        seconds=preparation.seconds,
+        versions=versions,
+    )
+    return model
+
+
+def quantize(
+    model: nn.Module,
+    config: QuantConfig,
+    batches: Iterable[Batch] | None = None,
+    *,
+    held_out: Iterable[Batch] | None = None,
+    paired: bool | None = None,
+    forward: Forward = default_forward,
+    padding_mask: PaddingMask = attention_mask,
+    progress: bool | None = None,
+) -> nn.Module:
+    """:func:`prepare`, :func:`calibrate` and :func:`convert` in one call; in place.
+
+    Args:
+        batches: may be ``None`` if no method in ``config`` needs calibration (``method="rtn"``).
+
+    Everything else is as for the three functions. When anything is raised, the model is as it was.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
+        >>> model = quantize(model, QuantConfig(bits=4, group_size=16), [torch.randn(512, 32)])
+        >>> model.tsq_report.layers[0].bits
+        4
+    """
+    prepare(model, config)
+    try:
+        if batches is not None:
+            calibrate(model, batches, held_out=held_out, paired=paired, forward=forward, padding_mask=padding_mask, progress=progress)
+        return convert(model)
+    except BaseException:
+        if preparations.is_prepared(model):
+            unprepare(model)
+        raise
+
+
+def _solve_observed(preparation: Preparation) -> dict[str, Solved]:
+    observers = preparation.observers
+    seen = {name for name, observer in observers.items() if observer.hessian is not None}
+    if observers and not seen:
+        raise CalibrationError("no layer saw any data; call calibrate(model, batches), or run the prepared model on data, before convert")
+    solved: dict[str, Solved] = {}
+    for name, target in preparation.targets.items():
+        if name not in observers:
+            solved |= solve([target], None)
+        elif name in seen:
+            solved |= solve([target], observers[name].statistics())
+    return solved
+
+
+def _warn_never_called(preparation: Preparation, solved: dict[str, Solved]) -> None:
+    missing = [name for name in preparation.targets if name not in solved]
+    if missing:
+        shown = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
+        warnings.warn(
+            f"{len(missing)} layers were never called and stay in full precision: {shown}; calibrate with data that reaches them, or add them to skip",
+            SkippedLayerWarning,
+            stacklevel=3,
+        )
+
+
+def _all_reports(preparation: Preparation, solved: dict[str, Solved]) -> tuple[LayerReport, ...]:
+    reports = []
+    for name, target in preparation.targets.items():
+        if name in solved:
+            reports.append(solved[name].report)
+        else:
+            rows, columns = target.weight.shape
+            reason = "no calibration batch reached it"
+            reports.append(LayerReport(name=name, kind=target.kind.name, rows=rows, columns=columns, status="never called", reason=reason))
+    return tuple(reports + preparation.left_alone)
+
+
+def _swapped(model: nn.Module, twins: dict[int, nn.Module]) -> nn.Module:
+    """Replace modules by identity, wherever they hang; returns the new root."""
+    if id(model) in twins:
+        return twins[id(model)]
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if id(child) in twins:
+                parent._modules[name] = twins[id(child)]
+    return model
+
