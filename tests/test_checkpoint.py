@@ -2,7 +2,6 @@
 
 import ast
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,9 @@ from tsq_layers.records import QuantizedWeight
 from tsq_layers.report import LayerReport, Report, memory_extent
 
 REPORT = Report(
-    layers=(LayerReport(name="up", kind="Linear", rows=6, columns=10, status="quantized", bits=3, losses={"assign": 0.1}),),
+    layers=(
+        LayerReport(name="up", kind="Linear", rows=6, columns=10, status="quantized", bits=3, losses={"assign": 0.1}),
+    ),
     config=QuantConfig(bits=3, group_size=4),
     size_before=1000,
     size_after=100,
@@ -33,7 +34,14 @@ REPORT = Report(
 )
 
 
-def quantized(weight: Tensor, bias: Tensor | None = None, *, bits: int = 3, symmetric: bool = False, scales: torch.dtype = torch.float16) -> QuantLinear:
+def quantized(
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    bits: int = 3,
+    symmetric: bool = False,
+    scales: torch.dtype = torch.float16,
+) -> QuantLinear:
     """A float (N, K) weight rounded to the nearest codes of its min-max grid, groups of 4."""
     weight = weight.detach()
     scales_NG, zeros_NG = grid.minmax(weight.float(), bits, 4, symmetric)
@@ -93,7 +101,9 @@ def assert_same(model: nn.Module, other: nn.Module) -> None:
 def snapshot(model: nn.Module) -> list[Any]:
     """Which objects a model is made of, and its values; equal snapshots are the same model."""
     modules = [(name, id(module), sorted(vars(module))) for name, module in model.named_modules()]
-    tensors = [(name, id(tensor), "meta" if tensor.is_meta else tensor.tolist()) for name, tensor in values(model).items()]
+    tensors = [
+        (name, id(tensor), "meta" if tensor.is_meta else tensor.tolist()) for name, tensor in values(model).items()
+    ]
     return [modules, tensors]
 
 
@@ -131,7 +141,9 @@ def test_round_trip_is_bit_equal(tmp_path: Path, device: str, dtype: torch.dtype
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("scales", [torch.float16, torch.bfloat16, torch.float32])
-def test_a_model_that_is_a_layer_comes_back_as_a_layer(tmp_path: Path, bits: int, symmetric: bool, scales: torch.dtype) -> None:
+def test_a_model_that_is_a_layer_comes_back_as_a_layer(
+    tmp_path: Path, bits: int, symmetric: bool, scales: torch.dtype
+) -> None:
     original = quantized(torch.randn(6, 10), torch.randn(6), bits=bits, symmetric=symmetric, scales=scales)
     save(original, tmp_path)
     fresh = nn.Linear(10, 6)
@@ -232,7 +244,9 @@ def test_buffers_that_are_not_persistent_may_differ(saved: Path) -> None:
 
 
 def tied_net(*, tie: bool = True) -> nn.Module:
-    model = nn.ModuleDict({"embed": nn.Embedding(6, 10), "layer": nn.Linear(10, 6), "head": nn.Linear(10, 6, bias=False)})
+    model = nn.ModuleDict(
+        {"embed": nn.Embedding(6, 10), "layer": nn.Linear(10, 6), "head": nn.Linear(10, 6, bias=False)}
+    )
     if tie:
         model["head"].weight = model["embed"].weight
     return model
@@ -275,7 +289,9 @@ def test_a_quantized_layer_under_two_names_is_one_layer_again(tmp_path: Path) ->
 def test_load_refuses_one_module_for_two_stored_values(tmp_path: Path) -> None:
     save(nn.ModuleDict({"a": nn.LayerNorm(4), "b": nn.LayerNorm(4), "layer": quantized(torch.randn(6, 10))}), tmp_path)
     norm = nn.LayerNorm(4)
-    with pytest.raises(CheckpointError, match=r"'a.weight' and 'b.weight' belong to one module in this model but are two tensors"):
+    with pytest.raises(
+        CheckpointError, match=r"'a.weight' and 'b.weight' belong to one module in this model but are two tensors"
+    ):
         load(tmp_path, nn.ModuleDict({"a": norm, "b": norm, "layer": nn.Linear(10, 6)}))
 
 
@@ -284,7 +300,13 @@ def test_a_tied_llama_stays_tied_and_gives_the_same_outputs(tmp_path: Path, devi
     transformers = pytest.importorskip("transformers")
 
     def build() -> nn.Module:
-        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+        sizes = {
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+        }
         config = transformers.LlamaConfig(vocab_size=32, **sizes, tie_word_embeddings=True)
         return transformers.LlamaForCausalLM(config).eval()
 
@@ -308,7 +330,16 @@ def test_a_tied_llama_stays_tied_and_gives_the_same_outputs(tmp_path: Path, devi
 
 def test_description_layout_is_pinned(saved: Path) -> None:
     content = json.loads((saved / "tsq.json").read_text(encoding="utf-8"))
-    assert list(content) == ["format", "schema_version", "library_version", "header_sha256", "layers", "aliases", "tensors", "report"]
+    assert list(content) == [
+        "format",
+        "schema_version",
+        "library_version",
+        "header_sha256",
+        "layers",
+        "aliases",
+        "tensors",
+        "report",
+    ]
     assert (content["format"], content["schema_version"]) == ("tsq_layers", 1)
     assert content["layers"]["up"] == {
         "in_features": 10,
@@ -320,7 +351,10 @@ def test_description_layout_is_pinned(saved: Path) -> None:
         "scale_dtype": "float16",
         "dtype": "float32",
     }
-    assert content["layers"]["down"] | {"symmetric": True, "bias": False, "scale_dtype": "bfloat16"} == content["layers"]["down"]
+    assert (
+        content["layers"]["down"] | {"symmetric": True, "bias": False, "scale_dtype": "bfloat16"}
+        == content["layers"]["down"]
+    )
     assert content["tensors"]["embed.weight"] == {"dtype": "float32", "shape": [7, 10]}
     assert content["tensors"]["non_persistent:shift"] == {"dtype": "float32", "shape": [10]}
     assert content["aliases"] == {}
@@ -337,7 +371,10 @@ def test_aliases_are_pinned(tmp_path: Path) -> None:
 def test_tensor_names_are_pinned(saved: Path) -> None:
     stored = load_file(saved / "model.safetensors")
     norm = {f"norm.{name}" for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")}
-    layers = {f"up.{name}" for name in ("words", "scale_bits", "zero_words", "bias")} | {"down.words", "down.scale_bits"}
+    layers = {f"up.{name}" for name in ("words", "scale_bits", "zero_words", "bias")} | {
+        "down.words",
+        "down.scale_bits",
+    }
     assert set(stored) == {"embed.weight", "non_persistent:shift"} | norm | layers
     with safe_open(saved / "model.safetensors", framework="pt") as file:
         assert file.metadata()["format"] == "pt"
@@ -379,7 +416,7 @@ def test_a_full_disk_is_named_and_leaves_the_old_checkpoint(saved: Path, monkeyp
 
 
 def test_a_crash_between_the_two_renames_is_noticed(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = os.replace
+    real = Path.replace
 
     def once(source: Path, target: Path) -> None:
         real(source, target)
@@ -387,7 +424,7 @@ def test_a_crash_between_the_two_renames_is_noticed(saved: Path, monkeypatch: py
 
     changed = quantized_net()
     del changed.tsq_report  # the same tensors: only the two files' bond can tell
-    monkeypatch.setattr(os, "replace", once)
+    monkeypatch.setattr(Path, "replace", once)
     with pytest.raises(KeyboardInterrupt):
         save(changed, saved)
     with pytest.raises(CheckpointError, match=r"are of different saves; copy the whole directory again"):
@@ -432,7 +469,9 @@ def test_save_refuses_extra_state(tmp_path: Path) -> None:
 def test_save_refuses_tensors_that_overlap_without_being_the_same(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False), quantized(torch.randn(6, 10)))
     model[1].weight = nn.Parameter(model[0].weight.detach().T)
-    with pytest.raises(CheckpointError, match=r"tensors '0.weight' and '1.weight' share memory but are not the same tensor.*clone"):
+    with pytest.raises(
+        CheckpointError, match=r"tensors '0.weight' and '1.weight' share memory but are not the same tensor.*clone"
+    ):
         save(model, tmp_path)
 
 
@@ -481,30 +520,72 @@ def change(*path: str, to: object) -> Callable[[Path], None]:
 
 
 DAMAGE = {
-    "no directory": (lambda directory: directory.rename(directory.with_name("moved")), r"no tsq.json in .*saved: give the directory"),
+    "no directory": (
+        lambda directory: directory.rename(directory.with_name("moved")),
+        r"no tsq.json in .*saved: give the directory",
+    ),
     "no description": (remove("tsq.json"), r"no tsq.json in .*saved: give the directory that tsq.save wrote"),
-    "no tensors": (remove("model.safetensors"), r"no model.safetensors in .*saved, only tsq.json; copy the whole directory"),
-    "empty tensors": (overwrite("model.safetensors", b""), r"model.safetensors in .* cannot be read, it is damaged or incomplete"),
-    "foreign tensors": (overwrite("model.safetensors", b"\xff" * 400), r"model.safetensors in .* cannot be read, it is damaged"),
-    "truncated tensors": (truncate, r"model.safetensors in .* cannot be read, it is damaged or incomplete: .*save the model again"),
-    "tensor removed": (store(lambda tensors: tensors.pop("up.words")), r"tensor 'up.words' is missing in model.safetensors: .* different saves"),
-    "tensor added": (store(lambda tensors: tensors.update(more=torch.ones(1))), r"tensor 'more' is missing in tsq.json: .* different saves"),
+    "no tensors": (
+        remove("model.safetensors"),
+        r"no model.safetensors in .*saved, only tsq.json; copy the whole directory",
+    ),
+    "empty tensors": (
+        overwrite("model.safetensors", b""),
+        r"model.safetensors in .* cannot be read, it is damaged or incomplete",
+    ),
+    "foreign tensors": (
+        overwrite("model.safetensors", b"\xff" * 400),
+        r"model.safetensors in .* cannot be read, it is damaged",
+    ),
+    "truncated tensors": (
+        truncate,
+        r"model.safetensors in .* cannot be read, it is damaged or incomplete: .*save the model again",
+    ),
+    "tensor removed": (
+        store(lambda tensors: tensors.pop("up.words")),
+        r"tensor 'up.words' is missing in model.safetensors: .* different saves",
+    ),
+    "tensor added": (
+        store(lambda tensors: tensors.update(more=torch.ones(1))),
+        r"tensor 'more' is missing in tsq.json: .* different saves",
+    ),
     "rewritten tensors": (store(lambda tensors: None), r"model.safetensors and tsq.json in .* are of different saves"),
     "binary description": (overwrite("tsq.json", b"\xff\xfe"), r"cannot read tsq.json in .*utf-8"),
-    "cut description": (overwrite("tsq.json", b'{"format": "tsq'), r"tsq.json is not JSON: .* damaged or was changed by hand"),
+    "cut description": (
+        overwrite("tsq.json", b'{"format": "tsq'),
+        r"tsq.json is not JSON: .* damaged or was changed by hand",
+    ),
     "list": (overwrite("tsq.json", b"[]"), r"not a checkpoint of tsq.save; give the directory that tsq.save wrote"),
     "foreign": (change("format", to="gguf"), r"not a checkpoint of tsq.save"),
-    "newer": (change("schema_version", to=2), r"schema_version=2, written by tsq_layers .*; this version reads 1: upgrade tsq_layers"),
+    "newer": (
+        change("schema_version", to=2),
+        r"schema_version=2, written by tsq_layers .*; this version reads 1: upgrade tsq_layers",
+    ),
     "unknown key": (change("extra", to=1), r"tsq.json has unknown key 'extra'"),
     "type": (change("layers", to=[]), r"tsq.json has a list under 'layers'"),
-    "missing key": (lambda directory: edit(directory, lambda content: content.pop("aliases")), r"tsq.json lacks key 'aliases'"),
+    "missing key": (
+        lambda directory: edit(directory, lambda content: content.pop("aliases")),
+        r"tsq.json lacks key 'aliases'",
+    ),
     "unknown layer key": (change("layers", "up", "rank", to=1), r"layer 'up' has unknown key 'rank'"),
     "layer type": (change("layers", "up", "bits", to="3"), r"layer 'up': bits='3' is not int"),
     "layer bits": (change("layers", "up", "bits", to=11), r"layer 'up' in tsq.json: .*11"),
-    "layer dtype": (change("layers", "up", "dtype", to="float64"), r"tensor 'up.bias' is float32 \[6\] in the checkpoint; .* needs float64 \[6\]"),
-    "layer no dtype": (change("layers", "up", "scale_dtype", to="load"), r"layer 'up' in tsq.json: 'load' is not a dtype"),
-    "layer group": (change("layers", "up", "group_size", to=5), r"tensor 'up.\w+' is int.* in the checkpoint; its layer, as tsq.json describes it, needs"),
-    "layer symmetry": (change("layers", "up", "symmetric", to=True), r"checkpoint holds 'up.zero_words', which the model does not have"),
+    "layer dtype": (
+        change("layers", "up", "dtype", to="float64"),
+        r"tensor 'up.bias' is float32 \[6\] in the checkpoint; .* needs float64 \[6\]",
+    ),
+    "layer no dtype": (
+        change("layers", "up", "scale_dtype", to="load"),
+        r"layer 'up' in tsq.json: 'load' is not a dtype",
+    ),
+    "layer group": (
+        change("layers", "up", "group_size", to=5),
+        r"tensor 'up.\w+' is int.* in the checkpoint; its layer, as tsq.json describes it, needs",
+    ),
+    "layer symmetry": (
+        change("layers", "up", "symmetric", to=True),
+        r"checkpoint holds 'up.zero_words', which the model does not have",
+    ),
     "layer bias": (change("layers", "down", "bias", to=True), r"checkpoint lacks 'down.bias', which the model has"),
     "tensor type": (change("tensors", "up.bias", to=3), r"tensor 'up.bias' is int, not a JSON object"),
     "tensor key": (change("tensors", "up.bias", "rank", to=3), r"tensor 'up.bias' has unknown key 'rank'"),
@@ -542,15 +623,33 @@ def having(name: str, module: nn.Module) -> Callable[[nn.Module], object]:
 
 
 OTHER = {
-    "no layer": (without("up"), r"layer 'up' of the checkpoint is not in this Net; build the model with the configuration"),
-    "other width": (having("up", nn.Linear(12, 6)), r"layer 'up' of this Net has a weight of shape \(6, 12\), in the checkpoint it is \(6, 10\)"),
+    "no layer": (
+        without("up"),
+        r"layer 'up' of the checkpoint is not in this Net; build the model with the configuration",
+    ),
+    "other width": (
+        having("up", nn.Linear(12, 6)),
+        r"layer 'up' of this Net has a weight of shape \(6, 12\), in the checkpoint it is \(6, 10\)",
+    ),
     "no weight": (having("up", nn.ReLU()), r"layer 'up' of this Net is a ReLU without a weight"),
-    "quantized": (having("up", QuantLinear(10, 6, bits=3, group_size=4)), r"layer 'up' of this Net is quantised already; give a freshly built"),
-    "other size": (having("embed", nn.Embedding(8, 10)), r"tensor 'embed.weight' has shape \(8, 10\) in this model and \(7, 10\) in the checkpoint"),
+    "quantized": (
+        having("up", QuantLinear(10, 6, bits=3, group_size=4)),
+        r"layer 'up' of this Net is quantised already; give a freshly built",
+    ),
+    "other size": (
+        having("embed", nn.Embedding(8, 10)),
+        r"tensor 'embed.weight' has shape \(8, 10\) in this model and \(7, 10\) in the checkpoint",
+    ),
     "more": (having("more", nn.Linear(2, 2)), r"the checkpoint lacks 'more.bias', 'more.weight', which the model has"),
-    "many more": (having("more", nn.LSTM(2, 2)), r"the checkpoint lacks 'more.bias_hh_l0', .* and 1 more, which the model has"),
+    "many more": (
+        having("more", nn.LSTM(2, 2)),
+        r"the checkpoint lacks 'more.bias_hh_l0', .* and 1 more, which the model has",
+    ),
     "less": (without("norm"), r"the checkpoint holds 'norm.bias', .* and 2 more, which the model does not have"),
-    "meta attribute": (lambda model: setattr(model, "table", torch.ones(2, device="meta")), r"attribute 'table' of module '' \(Net\) is a tensor on the meta"),
+    "meta attribute": (
+        lambda model: setattr(model, "table", torch.ones(2, device="meta")),
+        r"attribute 'table' of module '' \(Net\) is a tensor on the meta",
+    ),
     "meta buffer": (
         lambda model: model.register_buffer("table", torch.ones(2, device="meta"), persistent=False),
         r"the checkpoint lacks 'non_persistent:table', which the model has",

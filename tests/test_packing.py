@@ -112,7 +112,11 @@ def test_size_is_exact_but_for_the_end_of_a_row(bits: int) -> None:
     for columns in range(1, 200):
         planes = packing.planes(columns, bits)
         assert sum(plane.bits for plane in planes) == bits
-        assert columns * bits <= 32 * packing.word_count(columns, bits) <= columns * bits + sum(32 - plane.bits + plane.bits * (plane.words - 1) for plane in planes)
+        assert (
+            columns * bits
+            <= 32 * packing.word_count(columns, bits)
+            <= columns * bits + sum(32 - plane.bits + plane.bits * (plane.words - 1) for plane in planes)
+        )
     assert packing.word_count(4096, bits) * 32 == 4096 * bits
 
 
@@ -142,5 +146,7 @@ def test_errors_name_what_was_given() -> None:
         packing.planes(-1, 4)
     with pytest.raises(LayerError, match=r"codes are torch.int64 of shape \(2, 3\); give uint8"):
         packing.pack(torch.zeros(2, 3, dtype=torch.int64), 4)
-    with pytest.raises(LayerError, match=r"words are torch.int32 of shape \(2, 3\); 64 codes of 4 bits need int32 \(N, 8\)"):
+    with pytest.raises(
+        LayerError, match=r"words are torch.int32 of shape \(2, 3\); 64 codes of 4 bits need int32 \(N, 8\)"
+    ):
         packing.unpack(torch.zeros(2, 3, dtype=torch.int32), 4, 64)

@@ -92,12 +92,17 @@ class Calibration:
         self._roles = self._all_roles()
         with ExitStack() as self._swaps, _evaluating(self.model), torch.no_grad():
             first = self._roles[0]
+            for target in self.preparation.targets.values():
+                self._wrap(target)
             self._recording = lockstep.record(modules, lambda: self._pass(first))
             with tqdm(total=len(modules), desc="calibrate", unit="layer", disable=None if self.progress is None else not self.progress) as self._bar:
                 passes = [lambda role=role: self._pass(role) for role in self._roles]
                 lockstep.run(passes, modules, self._visit, order=self._recording.order)
                 for name in [name for name in self._observers if name not in self.solved]:
                     self._solve(self._stage(name), self._observers[name])
+                for name, target in self.preparation.targets.items():
+                    if name not in self.solved and not target.config.needs_calibration:
+                        self._solve([target], None)  # it needs no call to be solved
         self._warn_few_tokens()
         return self.solved
 
@@ -118,6 +123,8 @@ class Calibration:
         self._bar.set_postfix_str(name)
         if any(target.config.needs_calibration for target in stage):
             self._observe(name, stage, arrivals)
+            if name not in self._observers:
+                return ()  # so far only the full-precision stream, or a held-out batch, came here
         expected = self._recording.calls.get(name, 1)
         if any(arrival.ordinal + 1 < expected for arrival in arrivals):
             return ()
@@ -156,28 +163,36 @@ class Calibration:
         self._observers.pop(stage[0].name, None)
         for target in stage:
             self.solved[target.name] = solved[target.name]
-            self._swap_on_call(target)
         self._bar.update(len(stage))
 
-    def _swap_on_call(self, target: Target) -> None:
-        """From now on the quantised stream calls the layer with its quantised weight."""
+    def _wrap(self, target: Target) -> None:
+        """Once the layer is solved, let the quantised stream call it with its quantised weight.
+
+        Its ``forward`` is wrapped, not hooked: the calls that wait while the layer is solved stand
+        among its pre-hooks, and torch calls no pre-hook that is registered meanwhile.
+        """
         module, name = target.module, target.name
-        original = module._parameters["weight"]
+        forward, attributes = module.forward, vars(module)
 
-        def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+        def call(*args: Any, **kwargs: Any) -> Any:
             index = lockstep.current_pass()
-            if index is None:
-                return
+            if index is None or name not in self.solved:
+                return forward(*args, **kwargs)
             self._check_input(name, index, args)
-            if self._roles[index].stream == "quantised":
-                module._parameters["weight"] = self._dense_weight(target)
+            if self._roles[index].stream != "quantised":
+                return forward(*args, **kwargs)
+            original = module._parameters["weight"]
+            module._parameters["weight"] = self._dense_weight(target)
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                module._parameters["weight"] = original
 
-        def after(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
-            module._parameters["weight"] = original
-
-        self._swaps.callback(module._parameters.__setitem__, "weight", original)
-        self._swaps.callback(module.register_forward_pre_hook(before).remove)
-        self._swaps.callback(module.register_forward_hook(after, always_call=True).remove)
+        if "forward" in attributes:
+            self._swaps.callback(attributes.__setitem__, "forward", forward)
+        else:
+            self._swaps.callback(attributes.__delitem__, "forward")
+        attributes["forward"] = call
 
     def _dense_weight(self, target: Target) -> nn.Parameter:
         """The quantised weight as the layer's own kind holds it; kept until the next layer is visited."""
@@ -252,5 +267,8 @@ def _moved(batch: Batch, device: torch.device) -> Batch:
     if isinstance(batch, Mapping):
         return {key: _moved(value, device) for key, value in batch.items()}
     if isinstance(batch, (tuple, list)):
-        return [_moved(value, device) for value in batch]
+        moved = [_moved(value, device) for value in batch]
+        if hasattr(batch, "_make"):  # a named tuple
+            return batch._make(moved)
+        return tuple(moved) if isinstance(batch, tuple) else moved
     return batch

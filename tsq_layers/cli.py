@@ -9,15 +9,19 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import tsq_layers as tsq
 from tsq_layers.checkpoint.description import DESCRIPTION_FILE, Description
 from tsq_layers.config import QuantConfig
+from tsq_layers.demo.run import run_demo
 from tsq_layers.errors import CheckpointError, ConfigError, TSQError
+from tsq_layers.integrations import transformers as bridge
 from tsq_layers.perplexity import perplexity
 from tsq_layers.report import LayerReport, Report, format_bytes
 
@@ -54,20 +58,11 @@ def write(line: str = "") -> None:
     sys.stdout.flush()
 
 
-def _show_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     sys.stderr.write(f"tsq: warning: {message}\n")
 
 
 def _quantize(arguments: argparse.Namespace) -> None:
-    from tsq_layers.integrations import transformers as bridge
-
     config = _config(arguments)
     if Path(arguments.out).resolve() == Path(arguments.model).resolve():
         raise ConfigError(f"--out {arguments.out} is the directory of the float model: give another one")
@@ -91,8 +86,6 @@ def _config(arguments: argparse.Namespace) -> QuantConfig:
 
 
 def _calibration(arguments: argparse.Namespace, config: QuantConfig, tokenizer: Any) -> list[dict[str, Tensor]] | None:
-    from tsq_layers.integrations import transformers as bridge
-
     if arguments.text is None:
         if config.needs_calibration:
             raise ConfigError(
@@ -109,8 +102,6 @@ def _calibration(arguments: argparse.Namespace, config: QuantConfig, tokenizer: 
 
 
 def _eval(arguments: argparse.Namespace) -> None:
-    from tsq_layers.integrations import transformers as bridge
-
     if arguments.token_file is not None:
         tokens = _read_token_file(Path(arguments.token_file))
     else:
@@ -135,9 +126,6 @@ def _eval(arguments: argparse.Namespace) -> None:
 
 
 def _read_token_file(path: Path) -> Tensor:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     try:
         return load_file(path)["tokens"]
     except (SafetensorError, KeyError) as error:
@@ -204,8 +192,6 @@ def _cell(value: object) -> str:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    from tsq_layers.demo.run import run_demo
-
     run_demo(Path(arguments.out), quick=arguments.quick, texts=[Path(text) for text in arguments.text], write=write)
 
 

@@ -15,12 +15,14 @@ from tsq_layers.errors import ConfigError
 SCHEMA_VERSION = 1
 
 Method = Literal["rtn", "gptq", "two-stage"]
+GridMetric = Literal["feedback", "blocks"]
 Deviation = Literal["target", "refine", "none"]
 Refine = Literal["exact", "descent", "none"]
 ScaleDtype = Literal["float16", "bfloat16", "float32"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "method": ("rtn", "gptq", "two-stage"),
+    "grid_metric": ("feedback", "blocks"),
     "deviation": ("target", "refine", "none"),
     "refine": ("exact", "descent", "none"),
     "scale_dtype": ("float16", "bfloat16", "float32"),
@@ -44,6 +46,9 @@ class QuantConfig:
         damping: λ; λ·mean(diag H) is added to the diagonal of H. Multiplied by ten, with a
             :class:`~tsq_layers.errors.DampingWarning`, while the factorisation fails.
         act_order: process columns by descending H_jj. Costs nothing at run time: grids are static.
+        grid_metric: what stage 1 minimises (two-stage only); ``"feedback"`` is the rounding error that
+            GPTQ's error feedback will leave, ``"blocks"`` the paper's group-wise reconstruction loss
+            with the diagonal blocks of H.
         deviation: where the error of earlier layers, R = E[(x − x̃)xᵀ], enters (two-stage only):
             ``"target"`` in every step, ``"refine"`` in stage 2 only (the paper), ``"none"``.
         deviation_strength: share of R that is used, 0 to 1.
@@ -77,11 +82,12 @@ class QuantConfig:
     method: Method = "two-stage"
     damping: float = 0.01
     act_order: bool = True
+    grid_metric: GridMetric = "feedback"
     deviation: Deviation = "target"
     deviation_strength: float = 0.25
     refine: Refine = "exact"
     refine_ridge: float = 0.01
-    refine_sweeps: int = 8
+    refine_sweeps: int = 4
     scale_dtype: ScaleDtype = "float16"
     skip: tuple[str, ...] = _DEFAULT_SKIP
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

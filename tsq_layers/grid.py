@@ -33,12 +33,12 @@ def to_groups(values_NK: Tensor, group_size: int) -> Tensor:
 
 def from_groups(values_NGg: Tensor, columns: int) -> Tensor:
     """Inverse of :func:`to_groups`: (…, G, g) → (…, K)."""
-    return values_NGg.flatten(-2)[..., :columns]
+    return values_NGg.flatten(-2).narrow(-1, 0, columns)
 
 
 def expand(values_NG: Tensor, columns: int, group_size: int) -> Tensor:
     """Repeat a value per group over the group's columns: (…, G) → (…, K)."""
-    return values_NG.repeat_interleave(group_size, dim=-1)[..., :columns]
+    return values_NG.repeat_interleave(group_size, dim=-1).narrow(-1, 0, columns)
 
 
 def steps(weight: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
@@ -100,4 +100,5 @@ def storable(scales: Tensor, dtype: torch.dtype) -> Tensor:
     the positive range of ``dtype``.
     """
     info = torch.finfo(dtype)
-    return scales.clamp(info.smallest_normal, info.max).to(dtype).to(scales.dtype)
+    lowest = max(info.smallest_normal * info.eps, torch.finfo(torch.float32).smallest_normal)  # subnormals of float16 count
+    return scales.clamp(lowest, info.max).to(dtype).to(scales.dtype)

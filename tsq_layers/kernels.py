@@ -10,6 +10,8 @@ Shapes: N rows of the weight (outputs), K columns (inputs), G groups a row, W wo
 input. In the pass over the words a row of the weight is cut into T segments of R runs of h columns;
 the scale is constant in a run.
 """
+# A packed layer is six values; Dynamo and autograd want them flat.
+# ruff: noqa: PLR0917
 
 import math
 import warnings
@@ -26,7 +28,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from tsq_layers import grid, packing
 from tsq_layers.errors import CompileWarning, LayerError
 
-FEW_ROWS = 16
+FEW_ROWS = 8
 """Up to this many rows of input one pass over the words is faster than dequantising first."""
 
 _SHORTEST_RUN = 4
@@ -43,7 +45,15 @@ class _Format(NamedTuple):
     columns: int
 
 
-def dequantize(words: Tensor, scales: Tensor, zero_words: Tensor | None, bits: int, group_size: int, columns: int, dtype: torch.dtype) -> Tensor:
+def dequantize(
+    words: Tensor,
+    scales: Tensor,
+    zero_words: Tensor | None,
+    bits: int,
+    group_size: int,
+    columns: int,
+    dtype: torch.dtype,
+) -> Tensor:
     """The weight matrix that packed codes stand for, bit-equal to :func:`grid.dequantize`.
 
     Args:
@@ -74,7 +84,16 @@ def zero_points(scales: Tensor, zero_words: Tensor | None, bits: int) -> Tensor:
     return packing.unpack(zero_words, bits, scales.shape[1])
 
 
-def linear(x: Tensor, words: Tensor, scales: Tensor, zero_words: Tensor | None, bias: Tensor | None, bits: int, group_size: int, columns: int) -> Tensor:
+def linear(
+    x: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    zero_words: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    columns: int,
+) -> Tensor:
     """``F.linear(x, dequantised weight, bias)`` in the dtype of ``x`` (that of autocast, if it is on).
 
     Gradients flow to ``x`` and ``bias``; the dequantised matrix is not kept for them. Sums are
@@ -82,8 +101,13 @@ def linear(x: Tensor, words: Tensor, scales: Tensor, zero_words: Tensor | None, 
 
     Args:
         x: floating point (…, K); any number of dimensions from one, any number of rows.
-        words, scales, zero_words, bits, group_size, columns: as in :func:`dequantize`.
+        words: packed codes, int32 (N, W).
+        scales: float16, bfloat16 or float32 (N, G).
+        zero_words: zero points packed like codes, int32 (N, W'); ``None`` is a symmetric grid.
         bias: (N,) or ``None``.
+        bits: width of a code and of a zero point.
+        group_size: columns that share a scale.
+        columns: K.
 
     Returns:
         (…, N).
@@ -100,7 +124,9 @@ def linear(x: Tensor, words: Tensor, scales: Tensor, zero_words: Tensor | None, 
         tensor([-1.])
     """
     if x.dim() == 0 or x.shape[-1] != columns or not x.is_floating_point():
-        raise LayerError(f"input is {x.dtype} of shape {tuple(x.shape)}; this layer takes floating point of shape (..., {columns}) and has {words.shape[0]} outputs")
+        raise LayerError(
+            f"input is {x.dtype} of shape {tuple(x.shape)}; this layer takes floating point of shape (..., {columns}) and has {words.shape[0]} outputs"
+        )
     x = _autocast(x)
     bias = None if bias is None else bias.to(x.dtype)
     form = _Format(bits, group_size, columns)
@@ -114,7 +140,11 @@ def linear(x: Tensor, words: Tensor, scales: Tensor, zero_words: Tensor | None, 
 def _autocast(x: Tensor) -> Tensor:
     """What autocast would make of a linear layer's input: float64 stays as it is."""
     device_type = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+    if (
+        x.dtype == torch.float64
+        or not torch.amp.is_autocast_available(device_type)
+        or not torch.is_autocast_enabled(device_type)
+    ):
         return x
     return x.to(torch.get_autocast_dtype(device_type))
 
@@ -123,17 +153,19 @@ class _Linear(torch.autograd.Function):
     """Keeps the packed weight, not the dequantised one, for the gradient of the input."""
 
     @staticmethod
-    def forward(x: Tensor, words: Tensor, scales: Tensor, zero_words: Tensor | None, bias: Tensor | None, form: _Format) -> Tensor:
+    def forward(
+        x: Tensor, words: Tensor, scales: Tensor, zero_words: Tensor | None, bias: Tensor | None, form: _Format
+    ) -> Tensor:
         return _forward(x, words, scales, zero_words, bias, form)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
         _, words, scales, zero_words, _, form = inputs
         ctx.save_for_backward(words, scales, zero_words)
         ctx.form = form
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         words, scales, zero_words = ctx.saved_tensors
         to_x = to_bias = None
         if ctx.needs_input_grad[0]:
@@ -143,7 +175,9 @@ class _Linear(torch.autograd.Function):
         return to_x, None, None, None, to_bias, None
 
 
-def _forward(x: Tensor, words: Tensor, scales: Tensor, zero_words: Tensor | None, bias: Tensor | None, form: _Format) -> Tensor:
+def _forward(
+    x: Tensor, words: Tensor, scales: Tensor, zero_words: Tensor | None, bias: Tensor | None, form: _Format
+) -> Tensor:
     # While exporting, the number of rows may be a symbol that must not be compared.
     if torch.compiler.is_exporting() or not one_pass(form.bits, form.group_size, form.columns):
         return _dense(x, words, scales, zero_words, bias, form)
@@ -157,10 +191,12 @@ def _forward(x: Tensor, words: Tensor, scales: Tensor, zero_words: Tensor | None
         y_MN = _run_compiled(x_MK, words, scales, zero_words, bias, form)
     else:
         y_MN = _dense(x_MK, words, scales, zero_words, bias, form)
-    return y_MN.reshape(*x.shape[:-1], words.shape[0])
+    return y_MN.to(x.dtype).reshape(*x.shape[:-1], words.shape[0])
 
 
-def _dense(x: Tensor, words: Tensor, scales: Tensor, zero_words: Tensor | None, bias: Tensor | None, form: _Format) -> Tensor:
+def _dense(
+    x: Tensor, words: Tensor, scales: Tensor, zero_words: Tensor | None, bias: Tensor | None, form: _Format
+) -> Tensor:
     return F.linear(x, _weight(words, scales, zero_words, form, x.dtype), bias)
 
 
@@ -170,9 +206,11 @@ def _weight(words: Tensor, scales: Tensor, zero_words: Tensor | None, form: _For
     if torch.compiler.is_compiling() or rows >= words.shape[0]:
         return dequantize(words, scales, zero_words, *form, dtype)
     weight_NK = torch.empty(words.shape[0], form.columns, dtype=dtype, device=words.device)
-    zeros = [None] * -(-words.shape[0] // rows) if zero_words is None else zero_words.split(rows)
-    for block, *packed in zip(weight_NK.split(rows), words.split(rows), scales.split(rows), zeros, strict=True):
-        block.copy_(dequantize(*packed, *form, dtype))
+    for first in range(0, words.shape[0], rows):
+        count = min(rows, words.shape[0] - first)
+        zeros = None if zero_words is None else zero_words.narrow(0, first, count)
+        block = dequantize(words.narrow(0, first, count), scales.narrow(0, first, count), zeros, *form, dtype)
+        weight_NK.narrow(0, first, count).copy_(block)
     return weight_NK
 
 
@@ -202,29 +240,39 @@ def _per_run(values_NG: Tensor, form: _Format, shape: tuple[int, int]) -> Tensor
     count = shape[0] * shape[1]
     h = _run_length(*form)
     values = values_NG.repeat_interleave(count if form.group_size >= form.columns else form.group_size // h, dim=1)
-    return F.pad(values, (0, count - values.shape[1])).unflatten(1, shape).unsqueeze(-1)
+    return F.pad(values, (0, count - values.shape[1])).reshape(-1, *shape, 1)
 
 
-def _few_rows(x_MK: Tensor, words: Tensor, scales: Tensor, zero_words: Tensor | None, bias: Tensor | None, form: _Format) -> Tensor:
-    """The sum over segments t of ``x[t] · (codes[t] − zeros[t]) · scales[t]``, and then over runs."""
+def _few_rows(
+    x_MK: Tensor, words: Tensor, scales: Tensor, zero_words: Tensor | None, bias: Tensor | None, form: _Format
+) -> Tensor:
+    """The sum over segments t of ``x[t] · (codes[t] − zeros[t]) · scales[t]``, and then over runs.
+
+    float32 (float64 for float64 inputs), (M, N).
+    """
     layout = packing.planes(form.columns, form.bits)
     base, h = layout[-1], _run_length(*form)
     T, R = base.fields, base.words // h
     working = torch.float64 if torch.float64 in (x_MK.dtype, scales.dtype) else torch.float32
-    x_MTRh = F.pad(x_MK, (0, T * R * h - form.columns)).unflatten(1, (T, R, h)).to(working)
+    x_MTRh = F.pad(x_MK.to(working), (0, T * R * h - form.columns)).reshape(-1, T, R, h)
     scales_NTR = _per_run(scales.to(working), form, (T, R))
-    zeros_NTR = None if zero_words is None else _per_run(zero_points(scales, zero_words, form.bits).to(torch.int32), form, (T, R))
+    zeros_NTR = None
+    if zero_words is not None:
+        zeros_NTR = _per_run(zero_points(scales, zero_words, form.bits).to(torch.int32), form, (T, R))
     # A wider plane has several of the base's segments in each of its own: (N, segments, R, h).
-    parts = [(plane, words.narrow(1, plane.start, plane.words).unflatten(1, (-1, R, h)).unbind(1)) for plane in layout]
+    rows = words.shape[0]
+    parts = [(plane, words.narrow(1, plane.start, plane.words).view(rows, -1, R, h).unbind(1)) for plane in layout]
     terms = []
     for t in range(T):
-        codes = reduce(torch.add, [packing.field_of(part[t % len(part)], plane, t // len(part)) for plane, part in parts])
+        codes = reduce(
+            torch.add, [packing.field_of(part[t % len(part)], plane, t // len(part)) for plane, part in parts]
+        )
         # Subtracted as integers: the zero point's share of the sum would cancel, and cost digits.
         steps = codes - (2 ** (form.bits - 1) if zeros_NTR is None else zeros_NTR.select(1, t))
         terms.append(steps.to(working) * scales_NTR.select(1, t) * x_MTRh.select(1, t).unsqueeze(1))
     total = reduce(torch.add, terms)
     y_MN = total.sum((-1, -2))
-    return (y_MN if bias is None else y_MN + bias).to(x_MK.dtype)
+    return y_MN if bias is None else y_MN + bias
 
 
 # --- compilation -------------------------------------------------------------------------------
@@ -251,20 +299,43 @@ def _compiled_for(key: tuple[Any, ...]) -> Callable[..., Tensor]:
     return _compiled[key]
 
 
-def _run_compiled(x_MK: Tensor, words: Tensor, scales: Tensor, zero_words: Tensor | None, bias: Tensor | None, form: _Format) -> Tensor:
+def _run_compiled(
+    x_MK: Tensor, words: Tensor, scales: Tensor, zero_words: Tensor | None, bias: Tensor | None, form: _Format
+) -> Tensor:
     """:func:`_few_rows`, compiled; whatever Dynamo would recompile for is in the key or made equal here."""
     device = x_MK.device
     autocast = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
-    single, inference = x_MK.shape[0] == 1, (torch.is_inference_mode_enabled(), x_MK.is_inference(), words.is_inference())
-    key = (form, words.shape[0], x_MK.dtype, scales.dtype, device, bias is None, zero_words is None, single, autocast, inference)
-    x_MK = x_MK.detach().contiguous()
+    single, inference = (
+        x_MK.shape[0] == 1,
+        (torch.is_inference_mode_enabled(), x_MK.is_inference(), words.is_inference()),
+    )
+    # Inductor vectorises no loop that reads both bfloat16 and float16: only scales may be either.
+    working = torch.float64 if x_MK.dtype == torch.float64 else torch.float32
+    x_run = x_MK.detach().to(working).contiguous()
+    bias_run = None if bias is None else bias.detach().to(working)
+    key = (
+        form,
+        words.shape[0],
+        working,
+        scales.dtype,
+        device,
+        bias is None,
+        zero_words is None,
+        single,
+        autocast,
+        inference,
+    )
     if not single:
-        torch._dynamo.maybe_mark_dynamic(x_MK, 0)
+        torch._dynamo.maybe_mark_dynamic(x_run, 0)
     try:
         with torch.no_grad():
-            return _compiled_for(key)(x_MK, words, scales, zero_words, None if bias is None else bias.detach(), form)
+            return _compiled_for(key)(x_run, words, scales, zero_words, bias_run, form)
     except (torch._dynamo.exc.ShortenTraceback, torch._dynamo.exc.InternalTorchDynamoError) as error:
         _uncompilable.add(device.type)
-        reason = str(error).strip().splitlines()[0]
-        warnings.warn(f"torch.compile fails on {device.type} ({reason}); quantised layers run uncompiled there, which is slow for few rows of input. Install a C++ compiler (g++ or clang; Triton on a GPU), or silence this by torch.compiler.set_stance('force_eager')", CompileWarning, stacklevel=2)
+        reason = " ".join(str(error).strip().splitlines()[:2])
+        warnings.warn(
+            f"torch.compile fails on {device.type} ({reason}); quantised layers run uncompiled there, which is slow for few rows of input. Install a C++ compiler (g++ or clang; Triton on a GPU), or silence this by torch.compiler.set_stance('force_eager')",
+            CompileWarning,
+            stacklevel=2,
+        )
         return _dense(x_MK, words, scales, zero_words, bias, form)

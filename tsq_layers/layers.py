@@ -67,6 +67,8 @@ KINDS: tuple[LayerKind, ...] = (
 
 def kind_of(module: nn.Module) -> LayerKind | None:
     """The kind of a module, or ``None`` if it is not supported."""
+    if module._parameters.get("weight") is None:
+        return None  # its weight is computed from other parameters, as pruning and weight_norm do
     return next((kind for kind in KINDS if kind.matches(module)), None)
 
 

@@ -45,8 +45,8 @@ class QuantLinear(nn.Module):
         >>> codes = grid.quantize(linear.weight.detach(), scales, zeros, bits=4, group_size=32)
         >>> weight = QuantizedWeight(codes, scales.half(), zeros.to(torch.uint8), 4, 32, symmetric=False)
         >>> layer = QuantLinear.from_float(linear, weight)
-        >>> layer(torch.zeros(2, 64)).shape
-        torch.Size([2, 8])
+        >>> layer(torch.zeros(20, 64)).shape
+        torch.Size([20, 8])
         >>> layer
         QuantLinear(in_features=64, out_features=8, bits=4, group_size=32, symmetric=False, bias=True, bits_per_weight=5.00)
     """
@@ -81,14 +81,19 @@ class QuantLinear(nn.Module):
             return torch.zeros(out_features, packing.word_count(columns, bits), dtype=torch.int32, device=device)
 
         self.register_buffer("words", words(in_features))
-        self.register_buffer("scale_bits", torch.zeros(out_features, groups, dtype=scale_dtype, device=device).view(_bits_dtype(scale_dtype)))
+        self.register_buffer(
+            "scale_bits",
+            torch.zeros(out_features, groups, dtype=scale_dtype, device=device).view(_bits_dtype(scale_dtype)),
+        )
         self.register_buffer("zero_words", None if symmetric else words(groups))
         # Empty, and not saved: it only follows .to(dtype), as a weight would.
         self.register_buffer("dtype_marker", torch.empty(0, dtype=dtype, device=device), persistent=False)
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
 
     @classmethod
-    def from_quantized(cls, weight: QuantizedWeight, bias: Tensor | None = None, *, dtype: torch.dtype | None = None) -> "QuantLinear":
+    def from_quantized(
+        cls, weight: QuantizedWeight, bias: Tensor | None = None, *, dtype: torch.dtype | None = None
+    ) -> "QuantLinear":
         """Pack a quantised weight, on its device.
 
         Args:
@@ -110,7 +115,9 @@ class QuantLinear(nn.Module):
             bias=False, scale_dtype=weight.scales.dtype, device="meta", dtype=dtype,
         )  # fmt: skip
         layer.words = packing.pack(weight.codes, weight.bits)
-        layer.scale_bits = weight.scales.detach().clone(memory_format=torch.contiguous_format).view(_bits_dtype(weight.scales.dtype))
+        layer.scale_bits = (
+            weight.scales.detach().clone(memory_format=torch.contiguous_format).view(_bits_dtype(weight.scales.dtype))
+        )
         layer.zero_words = None if weight.symmetric else packing.pack(weight.zeros, weight.bits)
         layer.dtype_marker = torch.empty(0, dtype=dtype, device=weight.codes.device)
         if bias is not None:
@@ -131,7 +138,9 @@ class QuantLinear(nn.Module):
             LayerError: the shapes differ.
         """
         if weight.codes.shape != linear.weight.shape:
-            raise LayerError(f"the quantised weight is {tuple(weight.codes.shape)} and the layer's {tuple(linear.weight.shape)}; both must be the same (N, K)")
+            raise LayerError(
+                f"the quantised weight is {tuple(weight.codes.shape)} and the layer's {tuple(linear.weight.shape)}; both must be the same (N, K)"
+            )
         layer = cls.from_quantized(weight, linear.bias, dtype=linear.weight.dtype)
         return layer.to(linear.weight.device).train(linear.training)
 
@@ -143,7 +152,9 @@ class QuantLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dequantised weight (N, K), made anew each time; changing it changes nothing."""
-        return kernels.dequantize(self.words, self.scales, self.zero_words, self.bits, self.group_size, self.in_features, self.dtype)
+        return kernels.dequantize(
+            self.words, self.scales, self.zero_words, self.bits, self.group_size, self.in_features, self.dtype
+        )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -154,7 +165,11 @@ class QuantLinear(nn.Module):
     def bits_per_weight(self) -> float:
         """All stored bits of the weight (words, scales, zero words) for each of its N·K entries."""
         stored = [tensor for tensor in (self.words, self.scale_bits, self.zero_words) if tensor is not None]
-        return sum(tensor.numel() * tensor.element_size() for tensor in stored) * 8 / (self.in_features * self.out_features)
+        return (
+            sum(tensor.numel() * tensor.element_size() for tensor in stored)
+            * 8
+            / (self.in_features * self.out_features)
+        )
 
     def quantized_weight(self) -> QuantizedWeight:
         """Codes, scales and zero points; exact inverse of :meth:`from_quantized`."""
@@ -168,7 +183,9 @@ class QuantLinear(nn.Module):
         Raises:
             LayerError: the last dimension of ``x`` is not K, or ``x`` is not floating point.
         """
-        return kernels.linear(x, self.words, self.scales, self.zero_words, self.bias, self.bits, self.group_size, self.in_features)
+        return kernels.linear(
+            x, self.words, self.scales, self.zero_words, self.bias, self.bits, self.group_size, self.in_features
+        )
 
     def extra_repr(self) -> str:
         """What the layer is, for ``print(model)``."""
@@ -182,7 +199,11 @@ def _bits_dtype(scale_dtype: torch.dtype) -> torch.dtype:
 
 
 def _check(in_features: int, out_features: int, bits: int, group_size: int | None, scale_dtype: torch.dtype) -> None:
-    for name, value in (("in_features", in_features), ("out_features", out_features), ("group_size", 1 if group_size is None else group_size)):
+    for name, value in (
+        ("in_features", in_features),
+        ("out_features", out_features),
+        ("group_size", 1 if group_size is None else group_size),
+    ):
         if value < 1:
             raise LayerError(f"{name}={value}: give a positive integer")
     if not 1 <= bits <= 8:

@@ -64,10 +64,9 @@ class HessianObserver(nn.Module):
             CalibrationError: shapes that do not fit, or calls with and without reference mixed.
         """
         self._check(x, reference, mask)
-        tokens = x.reshape(-1, self.columns).to(self.dtype)
-        count = torch.tensor(tokens.shape[0], device="cpu").to(x.device) if mask is None else mask.sum()
-        if mask is not None:
-            tokens = tokens * mask.reshape(-1, 1).to(self.dtype)
+        padding = None if mask is None else mask.reshape(-1, 1) == 0
+        tokens = self._tokens(x, padding)
+        count = torch.tensor(tokens.shape[0], device="cpu").to(x.device) if padding is None else (~padding).sum()
         self._allocate(x.device, reference is not None)
         self.count += count
         with _highest_precision():
@@ -75,7 +74,7 @@ class HessianObserver(nn.Module):
                 panel = tokens[:, start : start + _PANEL]
                 self.hessian[start : start + _PANEL, start:].addmm_(panel.T, tokens[:, start:])
             if reference is not None and self.deviation is not None:
-                difference = tokens - reference.reshape(-1, self.columns).to(self.dtype)
+                difference = tokens - self._tokens(reference, padding)
                 self.deviation.addmm_(difference.T, tokens)
 
     def statistics(self) -> LayerStatistics:
@@ -107,14 +106,20 @@ class HessianObserver(nn.Module):
         if self.hessian is not None and (reference is None) != (self.deviation is None):
             raise CalibrationError("calls with and without a reference were mixed; give one in every call or in none")
 
+    def _tokens(self, x: Tensor, padding: Tensor | None) -> Tensor:
+        """Inputs as rows (T, K); padding becomes 0, whatever stood there (NaN · 0 is not 0)."""
+        tokens = x.reshape(-1, self.columns).to(self.dtype)
+        return tokens if padding is None else tokens.masked_fill(padding, 0)
+
     def _allocate(self, device: torch.device, paired: bool) -> None:
         if self.hessian is not None:
             return
         square = (self.columns, self.columns)
-        self.hessian = torch.zeros(square, dtype=self.dtype, device=device)
-        self.count = torch.zeros((), dtype=torch.int64, device=device)
-        if paired:
-            self.deviation = torch.zeros(square, dtype=self.dtype, device=device)
+        with torch.inference_mode(False):  # an inference tensor could not be added to outside of inference mode
+            self.hessian = torch.zeros(square, dtype=self.dtype, device=device)
+            self.count = torch.zeros((), dtype=torch.int64, device=device)
+            if paired:
+                self.deviation = torch.zeros(square, dtype=self.dtype, device=device)
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:  # type: ignore[no-untyped-def]
         if prefix + "hessian" in state_dict:  # buffers are made with the first input: make them for the stored ones
@@ -124,13 +129,17 @@ class HessianObserver(nn.Module):
 
 @contextmanager
 def _highest_precision() -> Iterator[None]:
-    """Sums of products in full float32: no TF32, whatever the user allows for the model."""
-    allowed = torch.get_float32_matmul_precision()
-    if allowed == "highest":
-        yield
-        return
-    torch.set_float32_matmul_precision("highest")
+    """Sums of products in full float32: no TF32, whatever the user allows for the model.
+
+    The backends' own switches are used: they can be read whichever way the user set them, which
+    ``torch.get_float32_matmul_precision`` cannot.
+    """
+    switches = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    allowed = [switch.fp32_precision for switch in switches]
+    for switch in switches:
+        switch.fp32_precision = "ieee"
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(allowed)
+        for switch, precision in zip(switches, allowed, strict=True):
+            switch.fp32_precision = precision

@@ -145,7 +145,9 @@ def unpack(words: Tensor, bits: int, columns: int) -> Tensor:
     """
     expected = word_count(columns, bits)
     if words.dim() != 2 or words.dtype != torch.int32 or words.shape[1] != expected:
-        raise LayerError(f"words are {words.dtype} of shape {tuple(words.shape)}; {columns} codes of {bits} bits need int32 (N, {expected})")
+        raise LayerError(
+            f"words are {words.dtype} of shape {tuple(words.shape)}; {columns} codes of {bits} bits need int32 (N, {expected})"
+        )
     parts = [_unpack_plane(words, plane, columns) for plane in planes(columns, bits)]
     return parts[0] if len(parts) == 1 else reduce(torch.bitwise_or, parts)
 

@@ -90,7 +90,7 @@ def _batches(ids: Tensor, window: int, batch_size: int) -> Iterator[Tensor]:
     """(B, window) for the full windows, then (1, rest) for the tokens that are left, if they are two or more."""
     full = ids.numel() // window
     if full:
-        yield from ids[: full * window].reshape(full, window).split(batch_size)
+        yield from torch.split(ids[: full * window].reshape(full, window), batch_size)
     if ids.numel() - full * window >= 2:
         yield ids[full * window :].unsqueeze(0)
 
@@ -113,7 +113,7 @@ def _loss(logits: Tensor, batch: Tensor) -> float:
     losses = [
         F.cross_entropy(part.float(), target, reduction="none")
         for window_logits, window_ids in zip(logits, batch, strict=True)
-        for part, target in zip(window_logits[:-1].split(rows), window_ids[1:].split(rows), strict=True)
+        for part, target in zip(torch.split(window_logits[:-1], rows), torch.split(window_ids[1:], rows), strict=True)
     ]
     return float(torch.cat(losses).cpu().double().sum())
 

@@ -1,8 +1,10 @@
 """What `prepare` leaves on a model: which layers are to be quantised, and their observers."""
 
+import functools
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -59,12 +61,17 @@ class Preparation:
     def attach(self) -> None:
         """Hook the observers to their layers."""
         for name, observer in self.observers.items():
-            self.handles.append(self.targets[name].module.register_forward_pre_hook(observer))
+            hook = functools.partial(_observe_call, observer)
+            self.handles.append(self.targets[name].module.register_forward_pre_hook(hook, with_kwargs=True))
 
     def detach(self) -> None:
         """Take the observers off their layers; what they saw stays."""
         while self.handles:
             self.handles.pop().remove()
+
+
+def _observe_call(observer: HessianObserver, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    observer(module, args or tuple(kwargs.values()))  # the layers have one argument, by position or by name
 
 
 def inspect(model: nn.Module, config: QuantConfig) -> Preparation:

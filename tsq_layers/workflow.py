@@ -119,10 +119,10 @@ def calibrate(
     preparation.detach()
     try:
         solved = Calibration(model, preparation, fitted, others, paired, forward, padding_mask, progress).run()
+        _warn_never_called(preparation, solved)
     except BaseException:
         preparation.attach()
         raise
-    _warn_never_called(preparation, solved)
     preparation.solved, preparation.paired = solved, paired
     preparation.seconds = time.perf_counter() - started
     return model

@@ -73,8 +73,15 @@ class LayerSpec:
     @classmethod
     def of(cls, layer: QuantLinear) -> Self:
         """The specification of a layer."""
-        plain = {name: getattr(layer, name) for name in ("in_features", "out_features", "bits", "group_size", "symmetric")}
-        return cls(**plain, bias=layer.bias is not None, scale_dtype=dtype_name(layer.scale_dtype), dtype=dtype_name(layer.dtype))
+        plain = {
+            name: getattr(layer, name) for name in ("in_features", "out_features", "bits", "group_size", "symmetric")
+        }
+        return cls(
+            **plain,
+            bias=layer.bias is not None,
+            scale_dtype=dtype_name(layer.scale_dtype),
+            dtype=dtype_name(layer.dtype),
+        )
 
     def build(self, name: str) -> QuantLinear:
         """The layer on the meta device: shapes and dtypes, no values."""
@@ -90,7 +97,7 @@ class LayerSpec:
                 device="meta",
                 dtype=dtype_of(self.dtype),
             )
-        except (TSQError, ValueError, RuntimeError) as error:
+        except (TSQError, TypeError, RuntimeError) as error:
             raise CheckpointError(f"layer {name!r} in {DESCRIPTION_FILE}: {error}; {_DAMAGED}") from error
 
 
@@ -160,11 +167,16 @@ class Description:
             CheckpointError: not JSON, of another format or version, or unknown, missing or ill-typed keys.
         """
         values = _sections(text)
-        layers = {name: LayerSpec(**checked_fields(LayerSpec, spec, f"{DESCRIPTION_FILE}: layer {name!r}")) for name, spec in values["layers"].items()}
+        layers = {
+            name: LayerSpec(**checked_fields(LayerSpec, spec, f"{DESCRIPTION_FILE}: layer {name!r}"))
+            for name, spec in values["layers"].items()
+        }
         tensors = {key: _tensor_spec(key, spec) for key, spec in values["tensors"].items()}
         for alias, key in values["aliases"].items():
             if alias in tensors or not isinstance(key, str) or key not in tensors:
-                raise CheckpointError(f"{DESCRIPTION_FILE}: alias {alias!r} of {key!r} does not lead to a stored tensor; {_DAMAGED}")
+                raise CheckpointError(
+                    f"{DESCRIPTION_FILE}: alias {alias!r} of {key!r} does not lead to a stored tensor; {_DAMAGED}"
+                )
         report = None if values["report"] is None else Report.from_dict(values["report"])
         return cls(**{**values, "layers": layers, "tensors": tensors, "report": report})
 
@@ -182,10 +194,10 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def dtype_of(name: str) -> torch.dtype:
-    """Inverse of :func:`dtype_name`; ``ValueError`` for what is no dtype."""
+    """Inverse of :func:`dtype_name`; ``TypeError`` for what is no dtype."""
     found = getattr(torch, name, None)
     if not isinstance(found, torch.dtype):
-        raise ValueError(f"{name!r} is not a dtype of torch")
+        raise TypeError(f"{name!r} is not a dtype of torch")
     return found
 
 

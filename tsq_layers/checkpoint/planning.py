@@ -6,7 +6,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tsq_layers.checkpoint.description import DESCRIPTION_FILE, NON_PERSISTENT, Description, Entry, LayerSpec, TensorSpec, entries
+from tsq_layers.checkpoint.description import (
+    DESCRIPTION_FILE,
+    NON_PERSISTENT,
+    Description,
+    Entry,
+    LayerSpec,
+    TensorSpec,
+    entries,
+)
 from tsq_layers.errors import CheckpointError
 from tsq_layers.linear import QuantLinear
 
@@ -62,10 +70,14 @@ def _replaced_weight(model: nn.Module, name: str, spec: LayerSpec) -> Tensor:
         raise CheckpointError(f"layer {name!r} of this {kind} is quantised already; give a freshly built float model")
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
-        raise CheckpointError(f"layer {name!r} of this {kind} is a {type(module).__name__} without a weight; {_OTHER_MODEL}")
+        raise CheckpointError(
+            f"layer {name!r} of this {kind} is a {type(module).__name__} without a weight; {_OTHER_MODEL}"
+        )
     shape = (spec.out_features, spec.in_features)
     if tuple(weight.shape) not in (shape, shape[::-1]):  # the second is how transformers' Conv1D keeps it
-        raise CheckpointError(f"layer {name!r} of this {kind} has a weight of shape {tuple(weight.shape)}, in the checkpoint it is {shape}; {_OTHER_MODEL}")
+        raise CheckpointError(
+            f"layer {name!r} of this {kind} has a weight of shape {tuple(weight.shape)}, in the checkpoint it is {shape}; {_OTHER_MODEL}"
+        )
     return weight
 
 
@@ -97,7 +109,9 @@ def _check_keys(kept: Sequence[Entry], added: Sequence[str], description: Descri
         raise CheckpointError(f"the checkpoint lacks {_some(missing)}, which the model has; {_OTHER_MODEL}")
     unexpected = sorted(key for key in stored - wanted if not key.startswith(NON_PERSISTENT))
     if unexpected:
-        raise CheckpointError(f"the checkpoint holds {_some(unexpected)}, which the model does not have; {_OTHER_MODEL}")
+        raise CheckpointError(
+            f"the checkpoint holds {_some(unexpected)}, which the model does not have; {_OTHER_MODEL}"
+        )
 
 
 def _check_sharing(kept: Sequence[Entry], description: Description) -> None:
@@ -106,13 +120,17 @@ def _check_sharing(kept: Sequence[Entry], description: Description) -> None:
     for entry in kept:
         other = first.setdefault((id(entry.owner), entry.local), entry)
         if description.canonical(other.key) != description.canonical(entry.key):
-            raise CheckpointError(f"{other.key!r} and {entry.key!r} belong to one module in this model but are two tensors in the checkpoint; {_OTHER_MODEL}")
+            raise CheckpointError(
+                f"{other.key!r} and {entry.key!r} belong to one module in this model but are two tensors in the checkpoint; {_OTHER_MODEL}"
+            )
 
 
 def _check_shape(entry: Entry, description: Description) -> None:
     stored = description.tensors[description.canonical(entry.key)]
     if stored.shape != tuple(entry.tensor.shape):
-        raise CheckpointError(f"tensor {entry.key!r} has shape {tuple(entry.tensor.shape)} in this model and {stored.shape} in the checkpoint; {_OTHER_MODEL}")
+        raise CheckpointError(
+            f"tensor {entry.key!r} has shape {tuple(entry.tensor.shape)} in this model and {stored.shape} in the checkpoint; {_OTHER_MODEL}"
+        )
 
 
 def _check_exactly(entry: Entry, description: Description) -> None:
@@ -124,7 +142,9 @@ def _check_exactly(entry: Entry, description: Description) -> None:
         )
 
 
-def _following_attributes(model: nn.Module, kept: Sequence[Entry], replaced: Collection[str]) -> list[tuple[nn.Module, str, Entry]]:
+def _following_attributes(
+    model: nn.Module, kept: Sequence[Entry], replaced: Collection[str]
+) -> list[tuple[nn.Module, str, Entry]]:
     """Tensors that modules keep as plain attributes: those that are also a parameter or buffer will follow it."""
     by_tensor = {id(entry.tensor): entry for entry in kept}
     follow = []

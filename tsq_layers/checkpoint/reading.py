@@ -8,7 +8,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from tsq_layers.checkpoint.description import DESCRIPTION_FILE, TENSORS_FILE, Description, Entry, TensorSpec, header_digest
+from tsq_layers.checkpoint.description import (
+    DESCRIPTION_FILE,
+    TENSORS_FILE,
+    Description,
+    Entry,
+    TensorSpec,
+    header_digest,
+)
 from tsq_layers.checkpoint.planning import Plan, plan
 from tsq_layers.errors import CheckpointError
 from tsq_layers.linear import QuantLinear
@@ -56,7 +63,9 @@ def _read_description(directory: Path) -> Description:
     except FileNotFoundError:
         raise CheckpointError(f"no {DESCRIPTION_FILE} in {directory}: give the directory that tsq.save wrote") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"cannot read {DESCRIPTION_FILE} in {directory}: {error}; give the directory that tsq.save wrote") from error
+        raise CheckpointError(
+            f"cannot read {DESCRIPTION_FILE} in {directory}: {error}; give the directory that tsq.save wrote"
+        ) from error
     return Description.from_json(text)
 
 
@@ -70,17 +79,25 @@ def _read_tensors(directory: Path, description: Description, devices: Mapping[st
             differing = sorted(keys ^ description.tensors.keys())
             if differing:
                 lacking = TENSORS_FILE if differing[0] not in keys else DESCRIPTION_FILE
-                raise CheckpointError(f"tensor {differing[0]!r} is missing in {lacking}: the two files in {directory} are of different saves; {again}")
+                raise CheckpointError(
+                    f"tensor {differing[0]!r} is missing in {lacking}: the two files in {directory} are of different saves; {again}"
+                )
             if header_digest(file) != description.header_sha256:
-                raise CheckpointError(f"{TENSORS_FILE} and {DESCRIPTION_FILE} in {directory} are of different saves; {again}")
+                raise CheckpointError(
+                    f"{TENSORS_FILE} and {DESCRIPTION_FILE} in {directory} are of different saves; {again}"
+                )
             tensors = {key: opened.get_tensor(key).to(device) for key, device in devices.items()}
     except FileNotFoundError:
         raise CheckpointError(f"no {TENSORS_FILE} in {directory}, only {DESCRIPTION_FILE}; {again}") from None
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{TENSORS_FILE} in {directory} cannot be read, it is damaged or incomplete: {error}; {again}") from error
+        raise CheckpointError(
+            f"{TENSORS_FILE} in {directory} cannot be read, it is damaged or incomplete: {error}; {again}"
+        ) from error
     for key, tensor in tensors.items():
         if TensorSpec.of(tensor) != description.tensors[key]:
-            raise CheckpointError(f"tensor {key!r} is {TensorSpec.of(tensor)} in {TENSORS_FILE} and {description.tensors[key]} in {DESCRIPTION_FILE}; {again}")
+            raise CheckpointError(
+                f"tensor {key!r} is {TensorSpec.of(tensor)} in {TENSORS_FILE} and {description.tensors[key]} in {DESCRIPTION_FILE}; {again}"
+            )
     return tensors
 
 
@@ -115,6 +132,5 @@ def _new_value(entry: Entry, key: str, tensor: Tensor, parameters: dict[str, nn.
 def _leave_meta(layer: QuantLinear) -> None:
     """The buffers of a new layer that are not stored hold no values, but they must be where the others are."""
     for name, buffer in layer.named_buffers():
-        if buffer.is_meta:
-            assert buffer.numel() == 0, name
+        if buffer.is_meta and buffer.numel() == 0:
             setattr(layer, name, torch.empty_like(buffer, device=layer.words.device))

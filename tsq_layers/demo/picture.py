@@ -1,11 +1,11 @@
 """The picture of the demo: perplexity against bits per weight."""
 
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tsq_layers.demo.results import Row
-from tsq_layers.errors import MissingExtraError
 
 _NAMES = {"rtn": "round to nearest", "gptq": "GPTQ", "two-stage": "two-stage"}
 # Colour, marker, and where the value is written, in points from the marker.
@@ -17,23 +17,16 @@ _PLATE = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 0.6}
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Write a PNG with one panel for each text; the first row is the float model, drawn as a dashed line.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError('the picture needs matplotlib: pip install "tsq_layers[demo]"') from error
+    """Write a PNG with one panel for each text; the first row is the float model, drawn as a dashed line."""
+    figures = importlib.import_module("matplotlib.figure")
+    agg = importlib.import_module("matplotlib.backends.backend_agg")
     texts = list(rows[0].perplexity)
-    figure = Figure(figsize=(6.4 * len(texts), 4.6), layout="constrained")
+    figure = figures.Figure(figsize=(6.4 * len(texts), 4.6), layout="constrained")
     panels = figure.subplots(1, len(texts), squeeze=False)[0]
     for panel, text in zip(panels, texts, strict=True):
         _panel(panel, rows, text)
     figure.suptitle("SmolLM2-135M-Instruct: perplexity against stored bits per weight", fontsize=12)
-    FigureCanvasAgg(figure).print_png(path)
+    agg.FigureCanvasAgg(figure).print_png(path)
 
 
 def _panel(panel: Any, rows: Sequence[Row], text: str) -> None:
@@ -79,14 +72,13 @@ def _panel(panel: Any, rows: Sequence[Row], text: str) -> None:
 
 
 def _axes(panel: Any, text: str, bottom: float, top: float) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
+    ticker = importlib.import_module("matplotlib.ticker")
     panel.set_yscale("log")
     panel.set_ylim(bottom, top)
     panel.margins(x=0.12)
-    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    panel.yaxis.set_minor_locator(NullLocator())
+    panel.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    panel.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    panel.yaxis.set_minor_locator(ticker.NullLocator())
     panel.set_xlabel("bits per weight (codes, scales and zero points)")
     panel.set_ylabel(f"perplexity on {text} (log scale)")
     panel.grid(visible=True, which="major", color="#dddddd", linewidth=0.8)

@@ -4,10 +4,13 @@ import dataclasses
 import hashlib
 import json
 import math
+import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 BLANK = "–"
 
@@ -49,6 +52,12 @@ def fingerprint(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def library_digest() -> str:
+    """A hash of the library's own source: results of other code under the same version number are not taken."""
+    root = Path(__file__).parents[1]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(root.rglob("*.py")))).hexdigest()[:16]
+
+
 def keep(path: Path, key: str, row: Row) -> None:
     """Append a result to a file of JSON lines; the file is closed, so an interruption cannot lose it."""
     torn = path.exists() and not path.read_bytes().endswith(b"\n")
@@ -67,6 +76,16 @@ def kept(path: Path) -> dict[str, Row]:
         except (json.JSONDecodeError, KeyError, TypeError):
             continue
     return rows
+
+
+def machine() -> dict[str, Any]:
+    """The processor and the threads that torch uses on it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return {"processor": next(named, platform.processor() or platform.machine()), "threads": torch.get_num_threads()}
 
 
 def table(rows: Sequence[Row]) -> list[str]:

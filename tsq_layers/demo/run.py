@@ -1,8 +1,8 @@
 """`tsq demo`: SmolLM2-135M-Instruct in float and quantised in several ways, on the same tokens."""
 
 import dataclasses
+import importlib.metadata
 import json
-import platform
 import subprocess
 import sys
 import time
@@ -88,6 +88,7 @@ def run_demo(out: Path, *, quick: bool, texts: list[Path], write: Write, cache: 
         write: takes the lines of the output.
         cache: where downloads are kept; by default :func:`tsq_layers.demo.assets.cache_directory`.
     """
+    assets.require("transformers", "matplotlib")
     out.mkdir(parents=True, exist_ok=True)
     material = _material(out, QUICK if quick else FULL, texts, cache or assets.cache_directory(), write)
     cases = _AT_TWO_BITS + _AT_FOUR_BITS if quick else _AT_TWO_BITS + _AT_THREE_BITS + _AT_FOUR_BITS
@@ -150,7 +151,13 @@ def _key(material: Material, case: Case | None) -> str:
     tokens = [batch["input_ids"].tolist() for batch in material.calibration] if case else []
     evaluation = {name: ids.tolist() for name, ids in material.evaluation.items()}
     what = [case.config.to_dict(), case.saved] if case else ["float"]
-    return results.fingerprint(dataclasses.asdict(material.settings), what, tokens, evaluation, library_versions())
+    return results.fingerprint(
+        dataclasses.asdict(material.settings), what, tokens, evaluation, _versions(), results.library_digest()
+    )
+
+
+def _versions() -> dict[str, str]:
+    return {**library_versions(), "transformers": importlib.metadata.version("transformers")}
 
 
 def _float_row(material: Material) -> Row:
@@ -230,21 +237,10 @@ def _write_json(material: Material, rows: list[Row]) -> None:
         "settings": dataclasses.asdict(material.settings),
         "tokens": {name: tokens.numel() for name, tokens in material.evaluation.items()},
         "rows": [dataclasses.asdict(row) for row in rows],
-        "versions": library_versions(),
-        "machine": {"processor": _processor(), "threads": torch.get_num_threads()},
+        "versions": _versions(),
+        "machine": results.machine(),
     }
     (material.out / "results.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
-        platform.processor() or platform.machine(),
-    )
 
 
 def _show(material: Material, rows: list[Row], write: Write) -> None:

@@ -143,7 +143,7 @@ def windows(tokens: Tensor, length: int, count: int, batch_size: int = 1) -> lis
         )
     starts = [i * total // count for i in range(count)]
     rows = torch.stack([tokens[start : start + length] for start in starts])
-    return [{"input_ids": batch} for batch in rows.split(batch_size)]
+    return [{"input_ids": batch} for batch in torch.split(rows, batch_size)]
 
 
 @contextmanager
@@ -178,7 +178,7 @@ def _load_float(transformers: ModuleType, path: Path, dtype: torch.dtype) -> nn.
         raise CheckpointError(f"the model in {path} cannot be loaded: {_first_line(error)}") from error
     for what in ("missing_keys", "mismatched_keys"):
         if info.get(what):
-            first = sorted(map(str, info[what]))[0]
+            first = min(map(str, info[what]))
             raise CheckpointError(
                 f"the weights in {path} are not a {type(model).__name__}: {len(info[what])} {what.replace('_', ' ')}, first {first!r}"
             )

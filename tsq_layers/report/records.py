@@ -76,7 +76,9 @@ class LayerReport:
 
     def __post_init__(self) -> None:
         if self.status not in get_args(Status):
-            raise ValueError(f"layer {self.name!r}: status={self.status!r}; give one of {', '.join(map(repr, get_args(Status)))}")
+            raise ValueError(
+                f"layer {self.name!r}: status={self.status!r}; give one of {', '.join(map(repr, get_args(Status)))}"
+            )
         for name in _MAPPINGS:
             object.__setattr__(self, name, dict(getattr(self, name)))
 
@@ -98,7 +100,9 @@ class LayerReport:
         where = f"layer {checked['name']!r} of the report"
         for name in _MAPPINGS:
             if name in checked:
-                checked[name] = {step: read_number(value, f"{where}: {name}[{step!r}]") for step, value in checked[name].items()}
+                checked[name] = {
+                    step: read_number(value, f"{where}: {name}[{step!r}]") for step, value in checked[name].items()
+                }
         checked["shared_with"] = tuple(checked.get("shared_with", ()))
         try:
             return cls(**checked)
@@ -146,7 +150,9 @@ class Report:
     @property
     def bits_per_weight(self) -> float | None:
         """Stored bits per weight over all quantised layers; ``None`` if there are none."""
-        pairs = [(layer.weights, layer.bits_per_weight) for layer in self.quantized if layer.bits_per_weight is not None]
+        pairs = [
+            (layer.weights, layer.bits_per_weight) for layer in self.quantized if layer.bits_per_weight is not None
+        ]
         total = sum(weights for weights, _ in pairs)
         return sum(weights * bits for weights, bits in pairs) / total if total else None
 
@@ -159,7 +165,11 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON values, with a ``schema_version``."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        values |= {"layers": [layer.to_dict() for layer in self.layers], "config": self.config.to_dict(), "versions": dict(self.versions)}
+        values |= {
+            "layers": [layer.to_dict() for layer in self.layers],
+            "config": self.config.to_dict(),
+            "versions": dict(self.versions),
+        }
         return {"schema_version": SCHEMA_VERSION, **values}
 
     @classmethod
@@ -171,8 +181,14 @@ class Report:
         """
         version = values.get("schema_version")
         if version != SCHEMA_VERSION:
-            advice = "upgrade tsq_layers" if isinstance(version, int) and version > SCHEMA_VERSION else "this is not a report of tsq_layers"
-            raise CheckpointError(f"report: schema_version={version!r}, this version of tsq_layers reads {SCHEMA_VERSION}; {advice}")
+            advice = (
+                "upgrade tsq_layers"
+                if isinstance(version, int) and version > SCHEMA_VERSION
+                else "this is not a report of tsq_layers"
+            )
+            raise CheckpointError(
+                f"report: schema_version={version!r}, this version of tsq_layers reads {SCHEMA_VERSION}; {advice}"
+            )
         rest = {key: value for key, value in values.items() if key != "schema_version"}
         checked = checked_fields(cls, rest, "the report")
         checked["layers"] = tuple(LayerReport.from_dict(layer) for layer in checked["layers"])

@@ -17,7 +17,9 @@ def summary(report: "Report") -> str:
     size = f"{format_bytes(report.size_before)} → {format_bytes(report.size_after)} ({ratio}× smaller)"
     run = f"{_format(report.seconds, '.1f')} s, {'paired passes' if report.paired else 'one pass'}"
     versions = ", ".join(f"{package} {version}" for package, version in report.versions.items())
-    return f"{quantized}; {_format(report.bits_per_weight, '.3f')} bits per weight\nmodel: {size}\n" + "; ".join(filter(None, (run, versions)))
+    return f"{quantized}; {_format(report.bits_per_weight, '.3f')} bits per weight\nmodel: {size}\n" + "; ".join(
+        filter(None, (run, versions))
+    )
 
 
 def layers(rows: Sequence["LayerReport"]) -> str:

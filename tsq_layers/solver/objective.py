@@ -69,7 +69,7 @@ def build(weight: Tensor, statistics: LayerStatistics, config: QuantConfig, name
     weight = weight.detach().to(torch.float32)
     if weight.dim() != 2 or weight.shape[1] != statistics.columns:
         raise LayerError(f"{name}: weight has shape {tuple(weight.shape)}, its statistics are for {statistics.columns} columns; give (N, {statistics.columns})")
-    _check_values(weight, statistics, name)
+    check_values(weight, statistics, name)
     count = statistics.count.to(statistics.hessian.dtype)
     hessian = (statistics.hessian / count).to(torch.float32)
     diagonal = hessian.diagonal()
@@ -143,15 +143,18 @@ def squared_error(difference: Tensor, hessian: Tensor) -> Tensor:
     return ((difference @ hessian) * difference).sum(1)
 
 
-def _check_values(weight: Tensor, statistics: LayerStatistics, name: str) -> None:
-    bad_weights = (~torch.isfinite(weight)).sum()
-    bad_statistics = (~torch.isfinite(statistics.hessian)).sum()
-    if statistics.deviation is not None:
-        bad_statistics = bad_statistics + (~torch.isfinite(statistics.deviation)).sum()
-    weights, inputs, count = to_host(bad_weights, bad_statistics, statistics.count)
-    if weights:
-        raise LayerError(f"{name}: {weights:.0f} of its weights are NaN or inf; repair the checkpoint, or add the layer to skip")
-    if not count > 0:
+def check_values(weight: Tensor, statistics: LayerStatistics | None, name: str) -> None:
+    """Refuse NaN and inf in the weight, and in the statistics if there are any, and statistics of no tokens."""
+    zero = torch.zeros((), device=weight.device)
+    bad_inputs, count = zero, zero + 1
+    if statistics is not None:
+        sums = (statistics.hessian,) if statistics.deviation is None else (statistics.hessian, statistics.deviation)
+        bad_inputs = torch.stack([(~torch.isfinite(values)).sum() for values in sums]).sum()
+        count = statistics.count.to(weight.device).reshape(())
+    bad, inputs, tokens = to_host((~torch.isfinite(weight)).sum(), bad_inputs, count)
+    if bad:
+        raise LayerError(f"{name}: {bad:.0f} of its weights are NaN or inf; repair the checkpoint, or add the layer to skip")
+    if not tokens > 0:
         raise CalibrationError(f"{name}: its statistics hold no tokens; run calibration data through it, or add it to skip")
     if inputs:
         raise CalibrationError(f"{name}: NaN or inf in its input statistics; look at the calibration data and for overflow in half precision, or add the layer to skip")

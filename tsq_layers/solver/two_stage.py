@@ -1,8 +1,8 @@
 """`TwoStageGroupQuantizer`: the paper's algorithm box, one layer at a time.
 
-    1.  scales, zeros  ←  group-wise reconstruction loss, H_ii               (stage 1)
-    2.  codes          ←  GPTQ on these grids, whole H
-    3.  scales         ←  layer-wise loss, codes frozen, closed form         (stage 2)
+    1.  scales, zeros  ←  group-wise reconstruction loss, or what GPTQ will leave of it   (stage 1)
+    2.  codes          ←  GPTQ on these grids
+    3.  scales         ←  layer-wise loss, codes frozen, closed form                      (stage 2)
 
 The error R of earlier layers changes the target of all three, or of stage 2 only. The baselines
 fit the same box: ``"rtn"`` is min-max grids and nearest codes, ``"gptq"`` is weight-MSE grids and
@@ -93,6 +93,8 @@ class TwoStageGroupQuantizer:
         self._weight = weight.detach().to(torch.float32)
         self._state = _Progress()
         started = clock(weight)
+        if statistics is None:
+            objective.check_values(self._weight, None, name)
         self.problem = None if statistics is None else objective.build(weight, statistics, config, name)
         self._state.seconds["factorise"] = clock(weight) - started
 
@@ -100,7 +102,7 @@ class TwoStageGroupQuantizer:
         """Step 1: scales and zero points, by the grids of the configured method."""
         started, config = clock(self._weight), self.config
         if config.method == "two-stage":
-            scales, zeros = stage1.hessian_grids(self.target, self._problem.hessian, config.bits, self.group_size, config.symmetric)
+            scales, zeros = stage1.fit_grids(self.target, self._metric(), config.bits, self.group_size, config.symmetric)
         elif config.method == "gptq":
             scales, zeros = stage1.weight_grids(self._weight, config.bits, self.group_size, config.symmetric)
         else:
@@ -191,6 +193,10 @@ class TwoStageGroupQuantizer:
         if self.problem is None:
             raise StateError(f"{self.name}: no statistics were given, so there is no loss to speak of; pass LayerStatistics")
         return self.problem
+
+    def _metric(self) -> Tensor:
+        problem = self._problem
+        return problem.hessian if self.config.grid_metric == "blocks" else stage1.feedback_metric(problem.factor, problem.order)
 
     def _grids(self) -> tuple[Tensor, Tensor]:
         if self._state.scales is None or self._state.zeros is None:

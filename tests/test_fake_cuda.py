@@ -1,0 +1,310 @@
+"""That the code is right for CUDA, proven without a GPU; and on a GPU, where there is one.
+
+Under ``FakeTensorMode`` a tensor has a device and no values. An operation on tensors of two devices raises, as on the
+GPU, and so does every read of a value (``.item()``, ``bool(tensor)``), which on a GPU would stop the host. The few
+deliberate reads go through ``sync.to_host``; here they are counted, and answered with what the code hopes for.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
+
+import tsq_layers as tsq
+from tsq_layers import grid, preparation, solving
+from tsq_layers.solver import gptq, objective, stage1
+
+READS_A_SOLVER = 2  # are weights and statistics finite, and did the factorisation succeed
+READS_A_STAGE = READS_A_SOLVER + 3  # and for the report: losses, signals, tokens
+READS_AT_PREPARE = 1  # are the weights finite: one for all layers of a device
+
+VARIANTS = {
+    "two-stage": {},
+    "symmetric": {"symmetric": True},
+    "2 bits": {"bits": 2, "group_size": 8},
+    "3 bits, ragged": {"bits": 3, "group_size": 24},
+    "per channel": {"bits": 5, "group_size": None},
+    "deviation in stage 2": {"deviation": "refine"},
+    "no deviation": {"deviation": "none"},
+    "descent": {"refine": "descent"},
+    "no refinement": {"refine": "none", "act_order": False},
+    "bfloat16 scales": {"scale_dtype": "bfloat16"},
+    "gptq": {"method": "gptq"},
+    "gptq, symmetric": {"method": "gptq", "symmetric": True, "bits": 8},
+    "rtn": {"method": "rtn"},
+}
+
+
+@pytest.fixture(params=VARIANTS.values(), ids=VARIANTS.keys())
+def config(request):
+    return tsq.QuantConfig(**{"group_size": 16, **request.param})
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """The number of values of each read, in a list for each module that reads."""
+    counts = {module: [] for module in (preparation, objective, solving)}
+
+    def stand_in(module, answers):
+        def to_host(*values):
+            assert all(value.numel() == 1 for value in values)
+            counts[module].append(len(values))
+            return answers(len(values))
+
+        return to_host
+
+    monkeypatch.setattr(preparation, "to_host", stand_in(preparation, lambda n: [1.0] * n))  # all weights are finite
+    # nothing bad and a thousand tokens; the factorisation succeeded
+    monkeypatch.setattr(objective, "to_host", stand_in(objective, lambda n: [0.0, 0.0, 1000.0] if n == 3 else [0.0]))
+    monkeypatch.setattr(solving, "to_host", stand_in(solving, lambda n: [1000.0] * n))
+    return counts
+
+
+def total(reads):
+    return sum(len(counts) for counts in reads.values())
+
+
+@pytest.fixture
+def fake():
+    """No values, and CUDA for whatever is made without a device by the test itself, see `on_cuda`."""
+    with FakeTensorMode():
+        yield
+
+
+def on_cuda(make):
+    """Make a model or tensor on the fake GPU. What the library makes is not told where to go."""
+    with torch.device("cuda"):
+        return make()
+
+
+def net():
+    return nn.Sequential(nn.Linear(40, 48), nn.ReLU(), nn.Linear(48, 40, bias=False), nn.Tanh(), nn.Linear(40, 8))
+
+
+def assert_on_cuda(module):
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    assert tensors
+    for name, tensor in tensors.items():
+        assert isinstance(tensor, FakeTensor), name
+        assert tensor.device.type == "cuda", name
+
+
+def observed(columns, *, paired, masked=False):
+    observer = tsq.HessianObserver(columns)
+    for _ in range(2):
+        x = torch.randn(4, 10, columns, device="cuda", dtype=torch.bfloat16)
+        reference = torch.randn_like(x) if paired else None
+        mask = torch.ones(4, 10, dtype=torch.int64, device="cuda") if masked else None
+        observer.observe(x, reference, mask)
+    return observer
+
+
+# --- the parts -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("paired", [True, False])
+@pytest.mark.parametrize("masked", [True, False])
+def test_observer_stays_on_the_device_and_reads_nothing(fake, reads, paired, masked):
+    observer = observed(40, paired=paired, masked=masked)
+    assert_on_cuda(observer)
+    statistics = observer.statistics()
+    assert statistics.hessian.device.type == statistics.count.device.type == "cuda"
+    assert (statistics.deviation is not None) == paired
+    assert (statistics + statistics).hessian.device.type == "cuda"
+    assert total(reads) == 0
+
+
+def test_quantizer_stays_on_the_device_and_reads_little(fake, reads, config):
+    weight = torch.randn(24, 40, device="cuda", dtype=torch.bfloat16)
+    statistics, held_out = observed(40, paired=True).statistics(), observed(40, paired=False).statistics()
+    given = statistics if config.needs_calibration else None
+    quantizer = tsq.TwoStageGroupQuantizer(weight, given, config)
+    result = quantizer.run(held_out if config.needs_calibration else None)
+    tables = (result.losses, result.held_out_losses, result.objective)
+    for tensor in [*vars(result.weight).values(), *(value for table in tables for value in table.values())]:
+        if isinstance(tensor, torch.Tensor):
+            assert tensor.device.type == "cuda"
+    assert result.weight.codes.shape == (24, 40)
+    assert len(reads[objective]) == total(reads) == (READS_A_SOLVER if config.needs_calibration else 0)
+    if config.needs_calibration:
+        assert quantizer.loss().device.type == "cuda"
+        assert result.held_out_losses.keys() == result.losses.keys()
+
+
+@pytest.mark.parametrize("rows", [1, 3, 200])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_quant_linear_stays_on_the_device_and_reads_nothing(fake, reads, config, rows, dtype):
+    weight = torch.randn(24, 64, device="cuda")
+    config = dataclasses.replace(config, method="rtn")
+    quantized = tsq.TwoStageGroupQuantizer(weight, None, config).run().weight
+    layer = tsq.QuantLinear.from_quantized(quantized, torch.zeros(24, device="cuda"), dtype=dtype)
+    assert_on_cuda(layer)
+    y = layer(torch.randn(rows, 64, device="cuda", dtype=dtype))
+    assert (y.device.type, y.dtype, tuple(y.shape)) == ("cuda", dtype, (rows, 24))
+    assert layer.weight.device.type == layer.quantized_weight().codes.device.type == "cuda"
+    assert total(reads) == 0
+
+
+def test_quant_linear_gives_gradients_on_the_device(fake, reads):
+    quantized = tsq.TwoStageGroupQuantizer(torch.randn(24, 64, device="cuda"), None, tsq.QuantConfig(method="rtn")).run().weight
+    layer = tsq.QuantLinear.from_quantized(quantized, torch.zeros(24, device="cuda"))
+    x = torch.randn(3, 64, device="cuda", requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad.device.type == layer.bias.grad.device.type == "cuda"
+
+
+# --- the whole -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("paired", [None, False])
+def test_quantize_stays_on_the_device_and_reads_little(fake, reads, config, paired):
+    model = on_cuda(net)
+    batches = [on_cuda(lambda: torch.randn(100, 40)) for _ in range(3)]
+    model = tsq.quantize(model, config, batches, held_out=batches[:1], paired=paired)
+    assert [type(layer).__name__ for layer in model[::2]] == ["QuantLinear"] * 3
+    assert_on_cuda(model)
+    assert model(batches[0]).device.type == "cuda"
+    assert len(reads[preparation]) == READS_AT_PREPARE
+    if config.needs_calibration:
+        assert total(reads) == READS_AT_PREPARE + 3 * READS_A_STAGE
+
+
+def test_number_of_reads_does_not_depend_on_batches_and_rows(fake, reads):
+    counts = []
+    for batches, width in ((1, 16), (5, 320)):
+        model = on_cuda(lambda: nn.Sequential(nn.Linear(16, width), nn.Linear(width, 16)))  # noqa: B023
+        tsq.quantize(model, tsq.QuantConfig(group_size=16), [on_cuda(lambda: torch.randn(100, 16)) for _ in range(batches)])
+        counts.append(total(reads))
+    assert counts == [READS_AT_PREPARE + 2 * READS_A_STAGE, 2 * (READS_AT_PREPARE + 2 * READS_A_STAGE)]
+
+
+def test_batches_on_the_host_are_moved(fake, reads):
+    model = on_cuda(net)
+    batches = [(torch.randn(100, 40, device="cpu"),) for _ in range(2)]
+    model = tsq.quantize(model, tsq.QuantConfig(group_size=16), batches)
+    assert_on_cuda(model)
+
+
+def test_loop_of_ones_own_stays_on_the_device(fake, reads):
+    model = tsq.prepare(on_cuda(net), tsq.QuantConfig(group_size=16))
+    for _ in range(3):
+        model(torch.randn(100, 40, device="cuda"))
+    assert total(reads) == READS_AT_PREPARE
+    assert_on_cuda(tsq.convert(model))
+    assert total(reads) == READS_AT_PREPARE + 3 * READS_A_STAGE
+
+
+def test_llama_is_quantised_on_the_device(fake, reads):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
+    model = on_cuda(lambda: transformers.LlamaForCausalLM(config)).eval()
+    batches = [{"input_ids": torch.zeros(4, 16, dtype=torch.int64, device="cuda")} for _ in range(2)]
+    model = tsq.quantize(model, tsq.QuantConfig(bits=2, group_size=16), batches)
+    assert_on_cuda(model)
+    assert len(model.tsq_report.quantized) == 2 * 7
+    stages = 2 * 4  # q, k, v are one, and gate, up
+    assert total(reads) == READS_AT_PREPARE + stages * READS_A_STAGE
+    assert model(**batches[0]).logits.device.type == "cuda"
+
+
+# --- that these tests can fail -------------------------------------------------------------------
+
+
+def reading(values):
+    """A planted read of a value."""
+    values.sum().item()
+
+
+def branching(values):
+    """A planted branch on a value."""
+    if values.sum() > 0:
+        return
+
+
+def mixing(values):
+    """A planted tensor on the default device."""
+    return values + torch.zeros(values.shape)
+
+
+@pytest.mark.parametrize(("mistake", "error"), [(reading, DataDependentOutputException), (branching, DataDependentOutputException), (mixing, RuntimeError)])
+@pytest.mark.parametrize(("module", "name"), [(gptq, "assign"), (stage1, "hessian_grids"), (grid, "storable")])
+def test_planted_mistake_is_caught(fake, reads, monkeypatch, module, name, mistake, error):
+    original = getattr(module, name)
+
+    def wrong(first, *args, **kwargs):
+        mistake(first)
+        return original(first, *args, **kwargs)
+
+    monkeypatch.setattr(module, name, wrong)
+    statistics = observed(40, paired=True).statistics()
+    with pytest.raises(error):
+        tsq.TwoStageGroupQuantizer(torch.randn(24, 40, device="cuda"), statistics, tsq.QuantConfig(group_size=16)).run()
+
+
+def test_planted_read_in_the_observer_is_caught_through_suspended_passes(fake, reads, monkeypatch):
+    original = tsq.HessianObserver.observe
+    monkeypatch.setattr(tsq.HessianObserver, "observe", lambda self, x, *args: (reading(x), original(self, x, *args)))
+    with pytest.raises(DataDependentOutputException):
+        tsq.quantize(on_cuda(net), tsq.QuantConfig(group_size=16), [torch.randn(100, 40, device="cuda")])
+
+
+def test_planted_read_in_a_suspended_pass_is_caught(fake, reads):
+    def forward(model, batch):
+        reading(model(batch))
+
+    with pytest.raises(DataDependentOutputException):
+        tsq.quantize(on_cuda(net), tsq.QuantConfig(group_size=16), [torch.randn(100, 40, device="cuda")], forward=forward)
+
+
+# --- on a GPU ------------------------------------------------------------------------------------
+
+needs_cuda = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
+def real(device, config):
+    """The same model and data on a device, quantised there."""
+    torch.manual_seed(0)
+    model = net()
+    batches = [torch.randn(500, 40) for _ in range(4)]
+    return tsq.quantize(model.to(device), config, batches, held_out=batches[:1])
+
+
+class TestOnGpu:
+    pytestmark = needs_cuda
+
+    def test_codes_are_those_of_the_cpu(self, config):
+        cpu, gpu = real("cpu", config), real("cuda", config)
+        for one, two in zip(cpu[::2], gpu[::2], strict=True):
+            assert two.words.device.type == "cuda"
+            one, two = one.quantized_weight(), two.quantized_weight()
+            assert (one.codes != two.codes.cpu()).float().mean() < 0.02
+        for one, two in zip(cpu.tsq_report.quantized, gpu.tsq_report.quantized, strict=True):
+            for step, loss in one.losses.items():
+                assert two.losses[step] == pytest.approx(loss, rel=0.05)
+
+    @pytest.mark.parametrize("rows", [1, 3, 200])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_quant_linear_gives_what_it_gives_on_the_cpu(self, config, rows, dtype):
+        torch.manual_seed(0)
+        weight, x = torch.randn(24, 64), torch.randn(rows, 64, dtype=dtype)
+        quantized = tsq.TwoStageGroupQuantizer(weight, None, dataclasses.replace(config, method="rtn")).run().weight
+        layer = tsq.QuantLinear.from_quantized(quantized, torch.randn(24), dtype=dtype)
+        exact = layer.double()(x.double()).detach()
+        found = layer.to(dtype).cuda()(x.cuda()).cpu().double().detach()
+        assert (found - exact).norm() < (1e-5 if dtype == torch.float32 else 1e-2) * exact.norm()
+
+    def test_number_of_host_syncs_is_constant(self):
+        torch.manual_seed(0)
+        x, weight = torch.randn(500, 40, device="cuda"), torch.randn(24, 40, device="cuda")
+        observer = tsq.HessianObserver(40)
+        observer.observe(x)
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with pytest.warns(UserWarning) as found:
+                tsq.TwoStageGroupQuantizer(weight, observer.statistics(), tsq.QuantConfig(group_size=16)).run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert len([warning for warning in found if "synchroniz" in str(warning.message)]) == READS_A_SOLVER

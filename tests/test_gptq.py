@@ -1,0 +1,189 @@
+"""GPTQ on static grids: the same codes as explicit compensation, and what must hold for every layer."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from oracles import gptq as oracle
+from torch import Tensor
+
+from tsq_layers import grid
+from tsq_layers.solver import gptq, objective
+
+
+class Case(NamedTuple):
+    """A problem in float64; arguments of `gptq.assign` but for width and group size."""
+
+    target: Tensor
+    H: Tensor
+    order: Tensor
+    scales: Tensor
+    zeros: Tensor
+    bits: int
+    g: int
+
+
+def case(
+    N: int = 3, K: int = 21, g: int = 8, bits: int = 3, symmetric: bool = False, act_order: bool = True, seed: int = 0
+) -> Case:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    X = normal(2 * K, K) @ (torch.eye(K, dtype=torch.float64) + normal(K, K) / K**0.5)
+    H = X.T @ X / len(X)
+    order = H.diagonal().argsort(descending=True) if act_order else torch.arange(K)
+    W = normal(N, K)
+    return Case(W, H, order, *grid.minmax(0.8 * W, bits, g, symmetric), bits, g)
+
+
+def assign(c: Case) -> Tensor:
+    factor = objective.factorise(c.H, c.order, 0.01)[1]
+    return gptq.assign(c.target, factor, c.order, c.scales, c.zeros, c.bits, c.g)
+
+
+def expected(c: Case) -> Tensor:
+    damped = c.H + 0.01 * c.H.diagonal().mean() * torch.eye(len(c.H), dtype=c.H.dtype)
+    return oracle.gptq(c.target, damped, c.scales, c.zeros, c.bits, c.g, c.order)
+
+
+def rounded(c: Case) -> Tensor:
+    return grid.quantize(c.target, c.scales, c.zeros, c.bits, c.g)
+
+
+# ---- against the oracle ----------------------------------------------------------------------------------------------
+
+SIZES = [(1, 1, 1), (3, 5, 2), (2, 16, 4), (4, 17, 4), (3, 33, 8), (5, 40, 40), (2, 70, 64), (2, 31, 1)]
+
+
+@pytest.mark.parametrize("act_order", [True, False], ids=["act-order", "as-is"])
+@pytest.mark.parametrize(("N", "K", "g"), SIZES, ids=[f"N={N}-K={K}-g={g}" for N, K, g in SIZES])
+def test_codes_equal_the_oracle(N: int, K: int, g: int, act_order: bool) -> None:
+    c = case(N, K, g, act_order=act_order)
+    codes = assign(c)
+    assert codes.dtype == torch.uint8
+    assert codes.is_contiguous()
+    assert torch.equal(codes.long(), expected(c))
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_codes_of_every_width_equal_the_oracle(bits: int, symmetric: bool) -> None:
+    c = case(bits=bits, symmetric=symmetric)
+    assert torch.equal(assign(c).long(), expected(c))
+
+
+CORRUPTED = {
+    "order reversed": lambda c: c._replace(order=c.order.flip(0)),
+    "group borders shifted": lambda c: c._replace(scales=c.scales.roll(1, dims=1), zeros=c.zeros.roll(1, dims=1)),
+    "no correlations": lambda c: c._replace(H=c.H.diagonal().diag()),
+    "columns of H shifted": lambda c: c._replace(H=c.H.roll((1, 1), dims=(0, 1))),
+}
+
+
+@pytest.mark.parametrize("corrupt", CORRUPTED.values(), ids=CORRUPTED)
+def test_codes_differ_from_the_oracle_when_its_input_is_corrupted(corrupt) -> None:
+    c = case()
+    assert not torch.equal(assign(c).long(), expected(corrupt(c)))
+
+
+# ---- properties ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("leaf", [1, 2, 5, 16, 1000])
+def test_recursion_does_not_change_the_codes(leaf: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    c = case(K=45)
+    codes = assign(c)
+    monkeypatch.setattr(gptq, "_LEAF", leaf)
+    assert torch.equal(assign(c), codes)
+
+
+@pytest.mark.parametrize("diagonal", ["identity", "diagonal"])
+def test_uncorrelated_inputs_give_plain_rounding(diagonal: str) -> None:
+    c = case(K=40)
+    H = torch.eye(40, dtype=torch.float64) if diagonal == "identity" else c.H.diagonal().diag()
+    assert torch.equal(assign(c._replace(H=H)), rounded(c))
+
+
+def test_zero_hessian_gives_plain_rounding() -> None:
+    c = case()
+    assert torch.equal(assign(c._replace(H=torch.zeros_like(c.H))), rounded(c))
+
+
+@pytest.mark.parametrize("act_order", [True, False], ids=["act-order", "as-is"])
+def test_columns_never_seen_are_rounded(act_order: bool) -> None:
+    dead = torch.tensor([0, 7, 20])
+    c = case(act_order=act_order)
+    c.H[dead], c.H[:, dead] = 0, 0
+    codes = assign(c)
+    assert torch.equal(codes[:, dead], rounded(c)[:, dead])
+    assert not torch.equal(codes, rounded(c))
+
+
+def test_weights_on_the_grid_keep_their_codes() -> None:
+    c = case()
+    on_grid = grid.dequantize(rounded(c), c.scales, c.zeros, c.g, torch.float64)
+    assert torch.equal(assign(c._replace(target=on_grid)), rounded(c))
+
+
+def test_one_group_for_the_row_equals_a_group_wider_than_it() -> None:
+    c = case(K=21, g=21)
+    assert torch.equal(assign(c._replace(g=64)), assign(c))
+
+
+@pytest.mark.parametrize("factor", [2.0**-20, 4.0, 2.0**20], ids=["2^-20", "4", "2^20"])
+def test_scaling_the_inputs_leaves_the_codes_unchanged(factor: float) -> None:
+    c = case(K=40)
+    assert torch.equal(assign(c._replace(H=factor**2 * c.H)), assign(c))
+
+
+def test_scaling_weights_and_scales_leaves_the_codes_unchanged() -> None:
+    c = case(K=40)
+    assert torch.equal(assign(c._replace(target=8 * c.target, scales=8 * c.scales)), assign(c))
+
+
+def test_permuting_rows_permutes_the_codes() -> None:
+    c = case(N=6)
+    p = torch.randperm(6, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(assign(c._replace(target=c.target[p], scales=c.scales[p], zeros=c.zeros[p])), assign(c)[p])
+
+
+def test_permuting_columns_with_their_processing_order_permutes_the_codes() -> None:
+    c = case(K=21, g=21)
+    p = torch.randperm(21, generator=torch.Generator().manual_seed(1))
+    inverse = p.argsort()
+    permuted = c._replace(target=c.target[:, p], H=c.H[p][:, p], order=inverse[c.order])
+    assert torch.equal(assign(permuted), assign(c)[:, p])
+
+
+def test_stacked_layers_get_the_codes_that_they_get_alone() -> None:
+    c = case(N=6, K=40)
+    parts = [c._replace(target=c.target[rows], scales=c.scales[rows], zeros=c.zeros[rows]) for rows in (slice(2), slice(2, 6))]
+    assert torch.equal(torch.cat([assign(part) for part in parts]), assign(c))
+
+
+def test_correlated_inputs_lose_less_than_by_rounding() -> None:
+    c = case(N=8, K=64, g=16, bits=2)
+
+    def loss(codes: Tensor) -> float:
+        values = grid.dequantize(codes, c.scales, c.zeros, c.g, torch.float64)
+        return float(objective.squared_error(values - c.target, c.H).sum())
+
+    assert loss(assign(c)) < loss(rounded(c))
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_codes_stay_in_range_when_weights_are_far_outside_of_their_grid(bits: int) -> None:
+    c = case(bits=bits)
+    codes = assign(c._replace(target=1000 * c.target))
+    assert int(codes.max()) <= grid.code_max(bits)
+
+
+def test_inputs_are_not_modified() -> None:
+    c = case(K=40)
+    factor = objective.factorise(c.H, c.order, 0.01)[1]
+    tensors = (c.target, factor, c.order, c.scales, c.zeros)
+    kept = [tensor.clone() for tensor in tensors]
+    gptq.assign(*tensors, c.bits, c.g)
+    assert all(torch.equal(a, b) for a, b in zip(tensors, kept, strict=True))

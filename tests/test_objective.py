@@ -1,0 +1,306 @@
+"""The objective: damping, factorisation and shifted target against float64 loops, and the sign of R by brute force."""
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import pytest
+import torch
+from oracles import objective as oracle
+from torch import Tensor
+from torch.testing import assert_close
+
+from tsq_layers.config import QuantConfig
+from tsq_layers.errors import CalibrationError, DampingWarning, LayerError, SingularHessianError
+from tsq_layers.records import LayerStatistics
+from tsq_layers.solver import objective
+
+CLOSE = {"rtol": 1e-10, "atol": 1e-10}
+
+
+class Case(NamedTuple):
+    """Weights and inputs of both streams, float64: W (N, K), X and X_ref (T, K)."""
+
+    W: Tensor
+    X: Tensor
+    X_ref: Tensor
+    H: Tensor
+    R: Tensor
+
+    @property
+    def statistics(self) -> LayerStatistics:
+        return LayerStatistics(len(self.X) * self.H, torch.tensor(len(self.X)), len(self.X) * self.R)
+
+
+def case(K: int = 9, N: int = 4, T: int = 60, seed: int = 0) -> Case:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    X_ref = normal(T, K) @ (torch.eye(K, dtype=torch.float64) + 0.3 * normal(K, K))
+    X = X_ref + 0.3 * normal(T, K) + 0.2 * X_ref.roll(1, dims=1)
+    return Case(normal(N, K), X, X_ref, *oracle.statistics(X, X_ref))
+
+
+def orders(H: Tensor) -> dict[str, Tensor]:
+    K = len(H)
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "as-is": torch.arange(K),
+        "descending": H.diagonal().argsort(descending=True),
+        "random": torch.randperm(K, generator=generator),
+    }
+
+
+ORDERS = ["as-is", "descending", "random"]
+
+
+# ---- factorise -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("K", [1, 2, 9, 40], ids=lambda K: f"K={K}")
+def test_factor_is_that_of_the_inverse_in_processing_order(K: int, order: str) -> None:
+    H = case(K, T=3 * K).H
+    chosen = orders(H)[order]
+    damped, U, used, ridge = objective.factorise(H, chosen, 0.01)
+    expected = oracle.damped(H, 0.01)
+    assert_close(damped, expected, **CLOSE)
+    assert_close(U.T @ U, torch.linalg.inv(expected[chosen][:, chosen]), **CLOSE)
+    assert torch.equal(U, U.triu())
+    assert (U.diagonal() > 0).all()
+    assert used == 0.01
+    assert_close(ridge, 0.01 * H.diagonal().mean(), **CLOSE)
+
+
+def test_factor_differs_when_the_order_is_reversed() -> None:
+    H = case().H
+    order = orders(H)["random"]
+    U = objective.factorise(H, order, 0.01)[1]
+    wrong = order.flip(0)
+    with pytest.raises(AssertionError):
+        assert_close(U.T @ U, torch.linalg.inv(oracle.damped(H, 0.01)[wrong][:, wrong]), **CLOSE)
+
+
+def test_factor_differs_from_that_of_the_undamped_inverse() -> None:
+    H = case().H
+    order = torch.arange(len(H))
+    U = objective.factorise(H, order, 0.01)[1]
+    with pytest.raises(AssertionError):
+        assert_close(U.T @ U, torch.linalg.inv(H), **CLOSE)
+
+
+def test_factorise_of_zeros_is_the_identity_times_the_damping() -> None:
+    damped, U, used, _ = objective.factorise(torch.zeros(5, 5, dtype=torch.float64), torch.arange(5), 0.01)
+    eye = torch.eye(5, dtype=torch.float64)
+    assert_close(damped, 0.01 * eye, **CLOSE)
+    assert_close(U, 10 * eye, **CLOSE)
+    assert used == 0.01
+
+
+def test_singular_hessian_of_few_tokens_needs_no_more_damping_than_configured() -> None:
+    H = case(K=30, T=4).H.float()
+    assert objective.factorise(H, torch.arange(30), 0.01)[2] == 0.01
+
+
+# Eigenvalues 1 ± b: 1 − b + λ is positive for the first of the λ's beyond b − 1.
+@pytest.mark.parametrize(
+    ("b", "damping", "used"), [(1.05, 0.01, 0.1), (1.5, 0.01, 1.0), (1.5, 0.3, 1.0), (1.05, 0.001, 0.1)], ids=str
+)
+def test_more_damping_is_named(b: float, damping: float, used: float) -> None:
+    H = torch.tensor([[1.0, b], [b, 1.0]], dtype=torch.float64)
+    with pytest.warns(DampingWarning, match=rf"mlp\.up: damping was raised from {damping:g} to {used:g} to factorise"):
+        damped, U, found, ridge = objective.factorise(H, torch.arange(2), damping, "mlp.up")
+    assert found == pytest.approx(used, rel=1e-12)
+    assert float(ridge) == pytest.approx(used, rel=1e-12)
+    assert_close(damped, oracle.damped(H, used), **CLOSE)
+    assert_close(U.T @ U, torch.linalg.inv(damped), **CLOSE)
+
+
+@pytest.mark.parametrize(
+    "H",
+    [
+        pytest.param(-5 * torch.eye(3), id="negative-definite"),
+        pytest.param(torch.tensor([[1.0, 3.0], [3.0, 1.0]]), id="indefinite"),
+        pytest.param(torch.tensor([[torch.inf, 0.0], [0.0, 1.0]]), id="infinite"),
+        pytest.param(torch.full((2, 2), torch.nan), id="nan"),
+    ],
+)
+def test_hopeless_hessian_is_an_error(H: Tensor) -> None:
+    with pytest.raises(SingularHessianError, match=r"mlp\.up: the Hessian is not positive definite even with damping 1;"):
+        objective.factorise(H, torch.arange(len(H)), 0.01, "mlp.up")
+
+
+# ---- shift_target ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.25, 1.0], ids=lambda s: f"strength={s}")
+@pytest.mark.parametrize("order", ORDERS)
+def test_shifted_target_equals_the_oracle(order: str, strength: float) -> None:
+    c = case()
+    chosen = orders(c.H)[order]
+    damped, U, *_ = objective.factorise(c.H, chosen, 0.01)
+    shifted = objective.shift_target(c.W, c.R, U, chosen, strength)
+    assert_close(shifted, oracle.shift_target(c.W, damped, c.R, strength), **CLOSE)
+
+
+@pytest.mark.parametrize("corrupt", [lambda R: R.T, lambda R: -R, lambda R: R.roll(1, 0)], ids=["transposed", "negated", "rolled"])
+def test_shifted_target_differs_when_the_deviation_is_corrupted(corrupt) -> None:
+    c = case()
+    order = orders(c.H)["random"]
+    damped, U, *_ = objective.factorise(c.H, order, 0.01)
+    shifted = objective.shift_target(c.W, c.R, U, order, 1.0)
+    with pytest.raises(AssertionError):
+        assert_close(shifted, oracle.shift_target(c.W, damped, corrupt(c.R), 1.0), **CLOSE)
+
+
+def test_shifted_target_differs_when_the_order_is_reversed() -> None:
+    c = case()
+    order = orders(c.H)["random"]
+    damped, U, *_ = objective.factorise(c.H, order, 0.01)
+    shifted = objective.shift_target(c.W, c.R, U, order.flip(0), 1.0)
+    with pytest.raises(AssertionError):
+        assert_close(shifted, oracle.shift_target(c.W, damped, c.R, 1.0), **CLOSE)
+
+
+# ---- the loss, by brute force ----------------------------------------------------------------------------------------
+
+
+def loss_differences(c: Case, R: Tensor) -> tuple[Tensor, Tensor]:
+    """Differences between candidates of the library's loss at this R and of E‖Qx − Wx̃‖²."""
+    order = torch.arange(c.H.shape[0])
+    U = objective.factorise(c.H, order, 0.0)[1]
+    target = objective.shift_target(c.W, R, U, order, 1.0)
+    candidates = [c.W, torch.zeros_like(c.W), c.W.round(), c.W.roll(1, dims=1)]
+    library = [float(objective.squared_error(Q - target, c.H).sum()) for Q in candidates]
+    brute = [oracle.brute_force_loss(Q, c.W, c.X, c.X_ref) for Q in candidates]
+    return tuple(torch.tensor([b - a for a, b in pairwise(losses)], dtype=torch.float64) for losses in (library, brute))
+
+
+def test_loss_is_the_mean_squared_output_error_up_to_a_constant() -> None:
+    c = case()
+    assert_close(*loss_differences(c, c.R), **CLOSE)
+
+
+@pytest.mark.parametrize("corrupt", [lambda R: -R, lambda R: R.T, lambda R: 0 * R], ids=["negated", "transposed", "none"])
+def test_loss_with_a_corrupted_deviation_is_another(corrupt) -> None:
+    c = case()
+    with pytest.raises(AssertionError):
+        assert_close(*loss_differences(c, corrupt(c.R)), **CLOSE)
+
+
+def test_squared_error_is_a_mean_over_tokens_for_every_row() -> None:
+    c = case()
+    D = c.W - c.W.round()
+    expected = [oracle.brute_force_loss(d[None], torch.zeros_like(d[None]), c.X, c.X) for d in D]
+    assert_close(objective.squared_error(D, c.H), torch.tensor(expected, dtype=torch.float64), **CLOSE)
+
+
+# ---- build -----------------------------------------------------------------------------------------------------------
+
+# float32: sums of K products with terms of the size of the result, K + 2 roundings of 2^-24, times the condition of H.
+FLOAT32 = {"rtol": 1e-4, "atol": 1e-4}
+
+
+@pytest.mark.parametrize(
+    ("deviation", "in_grid", "in_refine"), [("target", True, True), ("refine", False, True), ("none", False, False)]
+)
+def test_build_puts_the_deviation_where_the_configuration_says(deviation: str, in_grid: bool, in_refine: bool) -> None:
+    c = case()
+    problem = objective.build(c.W, c.statistics, QuantConfig(deviation=deviation, deviation_strength=0.5))
+    shifted = oracle.shift_target(c.W, oracle.damped(c.H, 0.01), c.R, 0.5)
+    assert (shifted - c.W).abs().max() > 0.01  # a hundred times what the comparisons below let pass
+    assert_close(problem.grid_target.double(), shifted if in_grid else c.W, **FLOAT32)
+    assert_close(problem.refine_target.double(), shifted if in_refine else c.W, **FLOAT32)
+    assert torch.equal(problem.weight, c.W.float())
+
+
+@pytest.mark.parametrize("method", ["gptq", "rtn"])
+def test_build_leaves_the_target_of_the_baselines_alone(method: str) -> None:
+    c = case()
+    problem = objective.build(c.W, c.statistics, QuantConfig(method=method))
+    assert torch.equal(problem.grid_target, c.W.float())
+    assert torch.equal(problem.refine_target, c.W.float())
+
+
+def test_build_divides_by_the_count_and_damps() -> None:
+    c = case()
+    problem = objective.build(c.W, c.statistics, QuantConfig(damping=0.1))
+    assert problem.hessian.dtype == torch.float32
+    assert_close(problem.hessian.double(), oracle.damped(c.H, 0.1), rtol=2**-22, atol=2**-22)
+    assert problem.damping == 0.1
+    assert_close(problem.ridge.double(), 0.1 * c.H.diagonal().mean(), rtol=2**-20, atol=0)
+
+
+def test_build_processes_columns_by_descending_diagonal_if_asked() -> None:
+    c = case()
+    ordered = objective.build(c.W, c.statistics, QuantConfig(act_order=True)).order
+    assert (c.H.diagonal()[ordered].diff() <= 0).all()
+    assert torch.equal(objective.build(c.W, c.statistics, QuantConfig(act_order=False)).order, torch.arange(9))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_build_takes_weights_of_any_float_dtype(dtype: torch.dtype) -> None:
+    c = case()
+    weight = c.W.to(dtype)
+    assert torch.equal(objective.build(weight, c.statistics, QuantConfig()).weight, weight.float())
+
+
+def test_build_takes_a_count_of_one_element() -> None:
+    c = case()
+    statistics = LayerStatistics(c.statistics.hessian, torch.tensor([60]), c.statistics.deviation)
+    expected = objective.build(c.W, c.statistics, QuantConfig())
+    assert torch.equal(objective.build(c.W, statistics, QuantConfig()).hessian, expected.hessian)
+
+
+@pytest.mark.cuda
+def test_build_takes_a_count_on_the_host() -> None:
+    c = case()
+    statistics = LayerStatistics(c.H.cuda(), torch.tensor(1))
+    assert objective.build(c.W.cuda(), statistics, QuantConfig()).hessian.is_cuda
+
+
+def test_build_modifies_nothing() -> None:
+    c = case()
+    statistics, weight = c.statistics, c.W.float()
+    tensors = (weight, statistics.hessian, statistics.deviation, statistics.count)
+    kept = [tensor.clone() for tensor in tensors]
+    objective.build(weight, statistics, QuantConfig())
+    assert all(torch.equal(a, b) for a, b in zip(tensors, kept, strict=True))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
+def test_build_names_weights_that_are_no_numbers(value: float) -> None:
+    c = case()
+    c.W[1, 2] = c.W[0, 0] = value
+    with pytest.raises(LayerError, match=r"mlp\.up: 2 of its weights are NaN or inf; repair the checkpoint, or add"):
+        objective.build(c.W, c.statistics, QuantConfig(), "mlp.up")
+
+
+def test_build_names_weights_beyond_float32() -> None:
+    c = case()
+    c.W[0, 0] = 1e300
+    with pytest.raises(LayerError, match="1 of its weights are NaN or inf"):
+        objective.build(c.W, c.statistics, QuantConfig())
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
+@pytest.mark.parametrize("where", ["H", "R"])
+def test_build_names_statistics_that_are_no_numbers(where: str, value: float) -> None:
+    c = case()
+    getattr(c, where)[1, 2] = value
+    with pytest.raises(CalibrationError, match=r"mlp\.up: NaN or inf in its input statistics; look at the calibration data"):
+        objective.build(c.W, c.statistics, QuantConfig(), "mlp.up")
+
+
+@pytest.mark.parametrize("with_nan", [False, True], ids=["zeros", "nan"])
+def test_build_names_statistics_of_no_tokens(with_nan: bool) -> None:
+    H = torch.full((9, 9), torch.nan if with_nan else 0.0)
+    with pytest.raises(CalibrationError, match=r"mlp\.up: its statistics hold no tokens; run calibration data through it"):
+        objective.build(case().W, LayerStatistics(H, torch.tensor(0)), QuantConfig(), "mlp.up")
+
+
+@pytest.mark.parametrize("shape", [(4, 8), (9,), (2, 4, 9)], ids=str)
+def test_build_names_a_weight_of_another_shape(shape: tuple[int, ...]) -> None:
+    with pytest.raises(LayerError, match=r"mlp\.up: weight has shape .* statistics are for 9 columns; give \(N, 9\)"):
+        objective.build(torch.ones(shape), case().statistics, QuantConfig(), "mlp.up")
