@@ -79,12 +79,16 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     rows = []
-    print(f"{arguments.threads} threads; milliseconds, medians of {arguments.repeats}; share = (stage 1 + stage 2) / (factorise + columns)")
+    print(
+        f"{arguments.threads} threads; milliseconds, medians of {arguments.repeats}; share = (stage 1 + stage 2) / (factorise + columns)"
+    )
     for name, (n, k) in SHAPES.items():
         for bits, group in ((2, 64), (4, 128)):
             found = measure(steps(n, k, QuantConfig(bits=bits, group_size=group)), arguments.repeats)
             share = (found["stage 1"] + found["stage 2"]) / (found["factorise"] + found["columns"])
-            rows.append({"layer": name, "rows": n, "columns": k, "bits": bits, "group_size": group, "share": share, **found})
+            rows.append(
+                {"layer": name, "rows": n, "columns": k, "bits": bits, "group_size": group, "share": share, **found}
+            )
             shown = "  ".join(f"{step} {value:.1f}" for step, value in found.items())
             print(f"{name:16} {n}×{k}  {bits} bits g={group:3}  {shown}  share {share:.2f}", flush=True)
     if arguments.json:

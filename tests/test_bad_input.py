@@ -211,7 +211,7 @@ def test_convert_names_the_layer_that_saw_nan():
 # --- batches and forwards that fail --------------------------------------------------------------
 
 
-class Planted(Exception):  # noqa: N818 - it stands for any exception of a user's
+class Planted(Exception):
     """Raised by a user's forward."""
 
 

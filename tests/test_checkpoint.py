@@ -259,7 +259,7 @@ def test_tied_tensors_are_stored_once_and_tied_again(tmp_path: Path, tie: bool, 
     original["layer"] = quantized(original["layer"].weight)
     save(original, tmp_path)
     with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
-        assert "head.weight" not in file.keys()  # noqa: SIM118
+        assert "head.weight" not in file.keys()
     with torch.device(device):
         fresh = tied_net(tie=tie)
     loaded = load(tmp_path, fresh)

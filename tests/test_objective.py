@@ -254,6 +254,7 @@ def test_build_takes_a_count_of_one_element() -> None:
 
 
 @pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_build_takes_a_count_on_the_host() -> None:
     c = case()
     statistics = LayerStatistics(c.H.cuda(), torch.tensor(1))

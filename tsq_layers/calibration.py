@@ -43,7 +43,7 @@ def default_forward(model: nn.Module, batch: Batch) -> object:
     return model(batch)
 
 
-def attention_mask(batch: Batch, name: str, x: Tensor) -> Tensor | None:
+def attention_mask(batch: Batch, name: str, x: Tensor) -> Tensor | None:  # noqa: ARG001  (other masks go by the layer)
     """The padding mask of a layer input: the batch's ``attention_mask`` if it has the input's tokens.
 
     A batch with inputs for a decoder has tokens of two kinds, which cannot be told apart by shape:
@@ -95,7 +95,12 @@ class Calibration:
             for target in self.preparation.targets.values():
                 self._wrap(target)
             self._recording = lockstep.record(modules, lambda: self._pass(first))
-            with tqdm(total=len(modules), desc="calibrate", unit="layer", disable=None if self.progress is None else not self.progress) as self._bar:
+            with tqdm(
+                total=len(modules),
+                desc="calibrate",
+                unit="layer",
+                disable=None if self.progress is None else not self.progress,
+            ) as self._bar:
                 passes = [lambda role=role: self._pass(role) for role in self._roles]
                 lockstep.run(passes, modules, self._visit, order=self._recording.order)
                 for name in [name for name in self._observers if name not in self.solved]:
@@ -159,7 +164,8 @@ class Calibration:
 
     def _solve(self, stage: Sequence[Target], observer: HessianObserver | None) -> None:
         held_out = self._held_out_observers.pop(stage[0].name, None)
-        solved = solve(stage, observer and observer.statistics(), held_out and held_out.statistics())
+        statistics = None if observer is None else observer.statistics()
+        solved = solve(stage, statistics, None if held_out is None else held_out.statistics())
         self._observers.pop(stage[0].name, None)
         for target in stage:
             self.solved[target.name] = solved[target.name]
@@ -235,7 +241,9 @@ def checked_batches(batches: Iterable[Batch], what: str) -> list[Batch]:
         CalibrationError: not an iterable of batches, or empty.
     """
     if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
-        raise CalibrationError(f"{what} is a {type(batches).__name__}; give an iterable of batches, for example [batch]")
+        raise CalibrationError(
+            f"{what} is a {type(batches).__name__}; give an iterable of batches, for example [batch]"
+        )
     found = list(batches)
     if not found:
         raise CalibrationError(f"{what} holds no batch; give at least one")

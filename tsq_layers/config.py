@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 import torch
 
@@ -120,7 +121,9 @@ class QuantConfig:
             allowed = [f.name for f in dataclasses.fields(self) if f.name not in _MODEL_WIDE]
             unknown = [key for key in changes if key not in allowed]
             if unknown:
-                raise ConfigError(f"overrides[{pattern!r}] has unknown field {unknown[0]!r}; allowed are {', '.join(allowed)}")
+                raise ConfigError(
+                    f"overrides[{pattern!r}] has unknown field {unknown[0]!r}; allowed are {', '.join(allowed)}"
+                )
             try:
                 dataclasses.replace(self, overrides={}, **changes)
             except ConfigError as error:
@@ -240,8 +243,12 @@ def _check_integer(name: str, value: object, low: int, high: int | None, allowed
 
 
 def _check_float(name: str, value: object, low: float, high: float | None, *, open_low: bool = False) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    inside = number and (value > low if open_low else value >= low) and (value < float("inf") if high is None else value <= high)  # type: ignore[operator]
+    inside = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if inside:
+        number = float(cast("float", value))
+        inside = (number > low if open_low else number >= low) and (high is None or number <= high)
     if not inside:
-        bounds = f"{'above' if open_low else 'of at least'} {low:g}" + (f" and at most {high:g}" if high is not None else "")
+        bounds = f"{'above' if open_low else 'of at least'} {low:g}" + (
+            f" and at most {high:g}" if high is not None else ""
+        )
         raise ConfigError(f"{name}={value!r}: give a number {bounds}")

@@ -27,7 +27,7 @@ class CalibrationError(TSQError, RuntimeError):
 
 
 class StateError(TSQError, RuntimeError):
-    """A call in the wrong order: prepared twice, converted without being prepared, …"""
+    """A call in the wrong order: prepared twice, converted without being prepared, and so on."""
 
 
 class CheckpointError(TSQError, ValueError):

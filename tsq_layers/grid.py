@@ -15,7 +15,7 @@ from torch import Tensor
 
 def code_max(bits: int) -> int:
     """The largest code of this width."""
-    return 2**bits - 1
+    return (1 << bits) - 1
 
 
 def group_count(columns: int, group_size: int) -> int:
@@ -28,12 +28,8 @@ def to_groups(values_NK: Tensor, group_size: int) -> Tensor:
     columns = values_NK.shape[-1]
     missing = group_count(columns, group_size) * group_size - columns
     padded = F.pad(values_NK, (0, missing)) if missing else values_NK
-    return padded.unflatten(-1, (-1, group_size))
-
-
-def from_groups(values_NGg: Tensor, columns: int) -> Tensor:
-    """Inverse of :func:`to_groups`: (…, G, g) → (…, K)."""
-    return values_NGg.flatten(-2).narrow(-1, 0, columns)
+    groups_NGg: Tensor = padded.unflatten(-1, (-1, group_size))
+    return groups_NGg
 
 
 def expand(values_NG: Tensor, columns: int, group_size: int) -> Tensor:
@@ -59,7 +55,9 @@ def centered(codes_NK: Tensor, zeros_NG: Tensor, group_size: int, dtype: torch.d
     return codes_NK.to(dtype) - expand(zeros_NG, codes_NK.shape[-1], group_size).to(dtype)
 
 
-def dequantize(codes_NK: Tensor, scales_NG: Tensor, zeros_NG: Tensor, group_size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def dequantize(
+    codes_NK: Tensor, scales_NG: Tensor, zeros_NG: Tensor, group_size: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """The weight matrix that codes stand for, (N, K).
 
     The product is taken in float32 (float64 if the scales or ``dtype`` are float64) and rounded
@@ -100,5 +98,7 @@ def storable(scales: Tensor, dtype: torch.dtype) -> Tensor:
     the positive range of ``dtype``.
     """
     info = torch.finfo(dtype)
-    lowest = max(info.smallest_normal * info.eps, torch.finfo(torch.float32).smallest_normal)  # subnormals of float16 count
+    lowest = max(
+        info.smallest_normal * info.eps, torch.finfo(torch.float32).smallest_normal
+    )  # subnormals of float16 count
     return scales.clamp(lowest, info.max).to(dtype).to(scales.dtype)

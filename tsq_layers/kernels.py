@@ -11,7 +11,6 @@ input. In the pass over the words a row of the weight is cut into T segments of 
 the scale is constant in a run.
 """
 # A packed layer is six values; Dynamo and autograd want them flat.
-# ruff: noqa: PLR0917
 
 import math
 import warnings
@@ -132,7 +131,7 @@ def linear(
     form = _Format(bits, group_size, columns)
     differentiable = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     if differentiable and not torch.compiler.is_exporting() and not torch._C._are_functorch_transforms_active():
-        output: Tensor = _Linear.apply(x, words, scales, zero_words, bias, form)  # type: ignore[no-untyped-call]
+        output: Tensor = _Linear.apply(x, words, scales, zero_words, bias, form)
         return output
     return _forward(x, words, scales, zero_words, bias, form)
 

@@ -38,7 +38,9 @@ class LayerKind:
     def twin(self, module: nn.Module, weight: QuantizedWeight) -> QuantLinear:
         """The quantised layer that takes the module's place."""
         bias = module.bias
-        twin = QuantLinear.from_quantized(weight, bias if isinstance(bias, Tensor) else None, dtype=self.weight(module).dtype)
+        twin = QuantLinear.from_quantized(
+            weight, bias if isinstance(bias, Tensor) else None, dtype=self.weight(module).dtype
+        )
         return twin.train(module.training)
 
 

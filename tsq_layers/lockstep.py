@@ -286,7 +286,7 @@ class _Scheduler:
                     pass_.call()
         except _Abort:
             pass
-        except BaseException as error:  # every exception is the caller's, SystemExit too
+        except BaseException as error:  # noqa: BLE001  every exception is the caller's, SystemExit too
             if not self.closing:
                 pass_.error = error
         finally:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +47,7 @@ class HessianObserver(nn.Module):
         self.register_buffer("deviation", None)
         self.register_buffer("count", None)
 
-    def forward(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def forward(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:  # noqa: ARG002  (what torch gives a hook)
         """The pre-hook: observe the layer's first positional argument, change nothing."""
         self.observe(args[0])
 
@@ -86,7 +87,9 @@ class HessianObserver(nn.Module):
         if self.hessian is None:
             raise CalibrationError("the observer saw no input; run data through the layer first")
         upper = self.hessian.triu()
-        return LayerStatistics(upper + upper.triu(1).T, self.count.clone(), None if self.deviation is None else self.deviation.clone())
+        return LayerStatistics(
+            upper + upper.triu(1).T, self.count.clone(), None if self.deviation is None else self.deviation.clone()
+        )
 
     def reset(self) -> None:
         """Forget everything."""
@@ -98,11 +101,17 @@ class HessianObserver(nn.Module):
 
     def _check(self, x: Tensor, reference: Tensor | None, mask: Tensor | None) -> None:
         if x.shape[-1] != self.columns or not x.is_floating_point():
-            raise CalibrationError(f"the observer was given {x.dtype} of shape {tuple(x.shape)}; give floating point (…, {self.columns})")
+            raise CalibrationError(
+                f"the observer was given {x.dtype} of shape {tuple(x.shape)}; give floating point (…, {self.columns})"
+            )
         if reference is not None and reference.shape != x.shape:
-            raise CalibrationError(f"x has shape {tuple(x.shape)} and its reference {tuple(reference.shape)}; both must agree")
+            raise CalibrationError(
+                f"x has shape {tuple(x.shape)} and its reference {tuple(reference.shape)}; both must agree"
+            )
         if mask is not None and mask.numel() * self.columns != x.numel():
-            raise CalibrationError(f"x has shape {tuple(x.shape)} and its mask {tuple(mask.shape)}; the mask has one entry a token")
+            raise CalibrationError(
+                f"x has shape {tuple(x.shape)} and its mask {tuple(mask.shape)}; the mask has one entry a token"
+            )
         if self.hessian is not None and (reference is None) != (self.deviation is None):
             raise CalibrationError("calls with and without a reference were mixed; give one in every call or in none")
 
@@ -121,7 +130,7 @@ class HessianObserver(nn.Module):
             if paired:
                 self.deviation = torch.zeros(square, dtype=self.dtype, device=device)
 
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:  # type: ignore[no-untyped-def]
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         if prefix + "hessian" in state_dict:  # buffers are made with the first input: make them for the stored ones
             self._allocate(state_dict[prefix + "hessian"].device, prefix + "deviation" in state_dict)
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -87,7 +87,9 @@ def inspect(model: nn.Module, config: QuantConfig) -> Preparation:
     if is_prepared(model):
         raise StateError("the model is already prepared; call convert(model), or unprepare(model) to start again")
     if any(isinstance(module, QuantLinear) for module in model.modules()):
-        raise StateError("the model is already converted: it holds QuantLinear layers; start from the full-precision model")
+        raise StateError(
+            "the model is already converted: it holds QuantLinear layers; start from the full-precision model"
+        )
     targets: dict[str, Target] = {}
     left_alone: list[LayerReport] = []
     shared = tied(model)
@@ -97,11 +99,15 @@ def inspect(model: nn.Module, config: QuantConfig) -> Preparation:
             targets[name] = Target(name, module, kind, config.for_layer(name))
         else:
             rows, columns = kind.weight(module).shape
-            left_alone.append(LayerReport(name=name, kind=kind.name, rows=rows, columns=columns, status="skipped", reason=reason))
+            left_alone.append(
+                LayerReport(name=name, kind=kind.name, rows=rows, columns=columns, status="skipped", reason=reason)
+            )
     left_alone += _not_supported(model)
     _warn_unmatched(config, [name for name, _, _ in _supported(model)])
     if not targets:
-        raise ConfigError(f"nothing to quantise: {type(model).__name__} has no nn.Linear or Conv1D that skip={config.skip!r} leaves; change skip")
+        raise ConfigError(
+            f"nothing to quantise: {type(model).__name__} has no nn.Linear or Conv1D that skip={config.skip!r} leaves; change skip"
+        )
     _check_weights(targets)
     return Preparation(config, targets, left_alone)
 
@@ -146,7 +152,11 @@ def _reason_to_skip(name: str, module: nn.Module, config: QuantConfig, shared: s
         return "skip in the configuration"
     if any(id(parameter) in shared for parameter in module.parameters(recurse=False)):
         reason = "its weight is tied to another module's"
-        warnings.warn(f"{name} stays in full precision: {reason}; add it to skip to say that this is intended", SkippedLayerWarning, stacklevel=4)
+        warnings.warn(
+            f"{name} stays in full precision: {reason}; add it to skip to say that this is intended",
+            SkippedLayerWarning,
+            stacklevel=4,
+        )
         return reason
     return None
 
@@ -170,7 +180,11 @@ def _warn_unmatched(config: QuantConfig, names: list[str]) -> None:
     for pattern in explicit_patterns(config):
         if not any(matches(pattern, name) for name in names):
             shown = ", ".join(repr(name) for name in names[:3])
-            warnings.warn(f"pattern {pattern!r} matches none of the {len(names)} layers ({shown}, …); correct or remove it", UnmatchedPatternWarning, stacklevel=4)
+            warnings.warn(
+                f"pattern {pattern!r} matches none of the {len(names)} layers ({shown}, …); correct or remove it",
+                UnmatchedPatternWarning,
+                stacklevel=4,
+            )
 
 
 def _check_weights(targets: dict[str, Target]) -> None:
@@ -179,12 +193,18 @@ def _check_weights(targets: dict[str, Target]) -> None:
     for target in targets.values():
         weight = target.weight
         if weight.is_meta:
-            raise LayerError(f"{target.name}: its weight is on the meta device and has no values; load the weights first")
+            raise LayerError(
+                f"{target.name}: its weight is on the meta device and has no values; load the weights first"
+            )
         if not weight.is_floating_point():
-            raise LayerError(f"{target.name}: its weight is {weight.dtype}; give a floating-point model, or add the layer to skip")
+            raise LayerError(
+                f"{target.name}: its weight is {weight.dtype}; give a floating-point model, or add the layer to skip"
+            )
         by_device.setdefault(weight.device, []).append(target)
     for group in by_device.values():
         finite = to_host(*(torch.isfinite(target.weight).all() for target in group))
         for target, all_finite in zip(group, finite, strict=True):
             if not all_finite:
-                raise LayerError(f"{target.name}: its weight holds NaN or inf; repair the checkpoint, or add the layer to skip")
+                raise LayerError(
+                    f"{target.name}: its weight holds NaN or inf; repair the checkpoint, or add the layer to skip"
+                )

@@ -38,7 +38,9 @@ class LayerStatistics:
         if self.hessian.dtype not in (torch.float32, torch.float64):
             raise LayerError(f"hessian is {self.hessian.dtype}; give float32 or float64")
         if self.deviation is not None and self.deviation.shape != self.hessian.shape:
-            raise LayerError(f"deviation has shape {tuple(self.deviation.shape)}; the hessian's is {shape}, and both must agree")
+            raise LayerError(
+                f"deviation has shape {tuple(self.deviation.shape)}; the hessian's is {shape}, and both must agree"
+            )
         if self.count.numel() != 1:
             raise LayerError(f"count has shape {tuple(self.count.shape)}; give a scalar tensor")
 
@@ -49,7 +51,9 @@ class LayerStatistics:
 
     def __add__(self, other: "LayerStatistics") -> "LayerStatistics":
         if (self.deviation is None) != (other.deviation is None):
-            raise LayerError("statistics with and without deviation do not add: drop it from one, or observe both in pairs")
+            raise LayerError(
+                "statistics with and without deviation do not add: drop it from one, or observe both in pairs"
+            )
         both = self.deviation is not None and other.deviation is not None
         return LayerStatistics(
             self.hessian + other.hessian,
@@ -92,7 +96,9 @@ class QuantizedWeight:
         expected = (rows, grid.group_count(columns, self.group_size))
         for name, tensor in (("scales", self.scales), ("zeros", self.zeros)):
             if tuple(tensor.shape) != expected:
-                raise LayerError(f"{name} have shape {tuple(tensor.shape)}; {rows}×{columns} codes in groups of {self.group_size} need {expected}")
+                raise LayerError(
+                    f"{name} have shape {tuple(tensor.shape)}; {rows}×{columns} codes in groups of {self.group_size} need {expected}"
+                )
         if self.scales.dtype not in SCALE_DTYPES:
             raise LayerError(f"scales are {self.scales.dtype}; give float16, bfloat16 or float32")
         if self.zeros.dtype != torch.uint8:
@@ -111,4 +117,7 @@ class QuantizedWeight:
     def split(self, rows: list[int]) -> list["QuantizedWeight"]:
         """Cut a stack of layers into its layers of ``rows`` rows each."""
         parts = zip(self.codes.split(rows), self.scales.split(rows), self.zeros.split(rows), strict=True)
-        return [QuantizedWeight(codes, scales, zeros, self.bits, self.group_size, self.symmetric) for codes, scales, zeros in parts]
+        return [
+            QuantizedWeight(codes, scales, zeros, self.bits, self.group_size, self.symmetric)
+            for codes, scales, zeros in parts
+        ]

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -13,7 +14,9 @@ from tsq_layers.solver import SolverResult, TwoStageGroupQuantizer
 from tsq_layers.sync import to_host
 
 
-def solve(targets: Sequence[Target], statistics: LayerStatistics | None, held_out: LayerStatistics | None = None) -> dict[str, Solved]:
+def solve(
+    targets: Sequence[Target], statistics: LayerStatistics | None, held_out: LayerStatistics | None = None
+) -> dict[str, Solved]:
     """Quantise layers that share their input.
 
     Layers with equal configurations are stacked and solved in one run: they share H, and rows are
@@ -47,12 +50,20 @@ def _split(stack: Sequence[Target], result: SolverResult, statistics: LayerStati
     tokens = None if statistics is None else int(to_host(statistics.count)[0])
     solved: dict[str, Solved] = {}
     for index, (target, weight) in enumerate(zip(stack, weights, strict=True)):
-        found: dict[str, dict[str, float]] = {table: {} for table in tables}
+        found: dict[str, dict[str, float]] = {table: {} for table in tables}  # what each step did to this layer
         for (table, step, _), layer_sums in zip(numbers, sums, strict=True):
             found[table][step] = layer_sums[index] / signal[index] if signal[index] > 0 else 0.0
-        report = dataclasses.replace(_entry(target), tokens=tokens, damping=result.damping, seconds=_share(result, rows, index), **found)
+        report = dataclasses.replace(
+            _entry(target),
+            tokens=tokens,
+            damping=result.damping,
+            seconds=_share(result, rows, index),
+            **cast("dict[str, Any]", found),
+        )
         others = tuple(other.name for other in stack if other is not target)
-        solved[target.name] = Solved(weight, dataclasses.replace(report, bits_per_weight=weight.bits_per_weight, shared_with=others))
+        solved[target.name] = Solved(
+            weight, dataclasses.replace(report, bits_per_weight=weight.bits_per_weight, shared_with=others)
+        )
     return solved
 
 
@@ -82,5 +93,5 @@ def _sums(values: list[Tensor], rows: list[int]) -> list[list[float]]:
     """Sums of row values (N,) over each layer of the stack, all read with one copy."""
     if not values:
         return []
-    flat = to_host(*(part.sum() for value in values for part in value.split(rows)))
+    flat = to_host(*(part.sum() for value in values for part in torch.split(value, rows)))
     return [flat[start : start + len(rows)] for start in range(0, len(flat), len(rows))]

@@ -2,12 +2,20 @@
 
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 
 from tsq_layers import preparation as preparations
-from tsq_layers.calibration import Batch, Calibration, Forward, PaddingMask, attention_mask, checked_batches, default_forward
+from tsq_layers.calibration import (
+    Batch,
+    Calibration,
+    Forward,
+    PaddingMask,
+    attention_mask,
+    checked_batches,
+    default_forward,
+)
 from tsq_layers.config import QuantConfig
 from tsq_layers.errors import CalibrationError, SkippedLayerWarning, StateError
 from tsq_layers.observer import HessianObserver
@@ -153,7 +161,10 @@ def convert(model: nn.Module) -> nn.Module:
         preparation.seconds = time.perf_counter() - started
         _warn_never_called(preparation, solved)
     targets = preparation.targets
-    twins = {id(targets[name].module): targets[name].kind.twin(targets[name].module, layer.weight) for name, layer in solved.items()}
+    twins = {
+        id(targets[name].module): targets[name].kind.twin(targets[name].module, layer.weight)
+        for name, layer in solved.items()
+    }
     preparations.remove(model)
     model = _swapped(model, twins)
     model.tsq_report = Report(  # type: ignore[assignment]
@@ -195,7 +206,15 @@ def quantize(
     prepare(model, config)
     try:
         if batches is not None:
-            calibrate(model, batches, held_out=held_out, paired=paired, forward=forward, padding_mask=padding_mask, progress=progress)
+            calibrate(
+                model,
+                batches,
+                held_out=held_out,
+                paired=paired,
+                forward=forward,
+                padding_mask=padding_mask,
+                progress=progress,
+            )
         return convert(model)
     except BaseException:
         if preparations.is_prepared(model):
@@ -207,7 +226,9 @@ def _solve_observed(preparation: Preparation) -> dict[str, Solved]:
     observers = preparation.observers
     seen = {name for name, observer in observers.items() if observer.hessian is not None}
     if observers and not seen:
-        raise CalibrationError("no layer saw any data; call calibrate(model, batches), or run the prepared model on data, before convert")
+        raise CalibrationError(
+            "no layer saw any data; call calibrate(model, batches), or run the prepared model on data, before convert"
+        )
     solved: dict[str, Solved] = {}
     for name, target in preparation.targets.items():
         if name not in observers:
@@ -236,11 +257,15 @@ def _all_reports(preparation: Preparation, solved: dict[str, Solved]) -> tuple[L
         else:
             rows, columns = target.weight.shape
             reason = "no calibration batch reached it"
-            reports.append(LayerReport(name=name, kind=target.kind.name, rows=rows, columns=columns, status="never called", reason=reason))
+            reports.append(
+                LayerReport(
+                    name=name, kind=target.kind.name, rows=rows, columns=columns, status="never called", reason=reason
+                )
+            )
     return tuple(reports + preparation.left_alone)
 
 
-def _swapped(model: nn.Module, twins: dict[int, nn.Module]) -> nn.Module:
+def _swapped(model: nn.Module, twins: Mapping[int, nn.Module]) -> nn.Module:
     """Replace modules by identity, wherever they hang; returns the new root."""
     if id(model) in twins:
         return twins[id(model)]
@@ -249,4 +274,3 @@ def _swapped(model: nn.Module, twins: dict[int, nn.Module]) -> nn.Module:
             if id(child) in twins:
                 parent._modules[name] = twins[id(child)]
     return model
-

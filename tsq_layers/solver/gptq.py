@@ -18,7 +18,9 @@ from tsq_layers import grid
 _LEAF = 16
 
 
-def assign(target: Tensor, factor: Tensor, order: Tensor, scales: Tensor, zeros: Tensor, bits: int, group_size: int) -> Tensor:
+def assign(
+    target: Tensor, factor: Tensor, order: Tensor, scales: Tensor, zeros: Tensor, bits: int, group_size: int
+) -> Tensor:
     """Codes that approximate ``target`` under the metric whose inverse has the factor ``factor``.
 
     Args:

@@ -68,12 +68,18 @@ def build(weight: Tensor, statistics: LayerStatistics, config: QuantConfig, name
     """
     weight = weight.detach().to(torch.float32)
     if weight.dim() != 2 or weight.shape[1] != statistics.columns:
-        raise LayerError(f"{name}: weight has shape {tuple(weight.shape)}, its statistics are for {statistics.columns} columns; give (N, {statistics.columns})")
+        raise LayerError(
+            f"{name}: weight has shape {tuple(weight.shape)}, its statistics are for {statistics.columns} columns; give (N, {statistics.columns})"
+        )
     check_values(weight, statistics, name)
     count = statistics.count.to(statistics.hessian.dtype)
     hessian = (statistics.hessian / count).to(torch.float32)
     diagonal = hessian.diagonal()
-    order = torch.argsort(diagonal, descending=True) if config.act_order else torch.arange(len(diagonal), device=diagonal.device)
+    order = (
+        torch.argsort(diagonal, descending=True)
+        if config.act_order
+        else torch.arange(len(diagonal), device=diagonal.device)
+    )
     damped, factor, damping, ridge = factorise(hessian, order, config.damping, name)
     shifted = weight
     if config.uses_deviation and statistics.deviation is not None:
@@ -91,7 +97,9 @@ def build(weight: Tensor, statistics: LayerStatistics, config: QuantConfig, name
     )
 
 
-def factorise(hessian: Tensor, order: Tensor, damping: float, name: str = "layer") -> tuple[Tensor, Tensor, float, Tensor]:
+def factorise(
+    hessian: Tensor, order: Tensor, damping: float, name: str = "layer"
+) -> tuple[Tensor, Tensor, float, Tensor]:
     """Damp H and factorise its inverse in processing order.
 
     With H (reordered) = V Vᵀ, V upper triangular, the factor of the inverse is U = V⁻¹: one
@@ -119,7 +127,11 @@ def factorise(hessian: Tensor, order: Tensor, damping: float, name: str = "layer
             )
         used = min(used * 10, _LARGEST_DAMPING)
     if used != damping:
-        warnings.warn(f"{name}: damping was raised from {damping:g} to {used:g} to factorise the Hessian; more calibration tokens make this unnecessary", DampingWarning, stacklevel=2)
+        warnings.warn(
+            f"{name}: damping was raised from {damping:g} to {used:g} to factorise the Hessian; more calibration tokens make this unnecessary",
+            DampingWarning,
+            stacklevel=2,
+        )
     identity = torch.eye(hessian.shape[0], dtype=hessian.dtype, device=hessian.device)
     factor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
     return damped, factor, used, ridge
@@ -153,8 +165,14 @@ def check_values(weight: Tensor, statistics: LayerStatistics | None, name: str) 
         count = statistics.count.to(weight.device).reshape(())
     bad, inputs, tokens = to_host((~torch.isfinite(weight)).sum(), bad_inputs, count)
     if bad:
-        raise LayerError(f"{name}: {bad:.0f} of its weights are NaN or inf; repair the checkpoint, or add the layer to skip")
+        raise LayerError(
+            f"{name}: {bad:.0f} of its weights are NaN or inf; repair the checkpoint, or add the layer to skip"
+        )
     if not tokens > 0:
-        raise CalibrationError(f"{name}: its statistics hold no tokens; run calibration data through it, or add it to skip")
+        raise CalibrationError(
+            f"{name}: its statistics hold no tokens; run calibration data through it, or add it to skip"
+        )
     if inputs:
-        raise CalibrationError(f"{name}: NaN or inf in its input statistics; look at the calibration data and for overflow in half precision, or add the layer to skip")
+        raise CalibrationError(
+            f"{name}: NaN or inf in its input statistics; look at the calibration data and for overflow in half precision, or add the layer to skip"
+        )

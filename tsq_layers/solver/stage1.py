@@ -85,11 +85,22 @@ def clip_factors(bits: int, count: int) -> list[float]:
 
 
 def _fit(
-    target: Tensor, metric: Tensor, bits: int, group_size: int, symmetric: bool, factors: list[float], *, both_zeros: bool
+    target: Tensor,
+    metric: Tensor,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    factors: list[float],
+    *,
+    both_zeros: bool,
 ) -> tuple[Tensor, Tensor]:
-    grouped = diagonal_blocks(metric, group_size) if metric.dim() == 2 else grid.to_groups(metric, group_size).unsqueeze(1)
+    grouped = (
+        diagonal_blocks(metric, group_size) if metric.dim() == 2 else grid.to_groups(metric, group_size).unsqueeze(1)
+    )
     rows = max(1, _CHUNK_ELEMENTS // target.shape[1])
-    fitted = [_fit_chunk(chunk, grouped, bits, group_size, symmetric, factors, both_zeros) for chunk in target.split(rows)]
+    fitted = [
+        _fit_chunk(chunk, grouped, bits, group_size, symmetric, factors, both_zeros) for chunk in target.split(rows)
+    ]
     return torch.cat([scales for scales, _ in fitted]), torch.cat([zeros for _, zeros in fitted])
 
 

@@ -43,7 +43,9 @@ class SmallProblem:
 
     def objective(self, scales: Tensor) -> Tensor:
         """F(s) of each row, up to the constant: (N, G) → (N,)."""
-        return self.loss(scales) + self.ridge * (self.gram.diagonal(dim1=1, dim2=2) * (scales - self.start).square()).sum(1)
+        return self.loss(scales) + self.ridge * (
+            self.gram.diagonal(dim1=1, dim2=2) * (scales - self.start).square()
+        ).sum(1)
 
     def loss(self, scales: Tensor) -> Tensor:
         """The layer-wise loss of each row without the pull, up to the constant: (N, G) → (N,)."""
@@ -51,7 +53,9 @@ class SmallProblem:
         return (scales * (curvature - 2 * self.linear)).sum(1)
 
 
-def small_problem(steps: Tensor, target: Tensor, hessian: Tensor, start: Tensor, group_size: int, ridge: float) -> SmallProblem:
+def small_problem(
+    steps: Tensor, target: Tensor, hessian: Tensor, start: Tensor, group_size: int, ridge: float
+) -> SmallProblem:
     """Build A and t.
 
     Args:

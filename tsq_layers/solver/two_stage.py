@@ -83,11 +83,17 @@ class TwoStageGroupQuantizer:
         True
     """
 
-    def __init__(self, weight: Tensor, statistics: LayerStatistics | None, config: QuantConfig, *, name: str = "layer") -> None:
+    def __init__(
+        self, weight: Tensor, statistics: LayerStatistics | None, config: QuantConfig, *, name: str = "layer"
+    ) -> None:
         if weight.dim() != 2 or not weight.is_floating_point():
-            raise LayerError(f"{name}: weight is {weight.dtype} of shape {tuple(weight.shape)}; give a floating-point matrix (N, K)")
+            raise LayerError(
+                f"{name}: weight is {weight.dtype} of shape {tuple(weight.shape)}; give a floating-point matrix (N, K)"
+            )
         if statistics is None and config.needs_calibration:
-            raise LayerError(f"{name}: method {config.method!r} needs statistics of the layer's input; calibrate, or use method='rtn'")
+            raise LayerError(
+                f"{name}: method {config.method!r} needs statistics of the layer's input; calibrate, or use method='rtn'"
+            )
         self.config, self.name = config, name
         self.group_size = min(config.group_size or weight.shape[1], weight.shape[1])
         self._weight = weight.detach().to(torch.float32)
@@ -102,7 +108,9 @@ class TwoStageGroupQuantizer:
         """Step 1: scales and zero points, by the grids of the configured method."""
         started, config = clock(self._weight), self.config
         if config.method == "two-stage":
-            scales, zeros = stage1.fit_grids(self.target, self._metric(), config.bits, self.group_size, config.symmetric)
+            scales, zeros = stage1.fit_grids(
+                self.target, self._metric(), config.bits, self.group_size, config.symmetric
+            )
         elif config.method == "gptq":
             scales, zeros = stage1.weight_grids(self._weight, config.bits, self.group_size, config.symmetric)
         else:
@@ -119,7 +127,9 @@ class TwoStageGroupQuantizer:
             self._state.codes = grid.quantize(self._weight, scales, zeros, self.config.bits, self.group_size)
         else:
             problem = self._problem
-            self._state.codes = gptq.assign(self.target, problem.factor, problem.order, scales, zeros, self.config.bits, self.group_size)
+            self._state.codes = gptq.assign(
+                self.target, problem.factor, problem.order, scales, zeros, self.config.bits, self.group_size
+            )
         self._state.seconds["assign"] = clock(self._weight) - started
 
     def refine_scales(self) -> None:
@@ -129,7 +139,9 @@ class TwoStageGroupQuantizer:
         started = clock(self._weight)
         scales, zeros = self._grids()
         steps = grid.centered(self._codes(), zeros, self.group_size)
-        small = stage2.small_problem(steps, self._problem.refine_target, self._problem.hessian, scales, self.group_size, self.config.refine_ridge)
+        small = stage2.small_problem(
+            steps, self._problem.refine_target, self._problem.hessian, scales, self.group_size, self.config.refine_ridge
+        )
         solutions = {"descent": stage2.descent(small, self.config.refine_sweeps)}
         solutions["exact"] = stage2.exact(small, fallback=solutions["descent"])
         self._state.scales = stage2.accept(small, solutions[self.config.refine], self.config.torch_scale_dtype)
@@ -142,7 +154,11 @@ class TwoStageGroupQuantizer:
         """All steps, with the loss after each; ``held_out`` adds losses on tokens not fitted."""
         losses: dict[str, Tensor] = {}
         held_out_losses: dict[str, Tensor] = {}
-        for step, action in (("initialize", self.initialize_scales), ("assign", self.assign_codes), ("refine", self.refine_scales)):
+        for step, action in (
+            ("initialize", self.initialize_scales),
+            ("assign", self.assign_codes),
+            ("refine", self.refine_scales),
+        ):
             action()
             if self.problem is None or step not in self._state.seconds:
                 continue
@@ -191,12 +207,18 @@ class TwoStageGroupQuantizer:
     @property
     def _problem(self) -> objective.Problem:
         if self.problem is None:
-            raise StateError(f"{self.name}: no statistics were given, so there is no loss to speak of; pass LayerStatistics")
+            raise StateError(
+                f"{self.name}: no statistics were given, so there is no loss to speak of; pass LayerStatistics"
+            )
         return self.problem
 
     def _metric(self) -> Tensor:
         problem = self._problem
-        return problem.hessian if self.config.grid_metric == "blocks" else stage1.feedback_metric(problem.factor, problem.order)
+        return (
+            problem.hessian
+            if self.config.grid_metric == "blocks"
+            else stage1.feedback_metric(problem.factor, problem.order)
+        )
 
     def _grids(self) -> tuple[Tensor, Tensor]:
         if self._state.scales is None or self._state.zeros is None:
