@@ -144,10 +144,14 @@ def test_prepare_refuses_integer_weights():
 
 
 @pytest.mark.parametrize(
-    "config", [{"skip": ("nowhere.*",)}, {"overrides": {"nowhere.*": {"bits": 8}}}, {"skip": ("re:nowhere.*",)}], ids=str
+    "config",
+    [{"skip": ("nowhere.*",)}, {"overrides": {"nowhere.*": {"bits": 8}}}, {"skip": ("re:nowhere.*",)}],
+    ids=str,
 )
 def test_prepare_warns_of_a_pattern_without_a_match(config):
-    with pytest.warns(UnmatchedPatternWarning, match=r"nowhere\.\*' matches none of the 2 layers \('first', 'last', …\)"):
+    with pytest.warns(
+        UnmatchedPatternWarning, match=r"nowhere\.\*' matches none of the 2 layers \('first', 'last', …\)"
+    ):
         tsq.prepare(net(), tsq.QuantConfig(**config))
 
 

@@ -100,7 +100,9 @@ def test_pattern_that_is_no_regular_expression_is_refused(where: str) -> None:
 
 @pytest.mark.parametrize("field", ["skip", "overrides", "schema_version", "group", "wbits"])
 def test_override_of_a_field_that_layers_do_not_have_is_refused(field: str) -> None:
-    with pytest.raises(ConfigError, match=rf"overrides\['a'\] has unknown field '{field}'; allowed are bits, group_size"):
+    with pytest.raises(
+        ConfigError, match=rf"overrides\['a'\] has unknown field '{field}'; allowed are bits, group_size"
+    ):
         QuantConfig(overrides={"a": {field: 1}})
 
 
@@ -207,7 +209,9 @@ def test_config_is_frozen() -> None:
         QuantConfig().bits = 2  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))], ids=["copy", "deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "copied", [copy.copy, copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))], ids=["copy", "deepcopy", "pickle"]
+)
 def test_config_copies_are_equal(copied: Any) -> None:
     config = QuantConfig(**RICH)
     assert copied(config) == config
@@ -240,7 +244,8 @@ def test_what_a_method_needs(changes: dict[str, Any], uses: bool, needs: bool) -
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_scale_dtype_is_named_as_in_torch(dtype: torch.dtype) -> None:
-    assert QuantConfig(scale_dtype=str(dtype).removeprefix("torch.")).torch_scale_dtype == dtype  # type: ignore[arg-type]
+    name = str(dtype).removeprefix("torch.")
+    assert QuantConfig(scale_dtype=name).torch_scale_dtype == dtype  # type: ignore[arg-type]
 
 
 # ---- JSON ------------------------------------------------------------------------------------------------------------

@@ -159,7 +159,10 @@ def test_permuting_columns_with_their_processing_order_permutes_the_codes() -> N
 
 def test_stacked_layers_get_the_codes_that_they_get_alone() -> None:
     c = case(N=6, K=40)
-    parts = [c._replace(target=c.target[rows], scales=c.scales[rows], zeros=c.zeros[rows]) for rows in (slice(2), slice(2, 6))]
+    parts = [
+        c._replace(target=c.target[rows], scales=c.scales[rows], zeros=c.zeros[rows])
+        for rows in (slice(2), slice(2, 6))
+    ]
     assert torch.equal(torch.cat([assign(part) for part in parts]), assign(c))
 
 

@@ -88,11 +88,11 @@ def test_dequantize_differs_from_the_oracle_when_group_borders_are_shifted() -> 
 
 
 @pytest.mark.parametrize(("columns", "group_size"), SHAPES)
-def test_from_groups_inverts_to_groups(columns: int, group_size: int) -> None:
+def test_flattening_inverts_to_groups(columns: int, group_size: int) -> None:
     values = normal(2, 3, columns)
     groups = grid.to_groups(values, group_size)
     assert groups.shape == (2, 3, grid.group_count(columns, group_size), group_size)
-    assert torch.equal(grid.from_groups(groups, columns), values)
+    assert torch.equal(groups.flatten(-2)[..., :columns], values)
 
 
 def test_to_groups_fills_the_short_group_with_zeros() -> None:
@@ -245,6 +245,6 @@ def test_storable_scales_stay_positive_and_finite(dtype: torch.dtype) -> None:
 
 
 def test_storable_scales_use_the_subnormal_range_of_float16() -> None:
-    # A scale of 1e-5 is held by float16 to within half of its spacing there, 2^-24; it is not 0 and must not become 6.1e-5.
+    # float16 holds 1e-5 to within half of its spacing there, 2^-24; it must not become 6.1e-5.
     scale = torch.tensor([1e-5])
     assert math.isclose(float(grid.storable(scale, torch.float16)), 1e-5, abs_tol=2**-25, rel_tol=0)

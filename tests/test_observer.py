@@ -346,9 +346,13 @@ def test_statistics_of_nothing_are_refused() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        pytest.param((torch.ones(4, 6),), r"given torch.float32 of shape \(4, 6\); give floating point \(…, 7\)", id="width"),
+        pytest.param(
+            (torch.ones(4, 6),), r"given torch.float32 of shape \(4, 6\); give floating point \(…, 7\)", id="width"
+        ),
         pytest.param((torch.ones(4, 7).long(),), r"given torch.int64 of shape \(4, 7\)", id="integers"),
-        pytest.param((torch.ones(4, 7), torch.ones(5, 7)), r"shape \(4, 7\) and its reference \(5, 7\)", id="reference"),
+        pytest.param(
+            (torch.ones(4, 7), torch.ones(5, 7)), r"shape \(4, 7\) and its reference \(5, 7\)", id="reference"
+        ),
         pytest.param((torch.ones(4, 7), None, torch.ones(5)), r"shape \(4, 7\) and its mask \(5,\)", id="mask"),
     ],
 )

@@ -68,7 +68,9 @@ BAD_STATISTICS = [
     pytest.param({"hessian": torch.ones(2, 3, 3)}, r"hessian has shape \(2, 3, 3\)", id="three-dimensions"),
     pytest.param({"hessian": torch.ones(3, 3).half()}, "hessian is torch.float16; give float32 or float64", id="half"),
     pytest.param({"hessian": torch.ones(3, 3).int()}, "hessian is torch.int32; give float32 or float64", id="integer"),
-    pytest.param({"deviation": torch.ones(4, 4)}, r"deviation has shape \(4, 4\); the hessian's is \(3, 3\)", id="deviation"),
+    pytest.param(
+        {"deviation": torch.ones(4, 4)}, r"deviation has shape \(4, 4\); the hessian's is \(3, 3\)", id="deviation"
+    ),
     pytest.param({"count": torch.ones(3)}, r"count has shape \(3,\); give a scalar tensor", id="count"),
 ]
 
@@ -93,10 +95,16 @@ BAD_WEIGHTS = [
     pytest.param({"codes": torch.ones(4, 7)}, r"codes are torch.float32 .* give uint8 \(N, K\)", id="float-codes"),
     pytest.param({"codes": torch.ones(7).byte()}, r"codes are .* shape \(7,\); give uint8 \(N, K\)", id="codes-vector"),
     pytest.param({"group_size": 0}, "group_size=0: give a positive integer", id="no-group"),
-    pytest.param({"scales": torch.ones(4, 2)}, r"scales have shape \(4, 2\); 4×7 .* groups of 3 need \(4, 3\)", id="scales-shape"),
+    pytest.param(
+        {"scales": torch.ones(4, 2)}, r"scales have shape \(4, 2\); 4×7 .* groups of 3 need \(4, 3\)", id="scales-shape"
+    ),
     pytest.param({"zeros": torch.ones(3, 3).byte()}, r"zeros have shape \(3, 3\); .* need \(4, 3\)", id="zeros-shape"),
     pytest.param({"group_size": 4}, r"groups of 4 need \(4, 2\)", id="group-size-of-other-scales"),
-    pytest.param({"scales": torch.ones(4, 3).double()}, "scales are torch.float64; give float16, bfloat16 or float32", id="scales-dtype"),
+    pytest.param(
+        {"scales": torch.ones(4, 3).double()},
+        "scales are torch.float64; give float16, bfloat16 or float32",
+        id="scales-dtype",
+    ),
     pytest.param({"zeros": torch.ones(4, 3)}, "zeros are torch.float32; give uint8", id="zeros-dtype"),
 ]
 

@@ -160,7 +160,9 @@ def test_descent_on_the_shifted_target_equals_the_papers_deviation_term(sweeps: 
     assert_close(stage2.descent(c.small(), sweeps), expected, **CLOSE)
 
 
-@pytest.mark.parametrize("corrupt", [lambda R: -R, lambda R: R.T, lambda R: 0 * R], ids=["negated", "transposed", "none"])
+@pytest.mark.parametrize(
+    "corrupt", [lambda R: -R, lambda R: R.T, lambda R: 0 * R], ids=["negated", "transposed", "none"]
+)
 def test_descent_differs_from_the_papers_deviation_term_when_it_is_corrupted(corrupt) -> None:
     c = case()
     wrong = oracle.descent_with_deviation(c.codes, c.zeros, c.scales, c.W, c.H, corrupt(c.R), GROUP, 2)

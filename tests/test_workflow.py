@@ -281,7 +281,9 @@ def test_calibrate_ends_passes_at_the_last_target():
 
 def test_calibrate_observes_and_solves_layers_with_the_same_input_once(monkeypatch, seen):
     calls, original = [], HessianObserver.observe
-    monkeypatch.setattr(HessianObserver, "observe", lambda self, *args: calls.append(len(args)) or original(self, *args))
+    monkeypatch.setattr(
+        HessianObserver, "observe", lambda self, *args: calls.append(len(args)) or original(self, *args)
+    )
     model = tsq.quantize(toy(), CONFIG, ids(4))
     assert list(seen) == STAGES
     assert len(calls) == len(STAGES) * 4
@@ -379,7 +381,9 @@ def test_rtn_needs_no_batches():
     config = dataclasses.replace(CONFIG, method="rtn")
     model, reference = tsq.quantize(toy(), config), toy_again()
     for name, weight in weights_of(model).items():
-        assert equal(weight, tsq.TwoStageGroupQuantizer(reference.get_submodule(name).weight, None, config).run().weight)
+        assert equal(
+            weight, tsq.TwoStageGroupQuantizer(reference.get_submodule(name).weight, None, config).run().weight
+        )
     assert {layer.tokens for layer in model.tsq_report.quantized} == {None}
 
 
@@ -414,7 +418,10 @@ def test_rtn_layer_that_is_never_called_is_quantised_with_and_without_calibrate(
 
 
 def test_skip_leaves_layers_alone_and_reports_them():
-    model, reference = tsq.quantize(toy(), dataclasses.replace(CONFIG, skip=("lm_head", "blocks.1.*")), ids()), toy_again()
+    model, reference = (
+        tsq.quantize(toy(), dataclasses.replace(CONFIG, skip=("lm_head", "blocks.1.*")), ids()),
+        toy_again(),
+    )
     assert set(weights_of(model)) == {f"blocks.0.{name}" for name in ("q", "k", "v", "o", "up", "down")}
     assert torch.equal(model.blocks[1].q.weight, reference.blocks[1].q.weight)
     assert entry(model, "blocks.1.q").status == entry(model, "lm_head").status == "skipped"
@@ -502,6 +509,14 @@ def test_branch_that_some_batches_take_is_seen_in_those(seen):
     counts = {name: int(statistics.count) for name, statistics in seen.items()}
     assert counts == {"layers.a": 1200, "layers.b": 900, "layers.c": 1200}
     assert len(weights_of(model)) == 3
+
+
+def test_branch_that_is_reached_in_two_ways_is_seen_in_all_calls(seen):
+    batches = [(rows(16, 300), path) for path in ("ad", "abd", "acd", "abcd", "acbd")]
+    model = tsq.quantize(Steps(squares("a", "b", "c", "d"), ""), CONFIG, batches)
+    counts = {name: int(statistics.count) for name, statistics in seen.items()}
+    assert counts == {"layers.a": 1500, "layers.b": 900, "layers.c": 900, "layers.d": 1500}
+    assert len(weights_of(model)) == 4
 
 
 def test_layer_that_is_never_called_stays_float_and_is_named():
@@ -707,7 +722,7 @@ def test_calibrate_turns_the_cache_off_and_restores_it():
 
 def test_calibrate_keeps_no_graph_and_restores_every_parameter():
     model = toy()
-    before = {name: value for name, value in model.named_parameters()}
+    before = dict(model.named_parameters())
     tsq.calibrate(tsq.prepare(model, CONFIG), ids())
     after = dict(model.named_parameters())
     assert all(after[name] is value for name, value in before.items())
@@ -777,6 +792,9 @@ def test_calibrate_shows_a_bar_of_all_layers_on_request(capfd):
 
 
 def test_few_tokens_warn_once_with_the_worst_layer():
-    with pytest.warns(FewTokensWarning, match=r"12 layers saw .* the worst is blocks\.\d\.down: 144 tokens, 24 columns, 384 tokens wanted") as found:
+    with pytest.warns(
+        FewTokensWarning,
+        match=r"12 layers saw .* the worst is blocks\.\d\.down: 144 tokens, 24 columns, 384 tokens wanted",
+    ) as found:
         tsq.quantize(toy(), CONFIG, ids(1))
     assert len(found) == 1

@@ -89,7 +89,8 @@ def calibrate(
     Every batch runs through the network twice, once in full precision and once with every layer
     quantised that comes before; all passes advance together from layer to layer, and a layer is
     solved when they reach it. One more pass, on the first batch, records the order of the layers
-    and which of them share an input. Passes end at the last layer that is to be solved.
+    and which of them share an input; a layer that it misses is solved last, from all its calls in
+    the other batches. Passes end at the last layer that is to be solved.
 
     Args:
         model: a prepared model. It runs in evaluation mode without gradients.

@@ -38,7 +38,7 @@ class Settings:
     calibration_windows: int
     evaluation_windows: int
     length: int
-    batch_size: int = 4
+    batch_size: int = 1
 
 
 @dataclass(frozen=True)

@@ -240,5 +240,5 @@ class TwoStageGroupQuantizer:
     def _error(self, difference: Tensor, statistics: LayerStatistics | None) -> Tensor:
         if statistics is not None:
             return objective.squared_error(difference, (statistics.hessian / statistics.count).to(torch.float32))
-        damped = objective.squared_error(difference, self._problem.hessian)
-        return damped - self._problem.ridge * difference.square().sum(1)
+        pulled = difference @ self._problem.hessian - self._problem.ridge * difference  # exactly 0 where H is 0
+        return (pulled * difference).sum(1)
