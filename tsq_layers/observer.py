@@ -1,13 +1,12 @@
 """`HessianObserver`: what calibration learns about the inputs of a layer."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tsq_layers.errors import CalibrationError
+from tsq_layers.precision import full_precision
 from tsq_layers.records import LayerStatistics
 
 _PANEL = 384  # columns of H updated by one matrix product; narrower panels waste fewer flops on the half not kept
@@ -70,7 +69,7 @@ class HessianObserver(nn.Module):
         count = torch.tensor(tokens.shape[0], device="cpu").to(x.device) if padding is None else (~padding).sum()
         self._allocate(x.device, reference is not None)
         self.count += count
-        with _highest_precision():
+        with full_precision():
             for start in range(0, self.columns, _PANEL):
                 panel = tokens[:, start : start + _PANEL]
                 self.hessian[start : start + _PANEL, start:].addmm_(panel.T, tokens[:, start:])
@@ -134,21 +133,3 @@ class HessianObserver(nn.Module):
         if prefix + "hessian" in state_dict:  # buffers are made with the first input: make them for the stored ones
             self._allocate(state_dict[prefix + "hessian"].device, prefix + "deviation" in state_dict)
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-@contextmanager
-def _highest_precision() -> Iterator[None]:
-    """Sums of products in full float32: no TF32, whatever the user allows for the model.
-
-    The backends' own switches are used: they can be read whichever way the user set them, which
-    ``torch.get_float32_matmul_precision`` cannot.
-    """
-    switches = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    allowed = [switch.fp32_precision for switch in switches]
-    for switch in switches:
-        switch.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        for switch, precision in zip(switches, allowed, strict=True):
-            switch.fp32_precision = precision

@@ -1,7 +1,7 @@
 """The only place where a value crosses from the device to the host.
 
 Reading a tensor's value stops the host until the device has caught up. Everything else in the
-observers, the solver and the packer stays on the device; the few deliberate reads (one or two a
+observers, the solver and the packer stays on the device; the few deliberate reads (a handful a
 layer: did the factorisation succeed, what are the losses) go through :func:`to_host`, so that
 they can be counted in a test and replaced where tensors have no values.
 """

@@ -48,6 +48,7 @@ def prepare(model: nn.Module, config: QuantConfig) -> nn.Module:
         SkippedLayerWarning: a layer is left alone because its weight is tied to another module's.
 
     Example:
+        >>> import torch
         >>> model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
         >>> _ = prepare(model, QuantConfig(bits=4, group_size=16))
         >>> for _ in range(8):
@@ -199,6 +200,7 @@ def quantize(
     Everything else is as for the three functions. When anything is raised, the model is as it was.
 
     Example:
+        >>> import torch
         >>> model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
         >>> model = quantize(model, QuantConfig(bits=4, group_size=16), [torch.randn(512, 32)])
         >>> model.tsq_report.layers[0].bits

@@ -137,6 +137,8 @@ def _candidates(
     if both_zeros:
         exact = weight.amin(-1).clamp(max=0) / -scale
         zeros = [exact.floor().clamp(0, grid.code_max(bits)), exact.ceil().clamp(0, grid.code_max(bits))]
+    if bits > 4:  # clipping hardly pays: the range as it is
+        yield scale, zero
     for factor, candidate in zip(factors, itertools.cycle(zeros), strict=False):
         yield scale * factor, candidate
 

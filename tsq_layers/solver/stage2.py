@@ -1,16 +1,19 @@
 """Stage 2: integers frozen, all scales of a row refined on the layer-wise loss, in closed form.
 
-Two-Stage (arXiv 2602.02126), second stage. With n_i the integers of group i, the loss of a row is
-a quadratic in its G scales,
+Two-Stage (arXiv 2602.02126), second stage. With n_i the integers of group i, a change δ = s − s° of
+the G scales of a row changes its loss by a quadratic,
 
-    sᵀ A s − 2 tᵀ s + const,     A_ij = n_iᵀ H_ij n_j,     t_i = n_iᵀ (H w')_i
+    δᵀ A δ − 2 rᵀ δ,     A_ij = n_iᵀ H_ij n_j,     r_i = n_iᵀ H_{i,:} (w' − q°)
 
-so A (G×G) and t are built once and everything after that happens in the small space. The paper's
-coordinate step, s_i += n_iᵀ H_{i,:}(w' − q) / n_iᵀ H_ii n_i, is s_i = (t_i − Σ_{j≠i} A_ij s_j)/A_ii;
-the minimiser of all scales at once solves A s = t. Both are pulled towards the scales s° of stage
-1 with weight ρ·A_ii, which bounds scales that the data hardly determine:
+so A (G×G) and r are built once and everything after that happens in the small space. The paper's
+coordinate step, s_i += n_iᵀ H_{i,:}(w' − q) / n_iᵀ H_ii n_i, is δ_i = (r_i − Σ_{j≠i} A_ij δ_j)/A_ii;
+the minimiser of all scales at once solves A δ = r. Both are pulled back towards s°, the scales of
+stage 1, with weight ρ·A_ii, which bounds scales that the data hardly determine:
 
-    F(s) = sᵀ A s − 2 tᵀ s + ρ Σ_i A_ii (s_i − s°_i)²
+    F(δ) = δᵀ A δ − 2 rᵀ δ + ρ Σ_i A_ii δ_i²
+
+Differences from s° and q° rather than s and w' themselves: the loss is a small part of w'ᵀHw', and
+float32 would lose it.
 
 Shapes: N rows, K columns, G groups; rows are processed in chunks of C.
 """
@@ -31,43 +34,44 @@ class SmallProblem:
 
     Attributes:
         gram: A, float32 (N, G, G).
-        linear: t, float32 (N, G).
+        slope: r, float32 (N, G).
         start: s°, the scales of stage 1, float32 (N, G).
         ridge: ρ.
     """
 
     gram: Tensor
-    linear: Tensor
+    slope: Tensor
     start: Tensor
     ridge: float
 
     def objective(self, scales: Tensor) -> Tensor:
-        """F(s) of each row, up to the constant: (N, G) → (N,)."""
+        """F of each row at these scales, 0 at the start: (N, G) → (N,)."""
         return self.loss(scales) + self.ridge * (
             self.gram.diagonal(dim1=1, dim2=2) * (scales - self.start).square()
         ).sum(1)
 
     def loss(self, scales: Tensor) -> Tensor:
-        """The layer-wise loss of each row without the pull, up to the constant: (N, G) → (N,)."""
-        curvature = torch.bmm(self.gram, scales.unsqueeze(-1)).squeeze(-1)
-        return (scales * (curvature - 2 * self.linear)).sum(1)
+        """Change of the layer-wise loss of each row from the start, without the pull: (N, G) → (N,)."""
+        change = scales - self.start
+        curvature = torch.bmm(self.gram, change.unsqueeze(-1)).squeeze(-1)
+        return (change * (curvature - 2 * self.slope)).sum(1)
 
 
 def small_problem(
-    steps: Tensor, target: Tensor, hessian: Tensor, start: Tensor, group_size: int, ridge: float
+    steps: Tensor, pulled: Tensor, hessian: Tensor, start: Tensor, group_size: int, ridge: float
 ) -> SmallProblem:
-    """Build A and t.
+    """Build A and r.
 
     Args:
         steps: the integers code − zero point, float32 (N, K).
-        target: W' float32 (N, K).
+        pulled: (Q° − W') H, with Q° the weight of these integers and scales, float32 (N, K).
         hessian: damped H, float32 (K, K).
         start: s°, float32 (N, G).
     """
     rows = max(1, _CHUNK_ELEMENTS // steps.shape[1])
     gram = torch.cat([_gram(chunk, hessian, group_size) for chunk in steps.split(rows)])
-    linear = grid.to_groups(steps * (target @ hessian), group_size).sum(-1)
-    return SmallProblem(gram, linear, start, ridge)
+    slope = -grid.to_groups(steps * pulled, group_size).sum(-1)
+    return SmallProblem(gram, slope, start, ridge)
 
 
 def _gram(steps: Tensor, hessian: Tensor, group_size: int) -> Tensor:
@@ -88,16 +92,17 @@ def descent(problem: SmallProblem, sweeps: int) -> Tensor:
     A group without curvature (all its integers 0), and a step to a scale that is not positive,
     leave the scale as it is.
     """
-    scales = problem.start.clone()
+    change = torch.zeros_like(problem.start)
     diagonal = problem.gram.diagonal(dim1=1, dim2=2)
     curvature = (1 + problem.ridge) * diagonal
-    pull = problem.linear + problem.ridge * diagonal * problem.start
     for _ in range(sweeps):
-        for i in range(scales.shape[1]):
-            others = torch.einsum("nj,nj->n", problem.gram[:, i], scales) - diagonal[:, i] * scales[:, i]
-            step = (pull[:, i] - others) / curvature[:, i]
-            scales[:, i] = torch.where((step > 0) & torch.isfinite(step), step, scales[:, i])
-    return scales
+        for i in range(change.shape[1]):
+            along = torch.einsum("nj,nj->n", problem.gram.select(1, i), change)
+            others = along - diagonal.select(1, i) * change.select(1, i)
+            step = (problem.slope.select(1, i) - others) / curvature.select(1, i)
+            sound = (problem.start.select(1, i) + step > 0) & torch.isfinite(step)
+            change.select(1, i).copy_(torch.where(sound, step, change.select(1, i)))
+    return problem.start + change
 
 
 def exact(problem: SmallProblem, fallback: Tensor) -> Tensor:
@@ -107,12 +112,9 @@ def exact(problem: SmallProblem, fallback: Tensor) -> Tensor:
     scales of ``fallback`` (N, G) as a whole: part of a joint minimum is no minimum.
     """
     diagonal = problem.gram.diagonal(dim1=1, dim2=2)
-    empty = diagonal <= 0
-    curvature = torch.where(empty, torch.ones_like(diagonal), problem.ridge * diagonal)
-    system = problem.gram + torch.diag_embed(curvature)
-    right = problem.linear + curvature * problem.start
-    lower, info = torch.linalg.cholesky_ex(system)
-    scales = torch.cholesky_solve(right.unsqueeze(-1), lower).squeeze(-1)
+    pull = torch.where(diagonal > 0, problem.ridge * diagonal, torch.ones_like(diagonal))
+    lower, info = torch.linalg.cholesky_ex(problem.gram + torch.diag_embed(pull))
+    scales = problem.start + torch.cholesky_solve(problem.slope.unsqueeze(-1), lower).squeeze(-1)
     sound = (info == 0) & ((scales > 0) & torch.isfinite(scales)).all(1)
     return torch.where(sound.unsqueeze(1), scales, fallback)
 
@@ -121,9 +123,9 @@ def accept(problem: SmallProblem, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """Scales as they will be stored, for the rows whose layer-wise loss falls; the start elsewhere.
 
     Args:
+        problem: its start is made of values that can be stored.
         scales: float32 (N, G).
         dtype: what they are stored in; the loss is compared after that rounding.
     """
-    start, rounded = grid.storable(problem.start, dtype), grid.storable(scales, dtype)
-    better = problem.loss(rounded) < problem.loss(start)
-    return torch.where(better.unsqueeze(1), rounded, start)
+    rounded = grid.storable(scales, dtype)
+    return torch.where((problem.loss(rounded) < 0).unsqueeze(1), rounded, problem.start)

@@ -18,6 +18,7 @@ from torch import Tensor
 from tsq_layers import grid
 from tsq_layers.config import QuantConfig
 from tsq_layers.errors import LayerError, StateError
+from tsq_layers.precision import full_precision
 from tsq_layers.records import LayerStatistics, QuantizedWeight
 from tsq_layers.solver import gptq, objective, stage1, stage2
 from tsq_layers.sync import clock
@@ -55,6 +56,7 @@ class _Progress:
     scales: Tensor | None = None
     zeros: Tensor | None = None
     codes: Tensor | None = None
+    residual: tuple[Tensor, Tensor] | None = None  # Q − W' and (Q − W') H of the present state, once asked for
     objective: dict[str, Tensor] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -83,6 +85,7 @@ class TwoStageGroupQuantizer:
         True
     """
 
+    @full_precision()
     def __init__(
         self, weight: Tensor, statistics: LayerStatistics | None, config: QuantConfig, *, name: str = "layer"
     ) -> None:
@@ -104,6 +107,7 @@ class TwoStageGroupQuantizer:
         self.problem = None if statistics is None else objective.build(weight, statistics, config, name)
         self._state.seconds["factorise"] = clock(weight) - started
 
+    @full_precision()
     def initialize_scales(self) -> None:
         """Step 1: scales and zero points, by the grids of the configured method."""
         started, config = clock(self._weight), self.config
@@ -119,6 +123,7 @@ class TwoStageGroupQuantizer:
         self._state.scales, self._state.zeros = grid.storable(scales, config.torch_scale_dtype), zeros
         self._state.seconds["initialize"] = clock(self._weight) - started
 
+    @full_precision()
     def assign_codes(self) -> None:
         """Step 2: codes on the present grids, by GPTQ (nearest codes for ``method="rtn"``)."""
         started = clock(self._weight)
@@ -130,8 +135,10 @@ class TwoStageGroupQuantizer:
             self._state.codes = gptq.assign(
                 self.target, problem.factor, problem.order, scales, zeros, self.config.bits, self.group_size
             )
+        self._state.residual = None
         self._state.seconds["assign"] = clock(self._weight) - started
 
+    @full_precision()
     def refine_scales(self) -> None:
         """Step 3: all scales on the layer-wise loss, codes frozen; two-stage only."""
         if self.config.method != "two-stage" or self.config.refine == "none":
@@ -139,17 +146,20 @@ class TwoStageGroupQuantizer:
         started = clock(self._weight)
         scales, zeros = self._grids()
         steps = grid.centered(self._codes(), zeros, self.group_size)
+        difference, pulled = self._residual()
         small = stage2.small_problem(
-            steps, self._problem.refine_target, self._problem.hessian, scales, self.group_size, self.config.refine_ridge
+            steps, pulled, self._problem.hessian, scales, self.group_size, self.config.refine_ridge
         )
         solutions = {"descent": stage2.descent(small, self.config.refine_sweeps)}
         solutions["exact"] = stage2.exact(small, fallback=solutions["descent"])
         self._state.scales = stage2.accept(small, solutions[self.config.refine], self.config.torch_scale_dtype)
+        self._state.residual = None
         self._state.seconds["refine"] = clock(self._weight) - started
-        constant = objective.squared_error(self._problem.refine_target, self._problem.hessian)
+        before = (pulled * difference).sum(1)
         found = {"assign": scales, **solutions}
-        self._state.objective = {step: small.objective(value) + constant for step, value in found.items()}
+        self._state.objective = {step: before + small.objective(value) for step, value in found.items()}
 
+    @full_precision()
     def run(self, held_out: LayerStatistics | None = None) -> SolverResult:
         """All steps, with the loss after each; ``held_out`` adds losses on tokens not fitted."""
         losses: dict[str, Tensor] = {}
@@ -169,7 +179,7 @@ class TwoStageGroupQuantizer:
             weight=self.quantized_weight(),
             losses=losses,
             held_out_losses=held_out_losses,
-            signal=None if self.problem is None else self._error(self._problem.refine_target, None),
+            signal=None if self.problem is None else self._signal(),
             objective=self._state.objective,
             damping=None if self.problem is None else self.problem.damping,
             seconds=self._state.seconds,
@@ -183,9 +193,13 @@ class TwoStageGroupQuantizer:
         """
         return self.row_losses(statistics).sum()
 
+    @full_precision()
     def row_losses(self, statistics: LayerStatistics | None = None) -> Tensor:
         """:meth:`loss` of each row, float32 (N,)."""
-        return self._error(self._dequantized() - self._problem.refine_target, statistics)
+        difference, pulled = self._residual()
+        if statistics is not None:
+            return objective.squared_error(difference, (statistics.hessian / statistics.count).to(torch.float32))
+        return self._undamped(difference, pulled)
 
     def quantized_weight(self) -> QuantizedWeight:
         """The present codes, scales and zero points."""
@@ -237,8 +251,17 @@ class TwoStageGroupQuantizer:
             codes = grid.quantize(self.target, scales, zeros, self.config.bits, self.group_size)
         return grid.dequantize(codes, scales, zeros, self.group_size)
 
-    def _error(self, difference: Tensor, statistics: LayerStatistics | None) -> Tensor:
-        if statistics is not None:
-            return objective.squared_error(difference, (statistics.hessian / statistics.count).to(torch.float32))
-        pulled = difference @ self._problem.hessian - self._problem.ridge * difference  # exactly 0 where H is 0
-        return (pulled * difference).sum(1)
+    def _residual(self) -> tuple[Tensor, Tensor]:
+        """Q − W' and (Q − W') H, H damped; computed once for each state."""
+        if self._state.residual is None:
+            difference = self._dequantized() - self._problem.refine_target
+            self._state.residual = difference, difference @ self._problem.hessian
+        return self._state.residual
+
+    def _signal(self) -> Tensor:
+        target = self._problem.refine_target
+        return self._undamped(target, target @ self._problem.hessian)
+
+    def _undamped(self, difference: Tensor, pulled: Tensor) -> Tensor:
+        """Row losses under the undamped H; exactly 0 where that is 0."""
+        return ((pulled - self._problem.ridge * difference) * difference).sum(1)
