@@ -12,7 +12,7 @@ from torch.utils.weak import TensorWeakRef
 from tqdm.auto import tqdm
 
 from tsq_layers import lockstep
-from tsq_layers.errors import CalibrationError, FewTokensWarning, SameInputWarning
+from tsq_layers.errors import CalibrationError, SameInputWarning
 from tsq_layers.observer import HessianObserver
 from tsq_layers.preparation import Preparation, Solved, Target
 from tsq_layers.solving import solve
@@ -20,8 +20,6 @@ from tsq_layers.solving import solve
 Batch = Any
 Forward = Callable[[nn.Module, Any], object]
 PaddingMask = Callable[[Any, str, Tensor], Tensor | None]
-
-_TOKENS_PER_COLUMN = 16  # fewer tokens than this many times K: H is noisy, and refinement fits the noise
 
 
 @dataclass(frozen=True)
@@ -108,7 +106,6 @@ class Calibration:
                 for name, target in self.preparation.targets.items():
                     if name not in self.solved and not target.config.needs_calibration:
                         self._solve([target], None)  # it needs no call to be solved
-        self._warn_few_tokens()
         return self.solved
 
     def _all_roles(self) -> list[Role]:
@@ -218,21 +215,6 @@ class Calibration:
                 f"{name} shared its input with other layers in the recording pass but not in pass {index}; its statistics come from the other layers' input",
                 SameInputWarning,
                 stacklevel=2,
-            )
-
-    def _warn_few_tokens(self) -> None:
-        few = [
-            (entry.name, entry.tokens, entry.columns)
-            for entry in (solved.report for solved in self.solved.values())
-            if entry.tokens is not None and entry.tokens < _TOKENS_PER_COLUMN * entry.columns
-        ]
-        if few:
-            name, tokens, columns = max(few, key=lambda entry: entry[2] / entry[1])
-            warnings.warn(
-                f"{len(few)} layers saw fewer than {_TOKENS_PER_COLUMN} tokens for each of their input columns; the worst is {name}: "
-                f"{tokens} tokens, {columns} columns, {_TOKENS_PER_COLUMN * columns} tokens wanted; calibrate with more data",
-                FewTokensWarning,
-                stacklevel=4,
             )
 
 

@@ -1,17 +1,21 @@
 """From statistics to solved layers: same-input layers as one stack, and what it says of each."""
 
 import dataclasses
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from tsq_layers.errors import FewTokensWarning
 from tsq_layers.preparation import Solved, Target
 from tsq_layers.records import LayerStatistics
 from tsq_layers.report import LayerReport
 from tsq_layers.solver import SolverResult, TwoStageGroupQuantizer
 from tsq_layers.sync import to_host
+
+_TOKENS_PER_COLUMN = 16  # fewer tokens than this many times K: H is noisy, and refinement fits the noise
 
 
 def solve(
@@ -38,6 +42,23 @@ def solve(
         result = TwoStageGroupQuantizer(weight, needed, stack[0].config, name=name).run(held_out if needed else None)
         solved.update(_split(stack, result, statistics))
     return {target.name: solved[target.name] for target in targets}
+
+
+def warn_few_tokens(solved: Mapping[str, Solved]) -> None:
+    """One warning for all layers that saw too few tokens, naming the worst."""
+    few = [
+        (entry.name, entry.tokens, entry.columns)
+        for entry in (layer.report for layer in solved.values())
+        if entry.tokens is not None and entry.tokens < _TOKENS_PER_COLUMN * entry.columns
+    ]
+    if few:
+        name, tokens, columns = max(few, key=lambda entry: entry[2] / entry[1])
+        warnings.warn(
+            f"{len(few)} layers saw fewer than {_TOKENS_PER_COLUMN} tokens for each of their input columns; the worst is {name}: "
+            f"{tokens} tokens, {columns} columns, {_TOKENS_PER_COLUMN * columns} tokens wanted; calibrate with more data",
+            FewTokensWarning,
+            stacklevel=3,
+        )
 
 
 def _split(stack: Sequence[Target], result: SolverResult, statistics: LayerStatistics | None) -> dict[str, Solved]:

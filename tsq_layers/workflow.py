@@ -21,7 +21,7 @@ from tsq_layers.errors import CalibrationError, SkippedLayerWarning, StateError
 from tsq_layers.observer import HessianObserver
 from tsq_layers.preparation import Preparation, Solved
 from tsq_layers.report import LayerReport, Report, library_versions, model_bytes
-from tsq_layers.solving import solve
+from tsq_layers.solving import solve, warn_few_tokens
 
 
 def prepare(model: nn.Module, config: QuantConfig) -> nn.Module:
@@ -129,6 +129,7 @@ def calibrate(
     preparation.detach()
     try:
         solved = Calibration(model, preparation, fitted, others, paired, forward, padding_mask, progress).run()
+        warn_few_tokens(solved)
         _warn_never_called(preparation, solved)
     except BaseException:
         preparation.attach()
@@ -161,6 +162,7 @@ def convert(model: nn.Module) -> nn.Module:
         started = time.perf_counter()
         solved = _solve_observed(preparation)
         preparation.seconds = time.perf_counter() - started
+        warn_few_tokens(solved)
         _warn_never_called(preparation, solved)
     targets = preparation.targets
     twins = {

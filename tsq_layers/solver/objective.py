@@ -141,7 +141,8 @@ def _upper_inverse(upper: Tensor) -> Tensor:
     size = upper.shape[0]
     if size <= _LEAF:
         identity = torch.eye(size, dtype=upper.dtype, device=upper.device)
-        return torch.linalg.solve_triangular(upper, identity, upper=True)
+        solution: Tensor = torch.linalg.solve_triangular(upper, identity, upper=True)
+        return solution
     half = size // 2
     inverse = torch.zeros_like(upper)
     first, second = _upper_inverse(upper[:half, :half]), _upper_inverse(upper[half:, half:])

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from tsq_layers import grid
 
-_CHUNK_ELEMENTS = 2**17  # weights a chunk holds: its few temporaries stay in a CPU's cache
+_CHUNK_ELEMENTS = 2**20  # weights that are scanned at once: bounds the temporaries
 _CLIP_RANGE = {1: (0.8, 0.3), 2: (0.95, 0.45), 3: (1.0, 0.65), 4: (1.0, 0.75)}
 _CLIP_COUNT = 6
 _WEIGHT_CLIP_COUNT = 20

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from tsq_layers import grid
 
-_CHUNK_ELEMENTS = 2**22
+_CHUNK_ELEMENTS = 2**20  # weights whose products are held at once
 
 
 @dataclass(frozen=True, eq=False)
