@@ -10,6 +10,7 @@ Shapes: N rows (output features), K columns (input features), G groups a row, g 
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 
@@ -28,8 +29,7 @@ def to_groups(values_NK: Tensor, group_size: int) -> Tensor:
     columns = values_NK.shape[-1]
     missing = group_count(columns, group_size) * group_size - columns
     padded = F.pad(values_NK, (0, missing)) if missing else values_NK
-    groups_NGg: Tensor = padded.unflatten(-1, (-1, group_size))
-    return groups_NGg
+    return rearrange(padded, "... (G g) -> ... G g", g=group_size)
 
 
 def expand(values_NG: Tensor, columns: int, group_size: int) -> Tensor:

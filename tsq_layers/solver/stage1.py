@@ -30,6 +30,7 @@ import itertools
 from collections.abc import Iterator
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from tsq_layers import grid
@@ -108,7 +109,7 @@ def _fit_chunk(
     target: Tensor, metric: Tensor, bits: int, group_size: int, symmetric: bool, factors: list[float], both_zeros: bool
 ) -> tuple[Tensor, Tensor]:
     """The best of all candidates for some rows; ``metric`` is (G, g, g), or (G, 1, g) for a diagonal."""
-    weight_GCg = grid.to_groups(target, group_size).transpose(0, 1).contiguous()
+    weight_GCg = rearrange(grid.to_groups(target, group_size), "C G g -> G C g").contiguous()
     scale_NG, zero_NG = grid.minmax(target, bits, group_size, symmetric)
     best_scale, best_zero = scale_NG.T, zero_NG.T
     best_gain = torch.full_like(best_scale, -torch.inf)
@@ -146,7 +147,7 @@ def _candidates(
 def diagonal_blocks(hessian: Tensor, group_size: int) -> Tensor:
     """The groups' diagonal blocks of H, (G, g, g); a short last group is filled up with zeros."""
     count = grid.group_count(hessian.shape[0], group_size)
-    rows_GgK = grid.to_groups(hessian, group_size).permute(1, 2, 0)  # H is symmetric: its columns, grouped
+    rows_GgK = rearrange(grid.to_groups(hessian, group_size), "K G g -> G g K")  # H is symmetric
     blocks_GgGg = grid.to_groups(rows_GgK, group_size)
     index = torch.arange(count, device=hessian.device)
     return blocks_GgGg[index, :, index].contiguous()
