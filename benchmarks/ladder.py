@@ -24,6 +24,7 @@ STEPS = {
     "stage 1": {"refine": "none", "deviation": "none"},
     "stage 1+2": {"deviation": "none"},
     "stage 1+2, R in stage 2": {"deviation": "refine"},
+    "two-stage, blocks, R at 0.25": {"grid_metric": "blocks", "deviation_strength": 0.25},
     "two-stage": {},
 }
 
