@@ -47,14 +47,12 @@ class Case:
 
     Args:
         method, bits, group_size: of its :class:`QuantConfig`.
-        paired: whether the full-precision stream runs beside the quantised one, where the method uses it.
         saved: whether the model is written to disk and measured again in a fresh process.
     """
 
     method: Any
     bits: int
     group_size: int
-    paired: bool = True
     saved: bool = False
 
     @property
@@ -79,7 +77,7 @@ FULL = Settings(calibration_windows=32, evaluation_windows=8, length=1024)
 QUICK = Settings(calibration_windows=8, evaluation_windows=4, length=512)
 _AT_TWO_BITS = (Case("rtn", 2, 64), Case("gptq", 2, 64), Case("two-stage", 2, 64))
 _AT_THREE_BITS = (Case("rtn", 3, 64), Case("gptq", 3, 64), Case("two-stage", 3, 64))
-_AT_FOUR_BITS = (Case("two-stage", 4, 128, paired=False, saved=True),)  # unpaired: half the time
+_AT_FOUR_BITS = (Case("two-stage", 4, 128, saved=True),)
 
 
 def run_demo(out: Path, *, quick: bool, texts: list[Path], write: Write, cache: Path | None = None) -> list[Row]:
@@ -157,7 +155,7 @@ def _remembered(material: Material, case: Case | None, write: Write) -> Row:
 def _key(material: Material, case: Case | None) -> str:
     tokens = [batch["input_ids"].tolist() for batch in material.calibration] if case else []
     evaluation = {name: ids.tolist() for name, ids in material.evaluation.items()}
-    what = [case.config.to_dict(), case.paired, case.saved] if case else ["float"]
+    what = [case.config.to_dict(), case.saved] if case else ["float"]
     return results.fingerprint(
         dataclasses.asdict(material.settings), what, tokens, evaluation, _versions(), results.library_digest()
     )
@@ -181,8 +179,7 @@ def _quantised_row(material: Material, case: Case) -> Row:
     started = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FewTokensWarning)  # the quick demo has few tokens on purpose
-        batches = material.calibration if case.config.needs_calibration else None
-        model = tsq.quantize(model, case.config, batches, paired=None if case.paired else False)
+        model = tsq.quantize(model, case.config, material.calibration if case.config.needs_calibration else None)
     seconds = time.perf_counter() - started
     report = tsq.report(model)
     row = Row(
@@ -252,7 +249,7 @@ def _write_json(material: Material, rows: list[Row]) -> None:
 
 
 def _show(material: Material, rows: list[Row], write: Write) -> None:
-    for line in ["", *results.table(rows), "", "At 4 bits without the full-precision stream (paired=False)."]:
+    for line in ["", *results.table(rows), ""]:
         write(line)
     for row in rows:
         if row.reloaded is not None:
