@@ -3,7 +3,7 @@
     python benchmarks/solver.py [--threads 2] [--repeats 5] [--json FILE]
 
 Random layers of the shapes of SmolLM2-135M, stacked as calibration stacks them (q, k and v; gate and
-up), and one of 4096×4096. The steps are run in turn, round after round, and medians are compared,
+up), their sum, which is one decoder layer, and one of 4096×4096. The steps are run in turn, round after round, and medians are compared,
 so that a drift of the machine's speed hits all alike. GPTQ is the factorisation of H and the loop
 over columns; stage 1 and stage 2 are what two-stage adds to it, stage 2 by the exact solve, and for
 comparison the weight-MSE grids that plain GPTQ needs and the descent that the paper uses.
@@ -13,7 +13,8 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -26,8 +27,9 @@ SHAPES = {
     "attention out": (576, 576),
     "mlp gate,up": (3072, 576),
     "mlp down": (576, 1536),
-    "4096×4096": (4096, 4096),
+    "large": (4096, 4096),
 }
+DECODER_LAYER = ("attention q,k,v", "attention out", "mlp gate,up", "mlp down")
 
 
 def steps(rows: int, columns: int, config: QuantConfig) -> dict[str, Callable[[], object]]:
@@ -45,7 +47,10 @@ def steps(rows: int, columns: int, config: QuantConfig) -> dict[str, Callable[[]
     integers = grid.centered(codes, zeros, group)
 
     def small() -> stage2.SmallProblem:
-        return stage2.small_problem(integers, weight, problem.hessian, scales, group, config.refine_ridge)
+        difference = grid.dequantize(codes, scales, zeros, group) - weight
+        return stage2.small_problem(
+            integers, difference @ problem.hessian, problem.hessian, scales, group, config.refine_ridge
+        )
 
     def exact(problem: stage2.SmallProblem) -> torch.Tensor:
         return stage2.accept(problem, stage2.exact(problem, problem.start), torch.float16)
@@ -71,6 +76,14 @@ def measure(actions: dict[str, Callable[[], object]], repeats: int) -> dict[str,
     return {name: statistics.median(values[1:]) for name, values in times.items()}
 
 
+def report(layer: str, bits: int, group: int, found: Mapping[str, float]) -> dict[str, object]:
+    """Print the times of a layer and its share; returns both."""
+    share = (found["stage 1"] + found["stage 2"]) / (found["factorise"] + found["columns"])
+    shown = "  ".join(f"{step} {value:.1f}" for step, value in found.items())
+    print(f"{layer:32} {bits} bits g={group:3}  {shown}  share {share:.2f}", flush=True)
+    return {"layer": layer, "bits": bits, "group_size": group, "share": share, **found}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -79,18 +92,15 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     rows = []
-    print(
-        f"{arguments.threads} threads; milliseconds, medians of {arguments.repeats}; share = (stage 1 + stage 2) / (factorise + columns)"
-    )
-    for name, (n, k) in SHAPES.items():
-        for bits, group in ((2, 64), (4, 128)):
-            found = measure(steps(n, k, QuantConfig(bits=bits, group_size=group)), arguments.repeats)
-            share = (found["stage 1"] + found["stage 2"]) / (found["factorise"] + found["columns"])
-            rows.append(
-                {"layer": name, "rows": n, "columns": k, "bits": bits, "group_size": group, "share": share, **found}
-            )
-            shown = "  ".join(f"{step} {value:.1f}" for step, value in found.items())
-            print(f"{name:16} {n}×{k}  {bits} bits g={group:3}  {shown}  share {share:.2f}", flush=True)
+    print(f"{arguments.threads} threads; milliseconds, medians of {arguments.repeats}")
+    for bits, group in ((2, 64), (4, 128)):
+        config, total = QuantConfig(bits=bits, group_size=group), Counter()
+        for name, (n, k) in SHAPES.items():
+            found = measure(steps(n, k, config), arguments.repeats)
+            rows.append(report(f"{name} {n}×{k}", bits, group, found))
+            if name in DECODER_LAYER:
+                total.update(found)
+        rows.append(report("a decoder layer of SmolLM2-135M", bits, group, total))
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
 
