@@ -100,15 +100,6 @@ def test_to_groups_fills_the_short_group_with_zeros() -> None:
     assert groups.tolist() == [[1, 2, 3], [4, 5, 0]]
 
 
-@pytest.mark.parametrize(("columns", "group_size"), SHAPES)
-def test_expand_gives_every_column_the_value_of_its_group(columns: int, group_size: int) -> None:
-    values = normal(3, grid.group_count(columns, group_size))
-    expanded = grid.expand(values, columns, group_size)
-    assert expanded.shape == (3, columns)
-    for column in range(columns):
-        assert torch.equal(expanded[:, column], values[:, oracle.group_of(column, group_size)])
-
-
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_code_max_is_the_largest_code(bits: int) -> None:
     assert grid.code_max(bits) == int("1" * bits, 2)
@@ -133,7 +124,7 @@ def test_minmax_asymmetric_is_off_by_at_most_half_a_step_but_at_the_ends(bits: i
     weight = normal(6, 20)
     scales, zeros = grid.minmax(weight, bits, 8, symmetric=False)
     error = grid.dequantize(grid.quantize(weight, scales, zeros, bits, 8), scales, zeros, 8, torch.float64) - weight
-    assert (error.abs() <= grid.expand(scales, 20, 8) * (1 + 1e-12)).all()
+    assert (error.abs() <= scales.repeat_interleave(8, 1)[:, :20] * (1 + 1e-12)).all()
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -141,7 +132,7 @@ def test_minmax_symmetric_is_off_by_at_most_half_a_step(bits: int) -> None:
     weight = normal(6, 20)
     scales, zeros = grid.minmax(weight, bits, 8, symmetric=True)
     error = grid.dequantize(grid.quantize(weight, scales, zeros, bits, 8), scales, zeros, 8, torch.float64) - weight
-    assert (error.abs() <= grid.expand(scales, 20, 8) * (0.5 + 1e-12)).all()
+    assert (error.abs() <= scales.repeat_interleave(8, 1)[:, :20] * (0.5 + 1e-12)).all()
 
 
 @pytest.mark.parametrize("symmetric", KINDS)

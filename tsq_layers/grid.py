@@ -32,11 +32,6 @@ def to_groups(values_NK: Tensor, group_size: int) -> Tensor:
     return rearrange(padded, "... (G g) -> ... G g", g=group_size)
 
 
-def expand(values_NG: Tensor, columns: int, group_size: int) -> Tensor:
-    """Repeat a value per group over the group's columns: (…, G) → (…, K)."""
-    return values_NG.repeat_interleave(group_size, dim=-1).narrow(-1, 0, columns)
-
-
 def steps(weight: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
     """Nearest integers ``code − zero`` to ``weight / scale``; all arguments broadcast, all float."""
     return (weight / scales).round_().clamp_(min=-zeros, max=code_max(bits) - zeros)
@@ -44,15 +39,20 @@ def steps(weight: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
 
 def quantize(weight_NK: Tensor, scales_NG: Tensor, zeros_NG: Tensor, bits: int, group_size: int) -> Tensor:
     """Nearest codes of a weight matrix on given grids, uint8 (N, K)."""
-    columns = weight_NK.shape[-1]
-    zeros_NK = expand(zeros_NG, columns, group_size).to(weight_NK.dtype)
-    scales_NK = expand(scales_NG, columns, group_size).to(weight_NK.dtype)
-    return (steps(weight_NK, scales_NK, zeros_NK, bits) + zeros_NK).to(torch.uint8)
+    scales_NG1, zeros_NG1 = (values.unsqueeze(-1).to(weight_NK.dtype) for values in (scales_NG, zeros_NG))
+    codes_NGg = steps(to_groups(weight_NK, group_size), scales_NG1, zeros_NG1, bits) + zeros_NG1
+    return _from_groups(codes_NGg.to(torch.uint8), weight_NK.shape[-1])
 
 
 def centered(codes_NK: Tensor, zeros_NG: Tensor, group_size: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """The integers ``code − zero`` in a float dtype, (N, K)."""
-    return codes_NK.to(dtype) - expand(zeros_NG, codes_NK.shape[-1], group_size).to(dtype)
+    centered_NGg = to_groups(codes_NK, group_size).to(dtype) - zeros_NG.unsqueeze(-1).to(dtype)
+    return _from_groups(centered_NGg, codes_NK.shape[-1])
+
+
+def scaled(steps_NK: Tensor, scales_NG: Tensor, group_size: int) -> Tensor:
+    """The products of integers ``code − zero`` with the scales of their groups, (N, K)."""
+    return _from_groups(to_groups(steps_NK, group_size) * scales_NG.unsqueeze(-1), steps_NK.shape[-1])
 
 
 def dequantize(
@@ -64,8 +64,13 @@ def dequantize(
     once to ``dtype``, so that every route from codes to weights gives the same bits.
     """
     working = torch.float64 if torch.float64 in (scales_NG.dtype, dtype) else torch.float32
-    scales_NK = expand(scales_NG, codes_NK.shape[-1], group_size).to(working)
-    return (centered(codes_NK, zeros_NG, group_size, working) * scales_NK).to(dtype)
+    steps_NK = centered(codes_NK, zeros_NG, group_size, working)
+    return scaled(steps_NK, scales_NG.to(working), group_size).to(dtype)
+
+
+def _from_groups(values_NGg: Tensor, columns: int) -> Tensor:
+    """Inverse of :func:`to_groups`."""
+    return values_NGg.flatten(-2).narrow(-1, 0, columns)
 
 
 def minmax(weight_NK: Tensor, bits: int, group_size: int, symmetric: bool) -> tuple[Tensor, Tensor]:
