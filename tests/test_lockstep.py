@@ -296,7 +296,16 @@ def test_exception_in_visit_aborts_all(error):
     assert_clean(modules)
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C raises KeyboardInterrupt, even where this process was started with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="needs POSIX signals")
+@pytest.mark.usefixtures("interruptible")
 def test_interrupt_while_a_pass_runs_ends_it_at_its_next_layer():
     if threading.current_thread() is not threading.main_thread():
         pytest.skip("Ctrl-C goes to the main thread")

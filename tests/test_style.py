@@ -78,6 +78,6 @@ def test_harmless_code_is_no_offence():
 def test_source_has_no_offence(path):
     room = path.relative_to(ROOT).parts[0].removesuffix(".py")
     found = offences(path.read_text(encoding="utf-8"), may_print=path in MAY_PRINT, may_read=room not in ON_THE_DEVICE)
-    if room == "lockstep":  # all device types that autocast knows
+    if room == "precision":  # all device types that autocast knows
         found = [offence for offence in found if offence[1] != "device literal"]
     assert found == []

@@ -33,14 +33,14 @@ from torch import nn, overrides
 from torch.utils import _python_dispatch
 from torch.utils.weak import TensorWeakRef
 
+from tsq_layers.precision import AUTOCAST_DEVICES
+
 __all__ = ["Arrival", "Recording", "current_pass", "record", "run"]
 
 # A wait is cut into pieces, because on some platforms Ctrl-C is not seen inside a wait.
 _POLL_SECONDS = 0.5
 # A pass that has swallowed as many aborts as this is never going to end.
 _MOST_ABORTS = 100
-
-_AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps", "hpu", "xla", "mtia", "maia", "ipu", "privateuseone")
 
 # What the calling thread runs: `current`, a (scheduler, pass) pair; absent outside of passes.
 _THREAD = threading.local()
@@ -359,7 +359,7 @@ def _version(tensor: torch.Tensor) -> int | None:
 def _thread_state() -> Callable[[], contextlib.AbstractContextManager[None]]:
     """Take what torch keeps per thread in this one; the result enters it in another."""
     grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-    autocast = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in _AUTOCAST_DEVICES]
+    autocast = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in AUTOCAST_DEVICES]
     autocast_cache = torch.is_autocast_cache_enabled()
     stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
     dispatch_modes = _python_dispatch._get_current_dispatch_mode_stack()

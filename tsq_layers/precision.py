@@ -5,7 +5,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
-_DEVICE_TYPES = ("cpu", "cuda", "xpu", "mps")
+AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps", "hpu", "xla", "mtia", "maia", "ipu", "privateuseone")
 
 
 @contextmanager
@@ -18,7 +18,7 @@ def full_precision() -> Iterator[None]:
     switches = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     allowed = [switch.fp32_precision for switch in switches]
     with ExitStack() as stack:
-        for kind in _DEVICE_TYPES:
+        for kind in AUTOCAST_DEVICES:
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
         for switch, precision in zip(switches, allowed, strict=True):
