@@ -188,7 +188,7 @@ class QuantLinear(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """What the layer is, for ``print(model)``."""
+        """What the layer is, for ``repr``."""
         shape = f"in_features={self.in_features}, out_features={self.out_features}"
         grids = f"bits={self.bits}, group_size={self.group_size}, symmetric={self.symmetric}"
         return f"{shape}, {grids}, bias={self.bias is not None}, bits_per_weight={self.bits_per_weight:.2f}"
