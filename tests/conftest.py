@@ -14,3 +14,8 @@ def compile_only_when_marked(request: pytest.FixtureRequest) -> Iterator[None]:
     else:
         with torch.compiler.set_stance("force_eager"):
             yield
+
+
+def pytest_configure() -> None:
+    """One thread for each worker: workers that each start one for every core are many times slower."""
+    torch.set_num_threads(1)
