@@ -22,9 +22,16 @@ RICH = {
     "grid_metric": "blocks",
     "deviation": "refine",
     "deviation_strength": 1.0,
+    "descent_start": "START",
+    "descent_sweeps": 7,
+    "descent_relax": True,
+    "greedy_steps": 2.5,
+    "greedy_pairs": True,
     "refine": "descent",
     "refine_ridge": 0.0,
     "refine_sweeps": 3,
+    "joint_rounds": 3,
+    "joint_sweeps": 4,
     "scale_dtype": "bfloat16",
     "min_expert_tokens": 64,
     "embeddings": True,
@@ -49,8 +56,20 @@ BAD_VALUES = [
     *[("damping", value, DAMPING) for value in (0, 0.0, -0.01, 1.5, "0.01", None, True, float("nan"), float("inf"))],
     *[("deviation_strength", value, SHARE) for value in (-0.1, 1.1, "1", None, True, float("nan"))],
     *[("refine_ridge", value, RIDGE) for value in (-0.1, "0", None, True, float("nan"), float("inf"))],
-    *[("refine_sweeps", value, SWEEPS) for value in (0, -1, 2.0, "8", None, True)],
-    *[("method", value, "give one of 'rtn', 'gptq', 'two-stage'") for value in ("awq", "GPTQ", None, ["rtn"])],
+    *[
+        (field, value, SWEEPS)
+        for field in ("refine_sweeps", "descent_sweeps", "joint_sweeps")
+        for value in (0, -1, 2.0, "8", None, True)
+    ],
+    *[("joint_rounds", value, "give an integer of at least 0") for value in (-1, 1.0, "1", None, True)],
+    *[("greedy_steps", value, "give a number above 0") for value in (0, -1, "1", None, True, float("inf"))],
+    *[("descent_relax", value, "give True or False") for value in (1, 0, None, "yes")],
+    *[("greedy_pairs", value, "give True or False") for value in (1, 0, None, "yes")],
+    *[("descent_start", value, "give one of 'gptq', 'nearest'") for value in ("rtn", None, True)],
+    *[
+        ("method", value, "give one of 'rtn', 'gptq', 'quantease', 'cdquant', 'two-stage'")
+        for value in ("awq", "GPTQ", None, ["rtn"])
+    ],
     *[("deviation", value, "give one of 'target', 'refine', 'none'") for value in ("stage2", None, True)],
     *[("grid_metric", value, "give one of 'feedback', 'blocks'") for value in ("hessian", None)],
     *[("refine", value, "give one of 'exact', 'descent', 'none'") for value in ("solve", None, False)],
@@ -77,7 +96,9 @@ def test_value_that_is_not_allowed_is_named(field: str, value: Any, allowed: str
         *[("damping", value) for value in (1e-9, 1, 1.0)],
         *[("deviation_strength", value) for value in (0, 0.0, 1, 1.0)],
         *[("refine_ridge", value) for value in (0, 0.0, 1e6)],
-        ("refine_sweeps", 1),
+        *[(field, 1) for field in ("refine_sweeps", "descent_sweeps", "joint_sweeps")],
+        ("joint_rounds", 0),
+        *[("greedy_steps", value) for value in (1e-9, 1, 100.0)],
         ("skip", ()),
     ],
 )
@@ -236,6 +257,9 @@ def test_skip_may_be_a_list_and_becomes_a_tuple() -> None:
         pytest.param({"deviation": "none"}, False, True, id="no-deviation"),
         pytest.param({"deviation_strength": 0}, False, True, id="no-strength"),
         pytest.param({"method": "gptq"}, False, True, id="gptq"),
+        pytest.param({"method": "quantease"}, True, True, id="quantease"),
+        pytest.param({"method": "cdquant"}, True, True, id="cdquant"),
+        pytest.param({"method": "cdquant", "deviation": "none"}, False, True, id="cdquant-no-deviation"),
         pytest.param({"method": "rtn"}, False, False, id="rtn"),
     ],
 )

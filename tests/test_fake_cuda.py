@@ -15,13 +15,14 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 import tsq_layers as tsq
 from tsq_layers import experts, grid, preparation, solving
-from tsq_layers.solver import gptq, objective, stage1
+from tsq_layers.solver import gptq, objective, rows, stage1
 
 CUDA = "cuda:0"
 META_INDEX, CUDA_INDEX = 14, 1  # in c10::DeviceType
 
 READS_A_SOLVER = 2  # are weights and statistics finite, and did the factorisation succeed
 READS_A_STAGE = READS_A_SOLVER + 3  # and for the report: losses, signals, tokens
+READS_A_DESCENT = 2  # how many rows still move: every 8 of the 20 steps that a row of 20 columns may make
 READS_WITHOUT_CALIBRATION = 1  # is the weight finite
 READS_AT_PREPARE = 1  # are the weights finite: one for all layers of a device
 
@@ -39,6 +40,11 @@ VARIANTS = {
     "gptq": {"method": "gptq"},
     "gptq, symmetric": {"method": "gptq", "symmetric": True, "bits": 8},
     "rtn": {"method": "rtn"},
+    "quantease": {"method": "quantease"},
+    "quantease, relaxed": {"method": "quantease", "descent_relax": True, "descent_start": "nearest"},
+    "cdquant": {"method": "cdquant"},
+    "cdquant with pairs": {"method": "cdquant", "greedy_pairs": True, "bits": 2},
+    "joint": {"joint_rounds": 2},
 }
 
 
@@ -50,7 +56,7 @@ def config(request):
 @pytest.fixture
 def reads(monkeypatch):
     """The number of values of each read, in a list for each module that reads."""
-    counts = {module: [] for module in (preparation, objective, solving, experts)}
+    counts = {module: [] for module in (preparation, objective, rows, solving, experts)}
 
     def stand_in(module, answers):
         def to_host(*values):
@@ -63,6 +69,7 @@ def reads(monkeypatch):
     monkeypatch.setattr(preparation, "to_host", stand_in(preparation, lambda n: [1.0] * n))  # all weights are finite
     # nothing bad and enough tokens; the factorisation succeeded
     monkeypatch.setattr(objective, "to_host", stand_in(objective, lambda n: [0.0, 0.0, 1e4] if n == 3 else [0.0]))
+    monkeypatch.setattr(rows, "to_host", stand_in(rows, lambda n: [1.0] * n))  # a row still moves
     monkeypatch.setattr(solving, "to_host", stand_in(solving, lambda n: [1e4] * n))
     monkeypatch.setattr(experts, "to_host", stand_in(experts, lambda n: [1e4] * n))
     return counts
@@ -150,11 +157,10 @@ def test_quantizer_stays_on_the_device_and_reads_little(fake, reads, config, blo
         if isinstance(tensor, torch.Tensor):
             assert tensor.device.type == "cuda"
     assert result.weight.codes.shape == (12, 20)
-    assert (
-        len(reads[objective])
-        == total(reads)
-        == (READS_A_SOLVER if config.needs_calibration else READS_WITHOUT_CALIBRATION)
-    )
+    descents = (config.method == "cdquant") * (1 + config.greedy_pairs)
+    assert len(reads[rows]) == READS_A_DESCENT * descents
+    assert len(reads[objective]) == (READS_A_SOLVER if config.needs_calibration else READS_WITHOUT_CALIBRATION)
+    assert total(reads) == len(reads[rows]) + len(reads[objective])
     if config.needs_calibration:
         assert quantizer.loss().device.type == "cuda"
         assert result.held_out_losses.keys() == result.losses.keys()

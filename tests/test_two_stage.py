@@ -15,10 +15,21 @@ from tsq_layers.config import QuantConfig
 from tsq_layers.errors import CalibrationError, DampingWarning, LayerError, SingularHessianError, StateError
 from tsq_layers.observer import HessianObserver
 from tsq_layers.records import LayerStatistics, QuantizedWeight
-from tsq_layers.solver import SolverResult, TwoStageGroupQuantizer, gptq, objective, stage1
+from tsq_layers.solver import (
+    SolverResult,
+    TwoStageGroupQuantizer,
+    cyclic,
+    gptq,
+    greedy,
+    joint,
+    objective,
+    pairs,
+    stage1,
+)
 
 N, K, GROUP, TOKENS = 6, 22, 8, 200
-METHODS = ["rtn", "gptq", "two-stage"]
+METHODS = ["rtn", "gptq", "quantease", "cdquant", "two-stage"]
+DESCENTS = ["quantease", "cdquant"]
 REFINES = ["exact", "descent", "none"]
 DTYPES = ["float16", "bfloat16", "float32"]
 KINDS = [pytest.param(True, id="symmetric"), pytest.param(False, id="asymmetric")]
@@ -198,9 +209,10 @@ def test_gptq_and_two_stage_lose_less_than_the_steps_that_they_leave_out() -> No
     W, S = weight(40), statistics(paired=False)
     H = S.hessian / S.count
     losses = [
-        float(true_loss(solve(W, S, bits=2, method=method).weight.dequantize(), W, H).sum()) for method in METHODS
+        float(true_loss(solve(W, S, bits=2, **changes).weight.dequantize(), W, H).sum())
+        for changes in ({"method": "rtn"}, {"method": "gptq"}, {}, {"joint_rounds": 1}, {"joint_rounds": 4})
     ]
-    assert losses[0] > losses[1] > losses[2]
+    assert losses == sorted(losses, reverse=True)
 
 
 GRIDS = {
@@ -262,24 +274,160 @@ def test_scales_are_what_codes_were_chosen_for(method: str, scale_dtype: str) ->
     assert_close(result.losses[last].double(), expected, rtol=0, atol=float(slack))
 
 
+# ---- descents on the codes -------------------------------------------------------------------------------------------
+
+
+def given(solver: TwoStageGroupQuantizer, result: SolverResult, codes: Tensor) -> tuple[Any, ...]:
+    """The arguments of a descent from these codes, on the grids of a result."""
+    problem = solver.problem
+    grids = result.weight.scales.float(), result.weight.zeros.float()
+    return codes, problem.refine_target, problem.hessian, *grids, 3, GROUP
+
+
+def solved(**changes: Any) -> tuple[TwoStageGroupQuantizer, SolverResult]:
+    solver = TwoStageGroupQuantizer(weight(), statistics(), config(**changes))
+    return solver, solver.run()
+
+
+STARTS = {
+    "gptq": lambda p, s, z: gptq.assign(p.grid_target, p.factor, p.order, s, z, 3, GROUP),
+    "nearest": lambda p, s, z: grid.quantize(p.grid_target, s, z, 3, GROUP),
+}
+STEPS = {
+    "plain": ({"method": "quantease", "descent_sweeps": 2}, lambda a: cyclic.descend(*a, 2)),
+    "relaxed": (
+        {"method": "quantease", "descent_sweeps": 4, "descent_relax": True},
+        lambda a: cyclic.descend(*a, 4, relax=True),
+    ),
+    "greedy": ({"method": "cdquant"}, lambda a: greedy.descend(*a, K)),
+    "few moves": ({"method": "cdquant", "greedy_steps": 0.1}, lambda a: greedy.descend(*a, 2)),
+    "pairs": (
+        {"method": "cdquant", "greedy_pairs": True, "greedy_steps": 2},
+        lambda a: pairs.descend(greedy.descend(*a, 2 * K), *a[1:], 2 * K, reach=1),
+    ),
+}
+
+
+@pytest.mark.parametrize("deviation", ["target", "refine", "none"])
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("step", STEPS)
+def test_codes_are_those_of_the_descent(step: str, start: str, deviation: str) -> None:
+    changes, descend = STEPS[step]
+    solver, result = solved(**changes, descent_start=start, deviation=deviation, deviation_strength=1.0)
+    first = STARTS[start](solver.problem, result.weight.scales.float(), result.weight.zeros.float())
+    assert torch.equal(result.weight.codes, descend(given(solver, result, first)))
+    others = [other(given(solver, result, first)) for name, (_, other) in STEPS.items() if name != step]
+    assert any(not torch.equal(result.weight.codes, other) for other in others)
+
+
+@pytest.mark.parametrize("method", DESCENTS)
+def test_descent_starts_from_the_grids_of_gptq(method: str) -> None:
+    by_gptq, found = (solved(method=name, deviation="none")[1].weight for name in ("gptq", method))
+    assert torch.equal(found.scales, by_gptq.scales)
+    assert torch.equal(found.zeros, by_gptq.zeros)
+    assert not torch.equal(found.codes, by_gptq.codes)
+
+
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("bits", [1, 2, 3, 8])
+def test_descending_never_raises_the_loss_of_a_row(bits: int, step: str, start: str) -> None:
+    W = weight(40)
+    W[0], W[1, :GROUP] = 0, 0
+    solver = TwoStageGroupQuantizer(W, statistics(), config(bits=bits, descent_start=start, **STEPS[step][0]))
+    solver.initialize_scales()
+    solver.assign_codes()
+    problem = solver.problem
+    signal = true_loss(torch.zeros_like(W), problem.refine_target, problem.hessian)
+    before = true_loss(solver.quantized_weight().dequantize(), problem.refine_target, problem.hessian)
+    for act in (solver.descend_codes, solver.descend_pairs):
+        act()
+        after = true_loss(solver.quantized_weight().dequantize(), problem.refine_target, problem.hessian)
+        assert (after <= before + K * 2**-24 * signal).all()
+    assert after.sum() < before.sum()
+
+
+def test_descents_lose_less_than_gptq_and_pairs_less_than_single_codes() -> None:
+    W, S = weight(60), statistics(paired=False)
+
+    def loss(**changes: Any) -> float:
+        result = solve(W, S, bits=2, **changes)
+        return float(result.losses[list(result.losses)[-1]].sum())
+
+    by_gptq = loss(method="gptq")
+    for start in STARTS:
+        single = loss(method="cdquant", descent_start=start)
+        assert loss(method="cdquant", descent_start=start, greedy_pairs=True) < single < by_gptq
+        assert loss(method="quantease", descent_start=start) < by_gptq
+
+
+@pytest.mark.parametrize("scale_dtype", DTYPES)
+@pytest.mark.parametrize(("rounds", "sweeps"), [(1, 1), (3, 2)])
+def test_joint_refinement_never_raises_the_loss_of_a_row(rounds: int, sweeps: int, scale_dtype: str) -> None:
+    W = weight(40)
+    W[0], W[1, :GROUP] = 0, 0
+    changes = {"joint_rounds": rounds, "joint_sweeps": sweeps, "scale_dtype": scale_dtype}
+    solver = TwoStageGroupQuantizer(W, statistics(), config(bits=2, **changes))
+    for step in (solver.initialize_scales, solver.assign_codes, solver.refine_scales):
+        step()
+    problem, found = solver.problem, solver.quantized_weight()
+    signal = true_loss(torch.zeros_like(W), problem.refine_target, problem.hessian)
+    before = true_loss(found.dequantize(), problem.refine_target, problem.hessian)
+    given = found.codes, problem.refine_target, problem.hessian, found.scales.float(), found.zeros.float(), 2, GROUP
+    codes, scales = joint.refine(*given, rounds=rounds, sweeps=sweeps, ridge=0.01, dtype=found.scales.dtype)
+    solver.refine_jointly()
+    found = solver.quantized_weight()
+    after = true_loss(found.dequantize(), problem.refine_target, problem.hessian)
+    assert torch.equal(found.codes, codes)
+    assert torch.equal(found.scales.float(), scales)
+    assert (after <= before + 2 * rounds * K * 2**-24 * signal).all()
+    assert after.sum() < before.sum()
+
+
+@pytest.mark.parametrize("changes", [{"method": "gptq"}, {"method": "rtn"}, {"method": "quantease"}], ids=str)
+def test_other_methods_are_not_refined_jointly(changes: dict[str, Any]) -> None:
+    assert_equal(solved(**changes)[1], solved(**changes, joint_rounds=3)[1])
+
+
 # ---- losses ----------------------------------------------------------------------------------------------------------
 
+STEPS_OF = {
+    "rtn": ({"method": "rtn"}, ["initialize", "assign"]),
+    "gptq": ({"method": "gptq"}, ["initialize", "assign"]),
+    "quantease": ({"method": "quantease"}, ["initialize", "assign", "descend"]),
+    "cdquant": ({"method": "cdquant"}, ["initialize", "assign", "descend"]),
+    "cdquant with pairs": (
+        {"method": "cdquant", "greedy_pairs": True},
+        ["initialize", "assign", "descend", "pairs"],
+    ),
+    "two-stage": ({}, ["initialize", "assign", "refine"]),
+    "joint": ({"joint_rounds": 1}, ["initialize", "assign", "refine", "joint"]),
+    "joint without stage 2": ({"joint_rounds": 1, "refine": "none"}, ["initialize", "assign", "joint"]),
+}
 
-def test_loss_follows_the_steps() -> None:
+
+@pytest.mark.parametrize("way", STEPS_OF)
+def test_loss_follows_the_steps(way: str) -> None:
+    changes, steps = STEPS_OF[way]
     W, S, held_out = weight(), statistics(), statistics(seed=7)
-    solver = TwoStageGroupQuantizer(W, S, config())
+    solver = TwoStageGroupQuantizer(W, S, config(**changes))
+    actions = {
+        "initialize": solver.initialize_scales,
+        "assign": solver.assign_codes,
+        "descend": solver.descend_codes,
+        "pairs": solver.descend_pairs,
+        "refine": solver.refine_scales,
+        "joint": solver.refine_jointly,
+    }
     seen, seen_held_out = {}, {}
-    for name, step in (
-        ("initialize", solver.initialize_scales),
-        ("assign", solver.assign_codes),
-        ("refine", solver.refine_scales),
-    ):
-        step()
+    for name in steps:
+        actions[name]()
         seen[name], seen_held_out[name] = solver.row_losses(), solver.row_losses(held_out)
         assert_close(solver.loss(), seen[name].sum())
         assert_close(solver.loss(held_out), seen_held_out[name].sum())
-    result = TwoStageGroupQuantizer(W, S, config()).run(held_out)
+    result = TwoStageGroupQuantizer(W, S, config(**changes)).run(held_out)
     assert list(result.losses) == list(result.held_out_losses) == list(seen)
+    assert list(result.seconds) == ["factorise", *steps]
     for name, losses in seen.items():
         assert torch.equal(result.losses[name], losses)
         assert torch.equal(result.held_out_losses[name], seen_held_out[name])
@@ -334,9 +482,20 @@ def test_without_scales_a_call_is_refused(call: str) -> None:
         getattr(solver, call)()
 
 
-@pytest.mark.parametrize("call", ["refine_scales", "quantized_weight"])
-def test_without_codes_a_call_is_refused(call: str) -> None:
-    solver = TwoStageGroupQuantizer(weight(), statistics(), config(), name="mlp.up")
+@pytest.mark.parametrize(
+    ("call", "changes"),
+    [
+        ("refine_scales", {}),
+        ("quantized_weight", {}),
+        ("refine_jointly", {"joint_rounds": 1}),
+        ("descend_codes", {"method": "quantease"}),
+        ("descend_codes", {"method": "cdquant"}),
+        ("descend_pairs", {"method": "cdquant", "greedy_pairs": True}),
+    ],
+    ids=str,
+)
+def test_without_codes_a_call_is_refused(call: str, changes: dict[str, Any]) -> None:
+    solver = TwoStageGroupQuantizer(weight(), statistics(), config(**changes), name="mlp.up")
     solver.initialize_scales()
     with pytest.raises(StateError, match=r"mlp\.up: there are no codes yet; call assign_codes\(\) first, or run\(\)"):
         getattr(solver, call)()
@@ -448,7 +607,7 @@ def test_statistics_in_either_dtype_give_the_same_codes() -> None:
 
 
 @pytest.mark.parametrize("act_order", [True, False], ids=["act-order", "as-is"])
-@pytest.mark.parametrize("method", ["gptq", "two-stage"])
+@pytest.mark.parametrize("method", METHODS[1:])
 def test_columns_never_seen_are_rounded(method: str, act_order: bool) -> None:
     X, X_ref = streams()
     dead = torch.tensor([0, 9, K - 1])
@@ -610,6 +769,11 @@ WAYS = {
     "per channel": {"group_size": None},
     "2 bits": {"bits": 2},
     "8 bits": {"bits": 8, "grid_metric": "blocks"},
+    "quantease": {"method": "quantease", "descent_sweeps": 2},
+    "quantease, relaxed": {"method": "quantease", "descent_sweeps": 3, "descent_relax": True},
+    "cdquant": {"method": "cdquant", "descent_start": "nearest"},
+    "cdquant with pairs": {"method": "cdquant", "greedy_pairs": True, "bits": 2},
+    "joint": {"joint_rounds": 2},
 }
 
 
@@ -718,7 +882,7 @@ def test_statistics_of_no_tokens_are_named() -> None:
         TwoStageGroupQuantizer(weight(), LayerStatistics(torch.zeros(K, K), torch.tensor(0)), config(), name="mlp.up")
 
 
-@pytest.mark.parametrize("method", ["gptq", "two-stage"])
+@pytest.mark.parametrize("method", METHODS[1:])
 def test_missing_statistics_are_named(method: str) -> None:
     with pytest.raises(
         LayerError, match=rf"mlp\.up: method '{method}' needs statistics .*; calibrate, or use method='rtn'"

@@ -27,16 +27,18 @@ SCHEMA_VERSION = 1
 #
 # (10 layers: four windows of 1024 tokens of each text; all layers: eight.)
 
-Method = Literal["rtn", "gptq", "two-stage"]
+Method = Literal["rtn", "gptq", "quantease", "cdquant", "two-stage"]
 GridMetric = Literal["feedback", "blocks"]
 Deviation = Literal["target", "refine", "none"]
+DescentStart = Literal["gptq", "nearest"]
 Refine = Literal["exact", "descent", "none"]
 ScaleDtype = Literal["float16", "bfloat16", "float32"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "method": ("rtn", "gptq", "two-stage"),
+    "method": ("rtn", "gptq", "quantease", "cdquant", "two-stage"),
     "grid_metric": ("feedback", "blocks"),
     "deviation": ("target", "refine", "none"),
+    "descent_start": ("gptq", "nearest"),
     "refine": ("exact", "descent", "none"),
     "scale_dtype": ("float16", "bfloat16", "float32"),
 }
@@ -55,21 +57,32 @@ class QuantConfig:
         symmetric: codes are centred on zero and no zero points are stored.
         method: ``"rtn"`` rounds to the nearest code of a min-max grid and needs no calibration;
             ``"gptq"`` is GPTQ (arXiv 2210.17323) on static grids with weight-MSE clipping;
-            ``"two-stage"`` is arXiv 2602.02126.
+            ``"quantease"`` (arXiv 2309.01885) and ``"cdquant"`` (arXiv 2406.17542) are cyclic and greedy
+            coordinate descent on the codes of these grids; ``"two-stage"`` is arXiv 2602.02126.
         damping: λ; λ·mean(diag H) is added to the diagonal of H. Multiplied by ten, with a
             :class:`~tsq_layers.errors.DampingWarning`, while the factorisation fails.
         act_order: process columns by descending H_jj. Costs nothing at run time: grids are static.
         grid_metric: what stage 1 minimises (two-stage only); ``"feedback"`` is the rounding error that
             GPTQ's error feedback will leave, ``"blocks"`` the paper's group-wise reconstruction loss
             with the diagonal blocks of H.
-        deviation: where the error of earlier layers, R = E[(x − x̃)xᵀ], enters (two-stage only):
-            ``"target"`` in every step, ``"refine"`` in stage 2 only (the paper), ``"none"``.
+        deviation: where the error of earlier layers, R = E[(x − x̃)xᵀ], enters (two-stage, quantease and
+            cdquant): ``"target"`` in every step, ``"refine"`` in stage 2 (the two-stage paper) or the
+            descent only, ``"none"``.
         deviation_strength: share of R that is used, 0 to 1.
+        descent_start: codes from which quantease and cdquant start: those of GPTQ, or the nearest.
+        descent_sweeps: passes of quantease over the columns.
+        descent_relax: leave some sweeps of quantease unrounded, as its authors do, and keep the best
+            codes of each row.
+        greedy_steps: moves of cdquant that a row may make at most, as a multiple of its columns.
+        greedy_pairs: let cdquant go on with pairs of codes.
         refine: stage 2; ``"exact"`` solves for all scales of a row at once, ``"descent"`` is the
             paper's coordinate descent over groups, ``"none"`` stops after GPTQ.
         refine_ridge: weight, relative to the curvature of each scale, of a pull of stage 2 towards
             the scales of stage 1. Regularises scales that the calibration data hardly determine.
         refine_sweeps: sweeps of ``refine="descent"``.
+        joint_rounds: how often, after stage 2, the codes are improved by coordinate descent and the
+            scales refined again (two-stage only).
+        joint_sweeps: passes over the columns in each of these rounds.
         scale_dtype: dtype in which scales are stored; the solver accounts for its rounding.
         min_expert_tokens: experts that saw fewer calibration tokens than this are quantised with the
             statistics of all experts of their module together, and named in the report; ``None``: as
@@ -103,9 +116,16 @@ class QuantConfig:
     grid_metric: GridMetric = "feedback"
     deviation: Deviation = "target"
     deviation_strength: float = 0.5
+    descent_start: DescentStart = "gptq"
+    descent_sweeps: int = 5
+    descent_relax: bool = False
+    greedy_steps: float = 1.0
+    greedy_pairs: bool = False
     refine: Refine = "exact"
     refine_ridge: float = 0.01
     refine_sweeps: int = 4
+    joint_rounds: int = 0
+    joint_sweeps: int = 1
     scale_dtype: ScaleDtype = "float16"
     min_expert_tokens: int | None = None
     embeddings: bool = False
@@ -116,14 +136,17 @@ class QuantConfig:
         _check_integer("bits", self.bits, 1, 8)
         if self.group_size is not None:
             _check_integer("group_size", self.group_size, 1, None, "a positive integer, or None for one group per row")
-        _check_integer("refine_sweeps", self.refine_sweeps, 1, None)
+        for name in ("descent_sweeps", "refine_sweeps", "joint_sweeps"):
+            _check_integer(name, getattr(self, name), 1, None)
+        _check_integer("joint_rounds", self.joint_rounds, 0, None)
         if self.min_expert_tokens is not None:
             _check_integer("min_expert_tokens", self.min_expert_tokens, 0, None, "an integer of at least 0, or None")
-        for name in ("symmetric", "act_order", "embeddings"):
+        for name in ("symmetric", "act_order", "descent_relax", "greedy_pairs", "embeddings"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: give True or False")
         _check_float("damping", self.damping, 0.0, 1.0, open_low=True)
         _check_float("deviation_strength", self.deviation_strength, 0.0, 1.0)
+        _check_float("greedy_steps", self.greedy_steps, 0.0, None, open_low=True)
         _check_float("refine_ridge", self.refine_ridge, 0.0, None)
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
@@ -167,7 +190,7 @@ class QuantConfig:
     @property
     def uses_deviation(self) -> bool:
         """Whether the method of this configuration makes use of R, that is of paired passes."""
-        return self.method == "two-stage" and self.deviation != "none" and self.deviation_strength > 0
+        return self.method not in ("rtn", "gptq") and self.deviation != "none" and self.deviation_strength > 0
 
     @property
     def needs_calibration(self) -> bool:

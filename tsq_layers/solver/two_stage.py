@@ -3,13 +3,13 @@
     1.  scales, zeros  ←  group-wise reconstruction loss, or what GPTQ will leave of it   (stage 1)
     2.  codes          ←  GPTQ on these grids
     3.  scales         ←  layer-wise loss, codes frozen, closed form                      (stage 2)
+    4.  codes, scales  ←  the same loss, in turn, if asked for                            (joint)
 
-The error R of earlier layers changes the target of all three, or of stage 2 only. The baselines
+The error R of earlier layers changes the target of all, or of steps 3 and 4 only. The other methods
 fit the same box: ``"rtn"`` is min-max grids and nearest codes, ``"gptq"`` is weight-MSE grids and
-step 2.
+step 2, and ``"quantease"`` and ``"cdquant"`` go on from there with descents on the codes.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -20,33 +20,11 @@ from tsq_layers.config import QuantConfig
 from tsq_layers.errors import LayerError, StateError
 from tsq_layers.precision import full_precision
 from tsq_layers.records import LayerStatistics, QuantizedWeight
-from tsq_layers.solver import blocks, gptq, objective, stage1, stage2
+from tsq_layers.solver import blocks, cyclic, gptq, greedy, joint, objective, pairs, stage1, stage2
+from tsq_layers.solver.result import SolverResult
 from tsq_layers.sync import clock
 
-
-@dataclass(frozen=True, eq=False)
-class SolverResult:
-    """What a solver returns: the weight, and what each step did to every row.
-
-    Attributes:
-        weight: codes, scales, zero points.
-        losses: step (``"initialize"``, ``"assign"``, ``"refine"``) → mean squared output error of
-            each row against the target, undamped H, float32 (N,).
-        held_out_losses: the same on held-out statistics, if there were any.
-        signal: mean squared target output of each row, (N,); losses ÷ signal are relative.
-        objective: what stage 2 minimises (damped H and pull, made non-negative by its constant),
-            of each row: after GPTQ (``"assign"``) and for both solvers (``"descent"``, ``"exact"``).
-        damping: the λ that was used (the largest, where blocks differ); ``None`` if H was not needed.
-        seconds: step → wall time.
-    """
-
-    weight: QuantizedWeight
-    losses: Mapping[str, Tensor]
-    held_out_losses: Mapping[str, Tensor]
-    signal: Tensor | None
-    objective: Mapping[str, Tensor]
-    damping: float | None
-    seconds: Mapping[str, float]
+__all__ = ["SolverResult", "TwoStageGroupQuantizer"]
 
 
 @dataclass(eq=False)
@@ -59,6 +37,9 @@ class _Progress:
     residual: tuple[Tensor, Tensor] | None = None  # Q − W' and (Q − W') H of the present state, once asked for
     objective: dict[str, Tensor] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+
+
+_DESCENTS = ("quantease", "cdquant")
 
 
 class TwoStageGroupQuantizer:
@@ -117,28 +98,54 @@ class TwoStageGroupQuantizer:
             scales, zeros = stage1.fit_grids(
                 self.target, self._metric(), config.bits, self.group_size, config.symmetric
             )
-        elif config.method == "gptq":
-            scales, zeros = stage1.weight_grids(self._weight, config.bits, self.group_size, config.symmetric)
-        else:
+        elif config.method == "rtn":
             scales, zeros = grid.minmax(self._weight, config.bits, self.group_size, config.symmetric)
+        else:
+            scales, zeros = stage1.weight_grids(self.target, config.bits, self.group_size, config.symmetric)
         self._state = _Progress(seconds={"factorise": self._state.seconds["factorise"]})
         self._state.scales, self._state.zeros = grid.storable(scales, config.torch_scale_dtype), zeros
         self._state.seconds["initialize"] = clock(self._weight) - started
 
     @full_precision()
     def assign_codes(self) -> None:
-        """Step 2: codes on the present grids, by GPTQ (nearest codes for ``method="rtn"``)."""
-        started = clock(self._weight)
+        """Step 2: codes on the present grids, by GPTQ (the nearest, for ``"rtn"`` and where a descent starts there)."""
+        started, config = clock(self._weight), self.config
         scales, zeros = self._grids()
-        if self.config.method == "rtn":
-            self._state.codes = grid.quantize(self._weight, scales, zeros, self.config.bits, self.group_size)
+        if config.method == "rtn":
+            self._state.codes = grid.quantize(self._weight, scales, zeros, config.bits, self.group_size)
+        elif config.method in _DESCENTS and config.descent_start == "nearest":
+            self._state.codes = grid.quantize(self.target, scales, zeros, config.bits, self.group_size)
         else:
             problem = self._problem
             self._state.codes = gptq.assign(
-                self.target, problem.factor, problem.order, scales, zeros, self.config.bits, self.group_size
+                self.target, problem.factor, problem.order, scales, zeros, config.bits, self.group_size
             )
         self._state.residual = None
         self._state.seconds["assign"] = clock(self._weight) - started
+
+    @full_precision()
+    def descend_codes(self) -> None:
+        """Coordinate descent on the codes, grids frozen; quantease and cdquant only."""
+        config = self.config
+        if config.method not in _DESCENTS:
+            return
+        started, given = clock(self._weight), self._integers()
+        if config.method == "quantease":
+            self._state.codes = cyclic.descend(*given, config.descent_sweeps, relax=config.descent_relax)
+        else:
+            self._state.codes = greedy.descend(*given, self._moves)
+        self._state.residual = None
+        self._state.seconds["descend"] = clock(self._weight) - started
+
+    @full_precision()
+    def descend_pairs(self) -> None:
+        """Coordinate descent on pairs of codes, grids frozen; cdquant only, if asked for."""
+        if self.config.method != "cdquant" or not self.config.greedy_pairs:
+            return
+        started, given = clock(self._weight), self._integers()
+        self._state.codes = pairs.descend(*given, self._moves, reach=1)
+        self._state.residual = None
+        self._state.seconds["pairs"] = clock(self._weight) - started
 
     @full_precision()
     def refine_scales(self) -> None:
@@ -162,6 +169,23 @@ class TwoStageGroupQuantizer:
         self._state.objective = {step: before + small.objective(value) for step, value in found.items()}
 
     @full_precision()
+    def refine_jointly(self) -> None:
+        """Step 4: codes and scales in turn, on what step 3 minimises; two-stage only, if asked for."""
+        config = self.config
+        if config.method != "two-stage" or not config.joint_rounds:
+            return
+        started = clock(self._weight)
+        self._state.codes, self._state.scales = joint.refine(
+            *self._integers(),
+            rounds=config.joint_rounds,
+            sweeps=config.joint_sweeps,
+            ridge=config.refine_ridge,
+            dtype=config.torch_scale_dtype,
+        )
+        self._state.residual = None
+        self._state.seconds["joint"] = clock(self._weight) - started
+
+    @full_precision()
     def run(self, held_out: LayerStatistics | None = None) -> SolverResult:
         """All steps, with the loss after each; ``held_out`` adds losses on tokens not fitted."""
         losses: dict[str, Tensor] = {}
@@ -169,7 +193,10 @@ class TwoStageGroupQuantizer:
         for step, action in (
             ("initialize", self.initialize_scales),
             ("assign", self.assign_codes),
+            ("descend", self.descend_codes),
+            ("pairs", self.descend_pairs),
             ("refine", self.refine_scales),
+            ("joint", self.refine_jointly),
         ):
             action()
             if self.problem is None or step not in self._state.seconds:
@@ -250,6 +277,17 @@ class TwoStageGroupQuantizer:
         if self._state.codes is None:
             raise StateError(f"{self.name}: there are no codes yet; call assign_codes() first, or run()")
         return self._state.codes
+
+    @property
+    def _moves(self) -> int:
+        return max(1, round(self.config.greedy_steps * self._weight.shape[1]))
+
+    def _integers(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int, int]:
+        """What the steps on codes start from: codes, target, metric and grids."""
+        problem, (scales, zeros) = self._problem, self._grids()
+        return (
+            self._codes(), problem.refine_target, problem.hessian, scales, zeros, self.config.bits, self.group_size
+        )  # fmt: skip
 
     def _dequantized(self) -> Tensor:
         scales, zeros = self._grids()

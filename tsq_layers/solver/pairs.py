@@ -1,0 +1,84 @@
+"""CDQuant by blocks of two: descent on pairs of integers, grids fixed, from any start.
+
+After arXiv 2406.17542, algorithm 2 with k = 2; written from the mathematics. With the symbols of
+rows.py, moves p_i and p_j of columns i and j of a row gain
+
+    2 w_i p_i (x_i − p_i/2) + 2 w_j p_j (x_j' − p_j/2),     x_j' = x_j − p_i s_i H_ij / (H_jj s_j)
+
+which for given p_i is greatest at p_j = x_j' rounded and held inside the grid. So the best of all pairs
+of levels of two columns is found with one trial for each level of i.
+
+The paper draws a partition of the columns into pairs for each step and takes the best of these pairs.
+Here the pairs of a step are those of one column i with every other, and i goes round: no drawing,
+x_j' of all of them is one row of H away, and after one round without a move, every pair has been seen.
+"""
+
+import torch
+from torch import Tensor
+
+from tsq_layers.solver.rows import Rows, advance, largest, worthwhile
+
+
+def descend(
+    codes: Tensor,
+    target: Tensor,
+    hessian: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    bits: int,
+    group_size: int,
+    steps: int,
+    reach: int | None = None,
+) -> Tensor:
+    """Step by step, the best move of each column together with its best partner, until no pair gains.
+
+    Args:
+        codes: where to start, uint8 (N, K).
+        target: W' float (N, K).
+        hessian: damped H, (K, K), or (B, K, K) for blocks of rows.
+        scales: float (N, G).
+        zeros: float (N, G).
+        steps: K of them are a round.
+        reach: levels by which the column moves at most, while its partner may move by any number;
+            ``None``: any.
+
+    Returns:
+        codes uint8 (N, K); no row has a larger loss than at the start.
+    """
+    columns = codes.shape[1]
+    most = (1 << bits) - 1 if reach is None else min(reach, (1 << bits) - 1)
+    distances = [sign * size for size in range(1, most + 1) for sign in (1, -1)]
+
+    def best_pair(rows: Rows, number: int) -> Tensor:
+        return _best_pair(rows, number % columns, distances)
+
+    return advance(best_pair, codes, target, hessian, scales, zeros, bits, group_size, steps, patience=columns)
+
+
+def _best_pair(rows: Rows, column: int, distances: list[int]) -> Tensor:
+    """Move this column by one of the distances, and the best other with it, where the two gain."""
+    residual, low, high, weight, unit = (
+        values.narrow(1, column, 1) for values in (rows.residual, rows.low, rows.high, rows.weight, rows.unit)
+    )
+    change = rows.response.view(-1, rows.columns, rows.response.shape[1])[:, column]
+    if len(change) > 1:
+        change = change.index_select(0, rows.first.squeeze(1) // rows.columns)
+    change = change * rows.unit
+    change.div_(unit)
+    best, move, reply = torch.zeros_like(residual), torch.zeros_like(residual), torch.zeros_like(residual)
+    partner = torch.zeros_like(rows.first)
+    for distance in distances:
+        seen = torch.add(rows.residual, change, alpha=distance)
+        replies = torch.clamp(torch.round(seen), rows.low, rows.high)
+        replies.select(1, column).zero_()
+        gains = seen.sub_(replies, alpha=0.5).mul_(replies).mul_(rows.weight)
+        gain, other = largest(gains)
+        gain = gain + weight * distance * (residual - distance / 2)
+        better = (low <= distance) & (distance <= high) & (gain > best)
+        best, move = torch.where(better, gain, best), torch.where(better, distance, move)
+        partner, reply = torch.where(better, other, partner), torch.where(better, replies.gather(1, other), reply)
+    size = weight * move.square() + rows.weight.gather(1, partner) * reply.square()
+    moved = worthwhile(best, size)
+    rows.move(torch.full_like(partner, column), move * moved)
+    rows.move(partner, reply * moved)
+    return moved

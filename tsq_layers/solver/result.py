@@ -1,0 +1,34 @@
+"""What the solver returns."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from tsq_layers.records import QuantizedWeight
+
+
+@dataclass(frozen=True, eq=False)
+class SolverResult:
+    """What a solver returns: the weight, and what each step did to every row.
+
+    Attributes:
+        weight: codes, scales, zero points.
+        losses: step → mean squared output error of each row against the target, undamped H, float32
+            (N,). The steps are, in this order, those of ``"initialize"``, ``"assign"``, ``"descend"``,
+            ``"pairs"``, ``"refine"`` and ``"joint"`` that the configuration asks for.
+        held_out_losses: the same on held-out statistics, if there were any.
+        signal: mean squared target output of each row, (N,); losses ÷ signal are relative.
+        objective: what stage 2 minimises (damped H and pull, made non-negative by its constant),
+            of each row: after GPTQ (``"assign"``) and for both solvers (``"descent"``, ``"exact"``).
+        damping: the λ that was used (the largest, where blocks differ); ``None`` if H was not needed.
+        seconds: step → wall time.
+    """
+
+    weight: QuantizedWeight
+    losses: Mapping[str, Tensor]
+    held_out_losses: Mapping[str, Tensor]
+    signal: Tensor | None
+    objective: Mapping[str, Tensor]
+    damping: float | None
+    seconds: Mapping[str, float]
