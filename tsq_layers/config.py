@@ -27,19 +27,23 @@ SCHEMA_VERSION = 1
 #
 # (10 layers: four windows of 1024 tokens of each text; all layers: eight.)
 
-Method = Literal["rtn", "gptq", "quantease", "cdquant", "two-stage"]
+Method = Literal["rtn", "gptq", "quantease", "cdquant", "lnq", "two-stage"]
 GridMetric = Literal["feedback", "blocks"]
 Deviation = Literal["target", "refine", "none"]
 DescentStart = Literal["gptq", "nearest"]
 Refine = Literal["exact", "descent", "none"]
+ZeroPoints = Literal["integer", "float"]
+Codebook = Literal["row", "group"]
 ScaleDtype = Literal["float16", "bfloat16", "float32"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "method": ("rtn", "gptq", "quantease", "cdquant", "two-stage"),
+    "method": ("rtn", "gptq", "quantease", "cdquant", "lnq", "two-stage"),
     "grid_metric": ("feedback", "blocks"),
     "deviation": ("target", "refine", "none"),
     "descent_start": ("gptq", "nearest"),
     "refine": ("exact", "descent", "none"),
+    "zero_points": ("integer", "float"),
+    "codebook": ("row", "group"),
     "scale_dtype": ("float16", "bfloat16", "float32"),
 }
 _DEFAULT_SKIP = ("lm_head",)
@@ -58,7 +62,8 @@ class QuantConfig:
         method: ``"rtn"`` rounds to the nearest code of a min-max grid and needs no calibration;
             ``"gptq"`` is GPTQ (arXiv 2210.17323) on static grids with weight-MSE clipping;
             ``"quantease"`` (arXiv 2309.01885) and ``"cdquant"`` (arXiv 2406.17542) are cyclic and greedy
-            coordinate descent on the codes of these grids; ``"two-stage"`` is arXiv 2602.02126.
+            coordinate descent on the codes of these grids; ``"lnq"`` (arXiv 2505.07004) replaces grids by look-up
+            tables; ``"two-stage"`` is arXiv 2602.02126.
         damping: λ; λ·mean(diag H) is added to the diagonal of H. Multiplied by ten, with a
             :class:`~tsq_layers.errors.DampingWarning`, while the factorisation fails.
         act_order: process columns by descending H_jj. Costs nothing at run time: grids are static.
@@ -83,6 +88,20 @@ class QuantConfig:
         joint_rounds: how often, after stage 2, the codes are improved by coordinate descent and the
             scales refined again (two-stage only).
         joint_sweeps: passes over the columns in each of these rounds.
+        zero_points: ``"integer"`` ones are codes, as most formats hold them; ``"float"`` ones are any
+            number in ``scale_dtype``: ``weight = scale · code + offset``.
+        codebook: whose levels lnq fits: one table for each row, or for each group of each row.
+        codebook_rounds: how often lnq fits its tables and improves its codes in turn.
+        codebook_sweeps: passes over the columns in each of these rounds.
+        outliers: share of the weights that are kept apart, in full precision, as a sparse part (quantease only).
+        outlier_columns: number of whole input columns that are kept apart instead (quantease only).
+        guidance: groups of output channels whose Hessians are weighted by the gradients of the loss
+            (GuidedQuant, arXiv 2505.07004); 0 is off.
+        rotation: largest block of input columns that is rotated by a Hadamard matrix, a power of two;
+            ``None`` is off. The input is rotated at run time.
+        channel_scaling: scale input columns so that those with large inputs are rounded more finely
+            (AWQ, arXiv 2306.00978). The input is scaled at run time, or by what stands before the layer.
+        activation_bits: 8 quantises the layer's input too, symmetrically, by token, at run time.
         scale_dtype: dtype in which scales are stored; the solver accounts for its rounding.
         min_expert_tokens: experts that saw fewer calibration tokens than this are quantised with the
             statistics of all experts of their module together, and named in the report; ``None``: as
@@ -126,6 +145,16 @@ class QuantConfig:
     refine_sweeps: int = 4
     joint_rounds: int = 0
     joint_sweeps: int = 1
+    zero_points: ZeroPoints = "integer"
+    codebook: Codebook = "row"
+    codebook_rounds: int = 3
+    codebook_sweeps: int = 4
+    outliers: float = 0.0
+    outlier_columns: int = 0
+    guidance: int = 0
+    rotation: int | None = None
+    channel_scaling: bool = False
+    activation_bits: int | None = None
     scale_dtype: ScaleDtype = "float16"
     min_expert_tokens: int | None = None
     embeddings: bool = False
@@ -136,18 +165,25 @@ class QuantConfig:
         _check_integer("bits", self.bits, 1, 8)
         if self.group_size is not None:
             _check_integer("group_size", self.group_size, 1, None, "a positive integer, or None for one group per row")
-        for name in ("descent_sweeps", "refine_sweeps", "joint_sweeps"):
+        for name in ("descent_sweeps", "refine_sweeps", "joint_sweeps", "codebook_rounds", "codebook_sweeps"):
             _check_integer(name, getattr(self, name), 1, None)
-        _check_integer("joint_rounds", self.joint_rounds, 0, None)
+        for name in ("joint_rounds", "outlier_columns", "guidance"):
+            _check_integer(name, getattr(self, name), 0, None)
+        rotation = self.rotation
+        if rotation is not None and (not isinstance(rotation, int) or rotation < 2 or rotation & (rotation - 1)):  # noqa: PLR2004
+            raise ConfigError(f"rotation={rotation!r}: give a power of two of at least 2, or None")
+        if self.activation_bits not in (None, 8):
+            raise ConfigError(f"activation_bits={self.activation_bits!r}: give 8, or None")
         if self.min_expert_tokens is not None:
             _check_integer("min_expert_tokens", self.min_expert_tokens, 0, None, "an integer of at least 0, or None")
-        for name in ("symmetric", "act_order", "descent_relax", "greedy_pairs", "embeddings"):
+        for name in ("symmetric", "act_order", "descent_relax", "greedy_pairs", "embeddings", "channel_scaling"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: give True or False")
         _check_float("damping", self.damping, 0.0, 1.0, open_low=True)
         _check_float("deviation_strength", self.deviation_strength, 0.0, 1.0)
         _check_float("greedy_steps", self.greedy_steps, 0.0, None, open_low=True)
         _check_float("refine_ridge", self.refine_ridge, 0.0, None)
+        _check_float("outliers", self.outliers, 0.0, 1.0)
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: give one of {', '.join(map(repr, allowed))}")
