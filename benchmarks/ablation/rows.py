@@ -1,0 +1,20 @@
+"""What is compared: names, and what they change in :class:`tsq_layers.QuantConfig`."""
+
+from typing import Any
+
+PLAIN: dict[str, Any] = {"method": "two-stage", "deviation": "none"}
+
+# The ladder adds one thing a row, from rounding to the whole of two-stage.
+LADDER: dict[str, dict[str, Any]] = {
+    "rounding": {"method": "rtn"},
+    "gptq, columns in order": {"method": "gptq", "act_order": False},
+    "gptq": {"method": "gptq"},
+    "+ stage 1, blocks": {**PLAIN, "refine": "none", "grid_metric": "blocks"},
+    "+ stage 1": {**PLAIN, "refine": "none"},
+    "+ stage 2": PLAIN,
+    "+ stage 2, R in stage 2": {"deviation": "refine"},
+    "two-stage": {},
+    "two-stage + joint": {"joint_rounds": 2},
+}
+
+ROWS: dict[str, dict[str, Any]] = LADDER
