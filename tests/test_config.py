@@ -77,7 +77,7 @@ BAD_VALUES = [
     *[("greedy_pairs", value, "give True or False") for value in (1, 0, None, "yes")],
     *[("descent_start", value, "give one of 'gptq', 'nearest'") for value in ("rtn", None, True)],
     *[
-        ("method", value, "give one of 'rtn', 'gptq', 'quantease', 'cdquant', 'two-stage'")
+        ("method", value, "give one of 'rtn', 'gptq', 'quantease', 'cdquant', 'lnq', 'two-stage'")
         for value in ("awq", "GPTQ", None, ["rtn"])
     ],
     *[("deviation", value, "give one of 'target', 'refine', 'none'") for value in ("stage2", None, True)],

@@ -15,14 +15,17 @@ from tqdm.auto import tqdm
 from tsq_layers import lockstep
 from tsq_layers.errors import CalibrationError, SameInputWarning
 from tsq_layers.experts import Experts
+from tsq_layers.guidance import TokenWeights
 from tsq_layers.journal import HELD_OUT, Journal, Restored, fingerprint_batch
 from tsq_layers.layers import kind_of, rows_of
 from tsq_layers.layers.offloading import entry_device, run_with_weight
-from tsq_layers.observer import HessianObserver
+from tsq_layers.observer import Call, HessianObserver
 from tsq_layers.parking import Parking
 from tsq_layers.preparation import Preparation, Solved, Target
 from tsq_layers.records import LayerStatistics
 from tsq_layers.solving import Shortfall, solve
+
+VALIDATION_SHARE = 0.2  # of the tokens of each call, where something is chosen on tokens that are not fitted
 
 Batch = Any
 Forward = Callable[[nn.Module, Any], object]
@@ -78,6 +81,7 @@ class Calibration:
         progress: whether a bar is shown; ``None`` on a terminal only.
         journal: where solved layers are kept for a run that goes on after this one was killed.
         parking: where the activations of passes that wait are put; ``None`` leaves them.
+        guidance: how much each token of the fitted batches counts, for layers that are guided.
     """
 
     model: nn.Module
@@ -90,6 +94,7 @@ class Calibration:
     progress: bool | None
     journal: Journal | None = None
     parking: Parking | None = None
+    guidance: TokenWeights | None = None
 
     solved: dict[str, Solved] = field(default_factory=dict)
     _roles: list[Role] = field(default_factory=list)
@@ -97,6 +102,7 @@ class Calibration:
     _reached: set[str] = field(default_factory=set)
     _observers: dict[str, HessianObserver] = field(default_factory=dict)
     _held_out_observers: dict[str, HessianObserver] = field(default_factory=dict)
+    _validation: dict[str, HessianObserver] = field(default_factory=dict)
     _dense: dict[str, nn.Parameter] = field(default_factory=dict)
     _expected_inputs: dict[str, dict[int, TensorWeakRef]] = field(default_factory=dict)
 
@@ -188,8 +194,6 @@ class Calibration:
     ) -> None:
         """Add a call on the quantised stream, beside the same batch's call on the other one."""
         first = stage[0]
-        observers = self._held_out_observers if role.held_out else self._observers
-        observer = observers.setdefault(first.name, first.observer())
         paired = self.paired and not role.held_out and any(target.uses_deviation for target in stage)
         with self._present(arrival), self._present(other):
             x = first.rows(arrival.input)
@@ -198,7 +202,29 @@ class Calibration:
                 reference = x if other is None else first.rows(other.input)
                 if reference.shape != x.shape:
                     reference = x  # the streams took different ways: no deviation here
-            observer.observe(x, reference, self.padding_mask(role.batch, first.name, x))
+            mask = self.padding_mask(role.batch, first.name, x)
+            if role.held_out:
+                observed = self._held_out_observers.setdefault(first.name, first.observer())
+                observed.observe(x, reference, mask)
+                return
+            call = Call(x, reference, mask, self._weights(first, role, arrival))
+            observed = self._observers.setdefault(first.name, first.observer(guided=True))
+            if all(target.config.is_settled for target in stage) or first.pool is not None:
+                call.add_to(observed)
+                return
+            fitted, validated = call.split(VALIDATION_SHARE, dims=1 if first.blocks == 1 else 2)
+            fitted.add_to(observed)
+            validated.add_to(self._validation.setdefault(first.name, first.observer(guided=True)))
+
+    def _weights(self, target: Target, role: Role, arrival: lockstep.Arrival) -> Tensor | None:
+        """How much the tokens of a call count, (T, k); all alike where the gradient pass did not see it."""
+        if not target.guidance or self.guidance is None:
+            return None
+        found = self.guidance.of(target.name, role.index, arrival.ordinal)
+        if found is not None:
+            return found
+        tokens = arrival.input.shape[:-1].numel()
+        return torch.ones(tokens, target.guidance, device=arrival.input.device)
 
     def _stream(self, arrival: lockstep.Arrival) -> str:
         return self._roles[arrival.pass_index].stream
@@ -215,7 +241,8 @@ class Calibration:
             return  # too few tokens of its own: it waits for what its fellows see
         if statistics is None and (known := self._restored(stage)) and known[name].report.status == "fallback":
             return  # as in the run that solved it
-        self._keep(stage, statistics, _taken(self._held_out_observers, name))
+        held_out, validation = (_taken(seen, name) for seen in (self._held_out_observers, self._validation))
+        self._keep(stage, statistics, held_out, validation=validation)
 
     def _solve_pool(self, name: str) -> None:
         """Solve the experts of a pool that are left: those with enough tokens, then the others with those of all."""
@@ -240,11 +267,12 @@ class Calibration:
         statistics: LayerStatistics | None,
         held_out: LayerStatistics | None = None,
         shortfall: Shortfall | None = None,
+        validation: LayerStatistics | None = None,
     ) -> None:
         """Solve a stage, unless an earlier run has."""
         solved = self._restored(stage)
         if solved is None:
-            solved = solve(stage, statistics, held_out, shortfall)
+            solved = solve(stage, statistics, held_out, shortfall, validation)
             if self.journal is not None:
                 self.journal.write({name: (layer.matrix, layer.report) for name, layer in solved.items()})
         self.solved.update(solved)
@@ -332,7 +360,8 @@ def callers_of(target: Target, preparation: Preparation) -> list[str]:
 def share_rows(first: Target, other: Target) -> bool:
     """Whether two layers that were given the same tensor see the same rows."""
     plain = first.kind.inputs is rows_of and other.kind.inputs is rows_of
-    return first is other or (plain and first.pool is None and other.pool is None and not (first.tied or other.tied))
+    alone = first.pool or other.pool or first.tied or other.tied or first.guidance or other.guidance
+    return first is other or (plain and not alone)
 
 
 def _peeked(batches: Iterable[Batch]) -> tuple[Batch, Iterable[Batch]]:

@@ -32,6 +32,7 @@ GridMetric = Literal["feedback", "blocks"]
 Deviation = Literal["target", "refine", "none"]
 DescentStart = Literal["gptq", "nearest"]
 Refine = Literal["exact", "descent", "none"]
+Auto = Literal["auto"]
 ZeroPoints = Literal["integer", "float"]
 Codebook = Literal["row", "group"]
 ScaleDtype = Literal["float16", "bfloat16", "float32"]
@@ -65,7 +66,8 @@ class QuantConfig:
             coordinate descent on the codes of these grids; ``"lnq"`` (arXiv 2505.07004) replaces grids by look-up
             tables; ``"two-stage"`` is arXiv 2602.02126.
         damping: λ; λ·mean(diag H) is added to the diagonal of H. Multiplied by ten, with a
-            :class:`~tsq_layers.errors.DampingWarning`, while the factorisation fails.
+            :class:`~tsq_layers.errors.DampingWarning`, while the factorisation fails. ``"auto"`` chooses it
+            for each layer, on a fifth of the calibration tokens that is held out for that.
         act_order: process columns by descending H_jj. Costs nothing at run time: grids are static.
         grid_metric: what stage 1 minimises (two-stage only); ``"feedback"`` is the rounding error that
             GPTQ's error feedback will leave, ``"blocks"`` the paper's group-wise reconstruction loss
@@ -73,7 +75,7 @@ class QuantConfig:
         deviation: where the error of earlier layers, R = E[(x − x̃)xᵀ], enters (two-stage, quantease and
             cdquant): ``"target"`` in every step, ``"refine"`` in stage 2 (the two-stage paper) or the
             descent only, ``"none"``.
-        deviation_strength: share of R that is used, 0 to 1.
+        deviation_strength: share of R that is used, 0 to 1, or ``"auto"``, as with ``damping``.
         descent_start: codes from which quantease and cdquant start: those of GPTQ, or the nearest.
         descent_sweeps: passes of quantease over the columns.
         descent_relax: leave some sweeps of quantease unrounded, as its authors do, and keep the best
@@ -130,11 +132,11 @@ class QuantConfig:
     group_size: int | None = 128
     symmetric: bool = False
     method: Method = "two-stage"
-    damping: float = 0.01
+    damping: float | Auto = 0.01
     act_order: bool = True
     grid_metric: GridMetric = "feedback"
     deviation: Deviation = "target"
-    deviation_strength: float = 0.5
+    deviation_strength: float | Auto = 0.5
     descent_start: DescentStart = "gptq"
     descent_sweeps: int = 5
     descent_relax: bool = False
@@ -162,6 +164,18 @@ class QuantConfig:
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._check_integers()
+        self._check_floats()
+        for name in ("symmetric", "act_order", "descent_relax", "greedy_pairs", "embeddings", "channel_scaling"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}={getattr(self, name)!r}: give True or False")
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name}={getattr(self, name)!r}: give one of {', '.join(map(repr, allowed))}")
+        object.__setattr__(self, "skip", _checked_skip(self.skip))
+        object.__setattr__(self, "overrides", self._checked_overrides())
+
+    def _check_integers(self) -> None:
         _check_integer("bits", self.bits, 1, 8)
         if self.group_size is not None:
             _check_integer("group_size", self.group_size, 1, None, "a positive integer, or None for one group per row")
@@ -169,26 +183,20 @@ class QuantConfig:
             _check_integer(name, getattr(self, name), 1, None)
         for name in ("joint_rounds", "outlier_columns", "guidance"):
             _check_integer(name, getattr(self, name), 0, None)
-        rotation = self.rotation
-        if rotation is not None and (not isinstance(rotation, int) or rotation < 2 or rotation & (rotation - 1)):  # noqa: PLR2004
-            raise ConfigError(f"rotation={rotation!r}: give a power of two of at least 2, or None")
-        if self.activation_bits not in (None, 8):
-            raise ConfigError(f"activation_bits={self.activation_bits!r}: give 8, or None")
         if self.min_expert_tokens is not None:
             _check_integer("min_expert_tokens", self.min_expert_tokens, 0, None, "an integer of at least 0, or None")
-        for name in ("symmetric", "act_order", "descent_relax", "greedy_pairs", "embeddings", "channel_scaling"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name}={getattr(self, name)!r}: give True or False")
-        _check_float("damping", self.damping, 0.0, 1.0, open_low=True)
-        _check_float("deviation_strength", self.deviation_strength, 0.0, 1.0)
+        rotation = self.rotation
+        if rotation is not None and not (type(rotation) is int and rotation > 1 and rotation.bit_count() == 1):
+            raise ConfigError(f"rotation={rotation!r}: give a power of two of at least 2, or None")
+        if self.activation_bits is not None and (type(self.activation_bits) is not int or self.activation_bits != 8):
+            raise ConfigError(f"activation_bits={self.activation_bits!r}: give 8, or None")
+
+    def _check_floats(self) -> None:
+        _check_float("damping", self.damping, 0.0, 1.0, open_low=True, other="auto")
+        _check_float("deviation_strength", self.deviation_strength, 0.0, 1.0, other="auto")
         _check_float("greedy_steps", self.greedy_steps, 0.0, None, open_low=True)
         _check_float("refine_ridge", self.refine_ridge, 0.0, None)
         _check_float("outliers", self.outliers, 0.0, 1.0)
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ConfigError(f"{name}={getattr(self, name)!r}: give one of {', '.join(map(repr, allowed))}")
-        object.__setattr__(self, "skip", _checked_skip(self.skip))
-        object.__setattr__(self, "overrides", self._checked_overrides())
 
     def _checked_overrides(self) -> dict[str, dict[str, Any]]:
         if not isinstance(self.overrides, Mapping):
@@ -226,7 +234,25 @@ class QuantConfig:
     @property
     def uses_deviation(self) -> bool:
         """Whether the method of this configuration makes use of R, that is of paired passes."""
-        return self.method not in ("rtn", "gptq") and self.deviation != "none" and self.deviation_strength > 0
+        return self.method not in ("rtn", "gptq") and self.deviation != "none" and self.deviation_strength != 0
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing is left to be chosen on held-out tokens."""
+        return "auto" not in (self.damping, self.deviation_strength)
+
+    def settled(self) -> tuple[float, float]:
+        """Damping and deviation strength as numbers.
+
+        Raises:
+            ConfigError: one is still to be chosen.
+        """
+        damping, strength = self.damping, self.deviation_strength
+        if isinstance(damping, str) or isinstance(strength, str):
+            raise ConfigError(
+                f"damping={damping!r}, deviation_strength={strength!r}: calibrate() chooses what is 'auto'; give numbers here"
+            )
+        return damping, strength
 
     @property
     def needs_calibration(self) -> bool:
@@ -322,7 +348,11 @@ def _check_integer(name: str, value: object, low: int, high: int | None, allowed
         raise ConfigError(f"{name}={value!r}: give {allowed}")
 
 
-def _check_float(name: str, value: object, low: float, high: float | None, *, open_low: bool = False) -> None:
+def _check_float(
+    name: str, value: object, low: float, high: float | None, *, open_low: bool = False, other: str | None = None
+) -> None:
+    if other is not None and value == other:
+        return
     inside = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if inside:
         number = float(cast("float", value))
@@ -331,4 +361,4 @@ def _check_float(name: str, value: object, low: float, high: float | None, *, op
         bounds = f"{'above' if open_low else 'of at least'} {low:g}" + (
             f" and at most {high:g}" if high is not None else ""
         )
-        raise ConfigError(f"{name}={value!r}: give a number {bounds}")
+        raise ConfigError(f"{name}={value!r}: give a number {bounds}" + (f", or {other!r}" if other else ""))

@@ -1,6 +1,7 @@
 """`HessianObserver`: what calibration learns about the inputs of a layer."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,47 @@ _PANEL = 384  # columns of H updated by one matrix product; narrower panels wast
 _CHUNK_ELEMENTS = 2**20  # inputs that are rearranged by block at once: bounds the copy
 
 _Call = tuple[Tensor, Tensor | None, Tensor | None]  # inputs, those of the full-precision stream, where padding is
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """What a layer was given in one call; the arguments of :meth:`HessianObserver.observe`."""
+
+    x: Tensor
+    reference: Tensor | None = None
+    mask: Tensor | None = None
+    weights: Tensor | None = None
+
+    def add_to(self, observer: "HessianObserver") -> None:
+        """Let an observer see it."""
+        observer.observe(self.x, self.reference, self.mask, self.weights)
+
+    def split(self, share: float, dims: int = 1) -> tuple["Call", "Call"]:
+        """The first and the last tokens, the last being a ``share`` of all.
+
+        Args:
+            dims: dimensions of a token, 1 for (K,) and 2 for (B, K).
+
+        Example:
+            >>> first, last = Call(torch.zeros(2, 10, 8)).split(0.2)
+            >>> first.x.shape, last.x.shape
+            (torch.Size([16, 8]), torch.Size([4, 8]))
+        """
+        count = self.x.shape[:-dims].numel()
+        border = count - int(share * count)
+
+        def parts(values: Tensor | None, kept: int) -> list[Tensor | None]:
+            if values is None:
+                return [None, None]
+            flat = values.reshape(count, *values.shape[values.dim() - kept :])
+            return [flat[:border], flat[border:]]
+
+        given = (
+            parts(self.x, dims), parts(self.reference, dims), parts(self.mask, 0),
+            parts(None if self.weights is None else self.weights.reshape(count, -1), 1),
+        )  # fmt: skip
+        first, last = (Call(*(part[index] for part in given)) for index in (0, 1))  # type: ignore[arg-type]
+        return first, last
 
 
 class HessianObserver(nn.Module):
@@ -66,7 +108,13 @@ class HessianObserver(nn.Module):
         self.observe(args[0])
 
     @torch.no_grad()
-    def observe(self, x: Tensor, reference: Tensor | None = None, mask: Tensor | None = None) -> None:
+    def observe(
+        self,
+        x: Tensor,
+        reference: Tensor | None = None,
+        mask: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> None:
         """Add the tokens of one call.
 
         Args:
@@ -74,10 +122,15 @@ class HessianObserver(nn.Module):
             reference: the same tokens' inputs on the full-precision stream, shaped like ``x``;
                 either every call has one or none has.
             mask: bool or integer (…), 0 where a token is padding and does not count.
+            weights: float (…, B): how much each token counts in the sums of each block. All blocks then have
+                the same inputs, (…, K). The number of tokens is not weighted.
 
         Raises:
             CalibrationError: shapes that do not fit, or calls with and without reference mixed.
         """
+        if weights is not None:
+            self._observe_weighted(x, reference, mask, weights)
+            return
         self._check(x, reference, mask)
         tokens = x.shape[:-1] if self.blocks == 1 else x.shape[:-2]
         padding = None if mask is None else mask.reshape(tokens) == 0
@@ -88,6 +141,37 @@ class HessianObserver(nn.Module):
         with full_precision():
             for piece in (call,) if self.blocks == 1 else _pieces(call):
                 self._add(*piece)
+
+    def _observe_weighted(self, x: Tensor, reference: Tensor | None, mask: Tensor | None, weights: Tensor) -> None:
+        """As if every block had seen inputs of its own, √w·x, but without making them."""
+        count = x.shape[:-1].numel()
+        if weights.numel() != count * self.blocks:
+            raise CalibrationError(
+                f"x has shape {tuple(x.shape)} and its weights {tuple(weights.shape)}; they need one for each token and block, {count}×{self.blocks}"
+            )
+        kept = torch.ones(count, dtype=torch.bool, device=x.device) if mask is None else mask.reshape(count) != 0
+        self._allocate(x.device, reference is not None)
+        self.count += kept.sum()
+        other = None if reference is None else reference.reshape(count, -1)
+        with full_precision():
+            size = max(1, _CHUNK_ELEMENTS // (self.columns * self.blocks))
+            for start in range(0, count, size):
+                part = slice(start, start + size)
+                factors = weights.reshape(count, self.blocks)[part].to(self.dtype)
+                given = (x.reshape(count, -1)[part], None if other is None else other[part])
+                self._add_weighted(*given, factors, kept[part])
+
+    def _add_weighted(self, x: Tensor, reference: Tensor | None, weights: Tensor, kept: Tensor) -> None:
+        tokens = x.to(self.dtype).masked_fill(~kept.unsqueeze(1), 0)
+        weighted = tokens * weights.mT.unsqueeze(-1)
+        hessian = self.hessian.view(self.blocks, self.columns, self.columns)
+        for start in range(0, self.columns, _PANEL):
+            right = tokens[:, start:].expand(self.blocks, -1, -1)
+            _add_product(hessian[..., start : start + _PANEL, start:], weighted[..., start : start + _PANEL], right)
+        if reference is not None and self.deviation is not None:
+            deviation = self.deviation.view(self.blocks, self.columns, self.columns)
+            moved = tokens - reference.to(self.dtype).masked_fill(~kept.unsqueeze(1), 0)
+            _add_product(deviation, moved.expand(self.blocks, -1, -1), weighted)
 
     def _add(self, x: Tensor, reference: Tensor | None, padding: Tensor | None) -> None:
         tokens = self._tokens(x, padding)

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from tsq_layers.config import QuantConfig, explicit_patterns, matches
 from tsq_layers.coverage import Ownership, is_matrix, ownership
 from tsq_layers.errors import ConfigError, LayerError, SkippedLayerWarning, StateError, UnmatchedPatternWarning
+from tsq_layers.guidance import groups_of
 from tsq_layers.layers import (
     LayerKind,
     composite_behind,
@@ -25,6 +26,7 @@ from tsq_layers.layers import (
     unsupported,
     why_not,
 )
+from tsq_layers.layers.kinds import rows_of
 from tsq_layers.layers.offloading import is_offloaded, present
 from tsq_layers.layers.pools import Pool, expert_pool
 from tsq_layers.linear import QuantLinear
@@ -82,9 +84,18 @@ class Target:
         assert self.kind.inputs is not None
         return self.kind.inputs(self.module, x)
 
-    def observer(self) -> HessianObserver:
+    @property
+    def guidance(self) -> int:
+        """Groups of output channels with Hessians of their own; 0 without guidance.
+
+        Only layers that are called once for each token, with an output (…, N), are guided.
+        """
+        plain = self.kind.inputs is rows_of and self.pool is None and not self.tied
+        return groups_of(self.shape[0], self.config.guidance) if plain and self.config.guidance else 0
+
+    def observer(self, *, guided: bool = False) -> HessianObserver:
         """An empty observer of the layer's inputs."""
-        return HessianObserver(self.shape[1], blocks=self.blocks)
+        return HessianObserver(self.shape[1], blocks=self.guidance or self.blocks if guided else self.blocks)
 
 
 @dataclass(frozen=True, eq=False)

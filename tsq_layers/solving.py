@@ -10,13 +10,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from tsq_layers.config import QuantConfig
 from tsq_layers.errors import FewTokensWarning
 from tsq_layers.layers.offloading import present
 from tsq_layers.linear import QuantLinear
 from tsq_layers.preparation import Solved, Target
 from tsq_layers.records import LayerStatistics
 from tsq_layers.report import LayerReport
-from tsq_layers.solver import SolverResult, TwoStageGroupQuantizer
+from tsq_layers.solver import SolverResult, TwoStageGroupQuantizer, selection
 from tsq_layers.sync import to_host
 
 TOKENS_PER_COLUMN = 16  # fewer tokens than this many times K: H is noisy, and refinement fits the noise
@@ -40,6 +41,7 @@ def solve(
     statistics: LayerStatistics | None,
     held_out: LayerStatistics | None = None,
     shortfall: Shortfall | None = None,
+    validation: LayerStatistics | None = None,
 ) -> dict[str, Solved]:
     """Quantise layers that share their input.
 
@@ -51,6 +53,8 @@ def solve(
         statistics: of their common input; ``None`` where no method needs any.
         held_out: statistics of tokens that are not fitted, for reporting only.
         shortfall: what is the matter, if these are not the statistics that were asked for.
+        validation: statistics of other tokens, on which what the configuration leaves open is chosen; then
+            they are fitted too.
     """
     solved: dict[str, Solved] = {}
     remaining = list(targets)
@@ -60,7 +64,7 @@ def solve(
         while remaining:
             alike = [target for target in remaining if target.config == remaining[0].config]
             remaining = [target for target in remaining if target not in alike]
-            solved |= _solve_alike(alike, statistics, held_out, shortfall)
+            solved |= _solve_alike(alike, statistics, held_out, shortfall, validation)
     return {target.name: solved[target.name] for target in targets}
 
 
@@ -69,6 +73,7 @@ def _solve_alike(
     statistics: LayerStatistics | None,
     held_out: LayerStatistics | None,
     shortfall: Shortfall | None,
+    validation: LayerStatistics | None,
 ) -> dict[str, Solved]:
     name, config = ", ".join(target.name for target in targets), targets[0].config
     weights = [target.weight for target in targets]
@@ -79,8 +84,11 @@ def _solve_alike(
         needed = held_out = None
     else:
         needed = statistics
+    if needed is not None:
+        config = selection.settle(config, weight, needed, validation, name)
+        statistics = needed = needed if validation is None else needed + validation
     result = TwoStageGroupQuantizer(weight, needed, config, name=name).run(held_out)
-    return _split(targets, result, statistics, shortfall)
+    return _split(targets, result, statistics, shortfall, config)
 
 
 def _no_information(weight: Tensor) -> LayerStatistics:
@@ -118,7 +126,11 @@ def warn_few_tokens(solved: Mapping[str, Solved]) -> None:
 
 
 def _split(
-    stack: Sequence[Target], result: SolverResult, statistics: LayerStatistics | None, shortfall: Shortfall | None
+    stack: Sequence[Target],
+    result: SolverResult,
+    statistics: LayerStatistics | None,
+    shortfall: Shortfall | None,
+    settled: QuantConfig,
 ) -> dict[str, Solved]:
     rows = [target.shape[0] for target in stack]
     weights = result.weight.split(rows)
@@ -139,6 +151,7 @@ def _split(
             reason="" if shortfall is None else shortfall.reason,
             tokens=tokens if shortfall is None else shortfall.tokens,
             damping=result.damping,
+            deviation_strength=float(settled.settled()[1]) if target.uses_deviation else None,
             seconds=_share(result, rows, index),
             **cast("dict[str, Any]", found),
         )

@@ -19,13 +19,16 @@ from tsq_layers.calibration import (
     attention_mask,
     checked_batches,
     default_forward,
+    evaluating,
+    moved_to,
 )
 from tsq_layers.config import QuantConfig
 from tsq_layers.coverage import check_coverage, check_share, parameter_reports
 from tsq_layers.errors import CalibrationError, SkippedLayerWarning, StateError
+from tsq_layers.guidance import Loss, TokenWeights, Watched, model_loss, token_weights
 from tsq_layers.journal import Fingerprint, Journal, fingerprint_weights
 from tsq_layers.layers import kind_of, replace
-from tsq_layers.layers.offloading import pass_on_hook, present
+from tsq_layers.layers.offloading import entry_device, pass_on_hook, present
 from tsq_layers.parking import Parking
 from tsq_layers.precision import AUTOCAST_DEVICES
 from tsq_layers.preparation import Preparation, Solved
@@ -92,6 +95,7 @@ def calibrate(
     paired: bool | None = None,
     forward: Forward = default_forward,
     padding_mask: PaddingMask = attention_mask,
+    loss: Loss | None = None,
     offload: torch.device | str | None = None,
     checkpoint_dir: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
@@ -114,6 +118,9 @@ def calibrate(
         forward: ``forward(model, batch)`` runs a batch of any other form.
         padding_mask: ``padding_mask(batch, layer_name, x)`` gives a mask shaped like ``x`` without
             its last dimension (0 is padding), or ``None`` if all tokens count.
+        loss: ``loss(model, batch)`` is the scalar that the model is trained for; used where the
+            configuration asks for ``guidance``, which takes one forward and one backward pass of every batch,
+            all of which are then held at once. ``None``: the ``loss`` of the model's own output.
         offload: a device, usually ``"cpu"``, to which the activations of waiting passes are moved:
             the device of the model then holds those of one batch at a time.
         checkpoint_dir: a directory in which every layer is kept as soon as it is solved. A calibration that
@@ -144,16 +151,19 @@ def calibrate(
     fitted = checked_batches(batches, "batches")
     others = [] if held_out is None else checked_batches(held_out, "held_out")
     parking = None if offload is None else Parking(offload, model)
+    if guided := guided_layers(preparation):
+        fitted = list(fitted)
     started = time.perf_counter()
     preparation.detach()
     try:
         with (
             nullcontext()
             if checkpoint_dir is None
-            else _journal(checkpoint_dir, model, preparation, paired, forward, padding_mask) as journal
+            else _journal(checkpoint_dir, model, preparation, paired, forward, padding_mask, loss) as journal
         ):
+            guidance = _guidance(model, guided, fitted, forward, loss) if guided else None
             solved = Calibration(
-                model, preparation, fitted, others, paired, forward, padding_mask, progress, journal, parking
+                model, preparation, fitted, others, paired, forward, padding_mask, progress, journal, parking, guidance
             ).run()
         warn_few_tokens(solved)
         _warn_never_called(preparation, solved)
@@ -222,6 +232,7 @@ def quantize(
     paired: bool | None = None,
     forward: Forward = default_forward,
     padding_mask: PaddingMask = attention_mask,
+    loss: Loss | None = None,
     offload: torch.device | str | None = None,
     checkpoint_dir: str | os.PathLike[str] | None = None,
     min_coverage: float = 0.0,
@@ -252,6 +263,7 @@ def quantize(
                 paired=paired,
                 forward=forward,
                 padding_mask=padding_mask,
+                loss=loss,
                 offload=offload,
                 checkpoint_dir=checkpoint_dir,
                 progress=progress,
@@ -261,6 +273,21 @@ def quantize(
         if preparations.is_prepared(model):
             unprepare(model)
         raise
+
+
+def guided_layers(preparation: Preparation) -> dict[str, Watched]:
+    """The layers whose tokens are weighted by gradients of the loss."""
+    targets = preparation.targets.items()
+    return {name: Watched(target.module, target.guidance) for name, target in targets if target.guidance}
+
+
+def _guidance(
+    model: nn.Module, guided: Mapping[str, Watched], batches: Iterable[Batch], forward: Forward, loss: Loss | None
+) -> TokenWeights:
+    device = entry_device(model)
+    given = loss or (lambda model, batch: model_loss(model, batch, forward))
+    with evaluating(model):
+        return token_weights(model, guided, [moved_to(batch, device) for batch in batches], given)
 
 
 def _journal(
@@ -279,7 +306,7 @@ def _journal(
     }
     options = {
         "paired": paired,
-        "functions": [f"{function.__module__}.{function.__qualname__}" for function in functions],
+        "functions": [f"{function.__module__}.{function.__qualname__}" for function in functions if function],
         "autocast": [torch.is_autocast_enabled(kind) for kind in AUTOCAST_DEVICES],
         "devices": sorted({str(tensor.device) for tensor in rest.values()}),
         "processor": torch.backends.cpu.get_cpu_capability(),

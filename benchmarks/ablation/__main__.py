@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             options.bits, options.group_size, options.tokens, options.seeds, options.rows
         )
     ]
-    for run in ([] if options.tables else [records.FLOAT, *wanted]):
+    for run in [] if options.tables else [records.FLOAT, *wanted]:
         if run.key not in records.kept(options.out):
             done = _measured(run, cache, options)
             records.keep(options.out, done)

@@ -17,4 +17,16 @@ LADDER: dict[str, dict[str, Any]] = {
     "two-stage + joint": {"joint_rounds": 2},
 }
 
-ROWS: dict[str, dict[str, Any]] = LADDER
+FAMILY: dict[str, dict[str, Any]] = {
+    "gptq, guided": {"method": "gptq", "guidance": 4},
+    "two-stage, guided": {"guidance": 4},
+    "two-stage, strength chosen": {"deviation_strength": "auto"},
+    "two-stage, strength and damping chosen": {"deviation_strength": "auto", "damping": "auto"},
+    "quantease": {"method": "quantease", "deviation": "none"},
+    "quantease, R in the target": {"method": "quantease"},
+    "quantease, relaxed": {"method": "quantease", "deviation": "none", "descent_relax": True},
+    "cdquant": {"method": "cdquant", "deviation": "none"},
+    "cdquant, pairs": {"method": "cdquant", "deviation": "none", "greedy_pairs": True},
+}
+
+ROWS: dict[str, dict[str, Any]] = {**LADDER, **FAMILY}

@@ -36,6 +36,7 @@ class LayerReport:
         tokens: calibration tokens that the layer saw.
         damping: λ that was really used, after any raise.
         deviation: where the error of earlier layers entered.
+        deviation_strength: the share of it that was used, chosen or given.
         losses: step (``"initialize"``, ``"assign"``, ``"refine"``) → mean squared output error per
             token, relative to the mean squared target output; on the undamped H.
         held_out_losses: the same on tokens that the solver did not see.
@@ -65,6 +66,7 @@ class LayerReport:
     tokens: int | None = None
     damping: float | None = None
     deviation: Deviation | None = None
+    deviation_strength: float | None = None
     losses: Mapping[str, float] = field(default_factory=dict)
     held_out_losses: Mapping[str, float] = field(default_factory=dict)
     objective: Mapping[str, float] = field(default_factory=dict)

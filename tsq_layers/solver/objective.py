@@ -86,11 +86,12 @@ def build(weight: Tensor, statistics: LayerStatistics, config: QuantConfig, name
         if config.act_order
         else torch.arange(diagonal.shape[-1], device=diagonal.device).expand_as(diagonal)
     )
-    damped, factor, damping, ridge = factorise(hessian, order, config.damping, name)
+    wanted, strength = config.settled()
+    damped, factor, damping, ridge = factorise(hessian, order, wanted, name)
     shifted = weight
     if config.uses_deviation and statistics.deviation is not None:
         deviation = (statistics.deviation / count).to(torch.float32)
-        shifted = shift_target(weight, deviation, factor, order, config.deviation_strength)
+        shifted = shift_target(weight, deviation, factor, order, strength)
     return Problem(
         weight=weight,
         grid_target=shifted if config.deviation == "target" else weight,

@@ -1,0 +1,193 @@
+"""GuidedQuant: how much each token matters to the loss of the whole model, for groups of output channels.
+
+arXiv 2505.07004. To second order, an error e = (Q − W) x of a layer's output changes the end loss ℓ by
+½ Σ_c (∂ℓ/∂z_c)² e_c² (Fisher information, its diagonal), z the layer's output. With the squares averaged
+over each of k contiguous groups of output channels,
+
+    s_{k,t} = mean over c in group k of (∂ℓ/∂z_{c,t})²,        H_k = Σ_t s_{k,t} x_t x_tᵀ,
+
+the rows of group k are solved under H_k; R likewise. The weights of a group are divided by their mean, so
+that H_k has the size that H has.
+
+The gradients come from one forward and one backward pass of the full-precision model for each batch, with
+hooks on the outputs of the layers. No gradient of a parameter is computed.
+"""
+
+import inspect
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tsq_layers.errors import CalibrationError
+
+Batch = Any
+Loss = Callable[[nn.Module, Batch], Tensor]
+Forward = Callable[[nn.Module, Batch], object]
+
+_IGNORED = -100  # a label that cross-entropy leaves out
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A layer whose tokens are weighted.
+
+    Args:
+        module: in the full-precision model; its output is (…, N).
+        groups: k, a divisor of N.
+    """
+
+    module: nn.Module
+    groups: int
+
+
+@dataclass(frozen=True, eq=False)
+class TokenWeights:
+    """s_{k,t} of the calls of every layer, and their means.
+
+    Attributes:
+        calls: layer → batch → one float32 tensor (T, k) for each call, in order.
+        means: layer → (k,), the mean over all tokens.
+    """
+
+    calls: Mapping[str, Mapping[int, Sequence[Tensor]]]
+    means: Mapping[str, Tensor]
+
+    def of(self, name: str, batch: int, call: int) -> Tensor | None:
+        """The weights of a call's tokens (T, k), mean 1; ``None`` if the gradient pass did not see the call."""
+        calls = self.calls.get(name, {}).get(batch, ())
+        return calls[call] / self.means[name] if call < len(calls) else None
+
+
+def groups_of(rows: int, wanted: int) -> int:
+    """The largest number of equal groups of channels up to the wanted one.
+
+    Example:
+        >>> groups_of(576, 4), groups_of(9, 4), groups_of(7, 4)
+        (4, 3, 1)
+    """
+    return max(count for count in range(1, wanted + 1) if rows % count == 0)
+
+
+def token_weights(
+    model: nn.Module, layers: Mapping[str, Watched], batches: Sequence[Batch], loss: Loss
+) -> TokenWeights:
+    """One forward and one backward pass for each batch.
+
+    Args:
+        model: in full precision and evaluation mode; unchanged afterwards.
+        layers: name → what is watched.
+        batches: on the model's device.
+        loss: the scalar loss of a batch.
+
+    Raises:
+        CalibrationError: the loss is no scalar that depends on the layers, or not finite.
+    """
+    calls: dict[str, dict[int, list[Tensor]]] = defaultdict(dict)
+    for index, batch in enumerate(batches):
+        for name, found in _weights_of_batch(model, layers, batch, loss).items():
+            calls[name][index] = found
+    if not calls:
+        raise CalibrationError("guidance: no layer's output has a gradient; check that the loss depends on the model")
+    means = {name: _mean([part for parts in found.values() for part in parts]) for name, found in calls.items()}
+    return TokenWeights(calls, means)
+
+
+def _mean(parts: Sequence[Tensor]) -> Tensor:
+    mean = torch.cat(list(parts)).mean(0)
+    return torch.where(mean > 0, mean, torch.ones_like(mean))
+
+
+def _weights_of_batch(
+    model: nn.Module, layers: Mapping[str, Watched], batch: Batch, loss: Loss
+) -> dict[str, list[Tensor]]:
+    found: dict[str, list[Tensor | None]] = defaultdict(list)
+    with _frozen(model), _watching(layers, found), torch.inference_mode(False), torch.enable_grad():
+        value = loss(model, batch)
+        if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+            raise CalibrationError(
+                f"guidance: the loss is {_described(value)}; give loss=f(model, batch) that returns a scalar tensor with a gradient"
+            )
+        value.backward()
+    kept = {name: parts for name, parts in found.items() if all(part is not None for part in parts)}
+    return {name: [part for part in parts if part is not None] for name, parts in kept.items()}
+
+
+def _described(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}" + ("" if value.requires_grad else " without gradient")
+    return f"a {type(value).__name__}"
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter takes a gradient: then only activations do, from the first layer that is watched on."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def _watching(layers: Mapping[str, Watched], found: dict[str, list[Tensor | None]]) -> Iterator[None]:
+    """Hooks that put the weights of every call's tokens into ``found`` as gradients arrive."""
+    handles = [watched.module.register_forward_hook(_hook(name, watched, found)) for name, watched in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hook(name: str, watched: Watched, found: dict[str, list[Tensor | None]]) -> Callable[..., None]:
+    def hook(module: nn.Module, args: Any, output: Tensor) -> None:  # noqa: ARG001
+        place = len(found[name])
+        found[name].append(None)
+
+        def arrived(gradient: Tensor) -> None:
+            squares = gradient.detach().float().square().unflatten(-1, (watched.groups, -1)).mean(-1)
+            previous = found[name][place]
+            fresh = squares.reshape(-1, watched.groups)
+            found[name][place] = fresh if previous is None else previous + fresh
+
+        if not output.requires_grad:
+            output.requires_grad_(True)
+        output.register_hook(arrived)
+
+    return hook
+
+
+def model_loss(model: nn.Module, batch: Batch, forward: Forward) -> Tensor:
+    """The loss that the model itself returns, ``out.loss``.
+
+    A causal language model of transformers is given the tokens of a batch as labels, if it has none;
+    padding is left out by the ``attention_mask``.
+
+    Raises:
+        CalibrationError: its output has no loss.
+    """
+    if isinstance(batch, Mapping) and "labels" not in batch and _is_causal(model) and "input_ids" in batch:
+        labels = batch["input_ids"]
+        mask = batch.get("attention_mask")
+        batch = {**batch, "labels": labels if mask is None else labels.masked_fill(mask == 0, _IGNORED)}
+    output = forward(model, batch)
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if loss is None:
+        raise CalibrationError(
+            f"guidance needs the loss of the whole model, and the output of {type(model).__name__} has none; put labels into the batches, or give loss=f(model, batch)"
+        )
+    return loss  # type: ignore[no-any-return]
+
+
+def _is_causal(model: nn.Module) -> bool:
+    return type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")) and (
+        "labels" in inspect.signature(model.forward).parameters
+    )

@@ -1,0 +1,109 @@
+"""What the configuration leaves open is chosen for each layer, on tokens that are not fitted.
+
+With H_b, R_b of other tokens, the output error of weights Q is, but for a constant (objective.py),
+
+    (Q − W) H_b (Q − W)ᵀ + 2 W R_b (Q − W)ᵀ.
+
+The strength α of the deviation is chosen for the weights before they are rounded, Q = W − α W R H⁻¹: then
+the error is a parabola in α, and the best of a few strengths costs two products. The damping is chosen by
+GPTQ itself, run once with each.
+"""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from tsq_layers import grid
+from tsq_layers.config import QuantConfig
+from tsq_layers.precision import full_precision
+from tsq_layers.records import LayerStatistics
+from tsq_layers.solver import gptq, objective, stage1
+from tsq_layers.solver.blocks import product
+from tsq_layers.sync import to_host
+
+STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+DAMPINGS = (0.003, 0.01, 0.03, 0.1)
+_STRENGTH, _DAMPING = 0.5, 0.01  # where there are no other tokens
+
+
+@full_precision()
+def settle(
+    config: QuantConfig,
+    weight: Tensor,
+    fitted: LayerStatistics,
+    other: LayerStatistics | None,
+    name: str = "layer",
+) -> QuantConfig:
+    """The configuration with a number in the place of every ``"auto"``.
+
+    Args:
+        config: of the layer.
+        weight: W, float (N, K).
+        fitted: statistics of most tokens.
+        other: those of the other tokens; ``None``, or of no tokens: nothing is chosen, the defaults are taken.
+        name: how messages call the layer.
+
+    Example:
+        >>> x = torch.randn(256, 32)
+        >>> most, rest = (LayerStatistics(p.T @ p, torch.tensor(len(p))) for p in (x[:200], x[200:]))
+        >>> chosen = settle(QuantConfig(bits=3, damping="auto"), torch.randn(16, 32), most, rest)
+        >>> chosen.damping in DAMPINGS
+        True
+    """
+    if config.is_settled:
+        return config
+    strength, damping = config.deviation_strength, config.damping
+    start = dataclasses.replace(
+        config,
+        damping=_DAMPING if damping == "auto" else damping,
+        deviation_strength=_STRENGTH if strength == "auto" else strength,
+    )
+    if other is None or not to_host(other.count)[0] > 0:
+        return start
+    if strength == "auto":
+        start = dataclasses.replace(start, deviation_strength=_best_strength(start, weight, fitted, other, name))
+    if damping == "auto":
+        start = dataclasses.replace(start, damping=_best_damping(start, weight, fitted, other, name))
+    return start
+
+
+def error(difference: Tensor, weight: Tensor, statistics: LayerStatistics) -> Tensor:
+    """Mean squared output error of a weight difference Q − W, but for a constant: a scalar tensor."""
+    count = statistics.count
+    found = product(difference, (statistics.hessian / count).to(difference.dtype)).mul_(difference).sum()
+    if statistics.deviation is not None:
+        found += 2 * product(weight, (statistics.deviation / count).to(weight.dtype)).mul_(difference).sum()
+    return found
+
+
+def _best_strength(
+    config: QuantConfig, weight: Tensor, fitted: LayerStatistics, other: LayerStatistics, name: str
+) -> float:
+    if fitted.deviation is None:
+        return _STRENGTH
+    weight = weight.detach().to(torch.float32)
+    whole = objective.build(weight, fitted, dataclasses.replace(config, deviation_strength=1.0), name)
+    shift = whole.refine_target - weight
+    quadratic = error(shift, torch.zeros_like(weight), other)
+    linear = error(shift, weight, other) - quadratic
+    values = to_host(*(strength**2 * quadratic + strength * linear for strength in STRENGTHS))
+    return STRENGTHS[min(range(len(values)), key=values.__getitem__)]
+
+
+def _best_damping(
+    config: QuantConfig, weight: Tensor, fitted: LayerStatistics, other: LayerStatistics, name: str
+) -> float:
+    weight = weight.detach().to(torch.float32)
+    group_size = min(config.group_size or weight.shape[1], weight.shape[1])
+    errors = []
+    for damping in DAMPINGS:
+        problem = objective.build(weight, fitted, dataclasses.replace(config, damping=damping), name)
+        metric = stage1.feedback_metric(problem.factor, problem.order)
+        scales, zeros = stage1.fit_grids(problem.grid_target, metric, config.bits, group_size, config.symmetric)
+        codes = gptq.assign(
+            problem.grid_target, problem.factor, problem.order, scales, zeros, config.bits, group_size
+        )  # fmt: skip
+        errors.append(error(grid.dequantize(codes, scales, zeros, group_size) - weight, weight, other))
+    values = to_host(*errors)
+    return DAMPINGS[min(range(len(values)), key=values.__getitem__)]
