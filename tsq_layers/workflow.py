@@ -326,6 +326,10 @@ def _solve_observed(preparation: Preparation) -> dict[str, Solved]:
         raise CalibrationError(
             "no layer saw any data; call calibrate(model, batches), or run the prepared model on data, before convert"
         )
+    if guided := guided_layers(preparation):
+        raise StateError(
+            f"guidance needs calibrate(), which takes gradients of the loss; {next(iter(guided))} was only observed"
+        )
     solved: dict[str, Solved] = {}
     for name, target in preparation.targets.items():
         if name not in observers:

@@ -1,0 +1,185 @@
+"""Guidance: weights of tokens from gradients of the loss, and what they do to the statistics and to the layers."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+import tsq_layers as tsq
+from tsq_layers.errors import CalibrationError, FewTokensWarning
+from tsq_layers.guidance import TokenWeights, Watched, groups_of, model_loss, token_weights
+from tsq_layers.observer import HessianObserver
+
+pytestmark = pytest.mark.filterwarnings(f"ignore::{FewTokensWarning.__module__}.{FewTokensWarning.__name__}")
+WIDTH, HIDDEN, CLASSES = 6, 8, 4
+
+
+def net(dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(WIDTH, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, CLASSES)).to(dtype).eval()
+
+
+def batches(count: int = 3, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(2, 5, WIDTH, generator=generator, dtype=dtype) for _ in range(count)]
+
+
+def loss(model: nn.Module, batch: Tensor) -> Tensor:
+    return (model(batch) ** 3).logsumexp(-1).sum()
+
+
+def found(model: nn.Module, groups: int = 2) -> TokenWeights:
+    return token_weights(model, {"0": Watched(model[0], groups), "2": Watched(model[2], groups)}, batches(), loss)
+
+
+def by_hand(model: nn.Module, layer: int, groups: int) -> list[Tensor]:
+    """Mean squared gradient of each token and group, by differentiating the rest of the network as a function."""
+    weights = []
+    for batch in batches():
+        z = model[: layer + 1](batch).detach().requires_grad_()
+        value = (model[layer + 1 :](z) ** 3).logsumexp(-1).sum()
+        (gradient,) = torch.autograd.grad(value, z)
+        weights.append((gradient**2).reshape(10, groups, -1).mean(-1))
+    return weights
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_weights_are_mean_squares_of_the_gradients_and_have_mean_one(layer: int, groups: int) -> None:
+    model = net()
+    weights, expected = found(model, groups), by_hand(model, layer, groups)
+    mean = torch.cat(expected).mean(0)
+    for batch, values in enumerate(expected):
+        assert_close(weights.of(str(layer), batch, 0).double(), values / mean, rtol=1e-5, atol=1e-7)
+    everything = torch.cat([weights.of(str(layer), batch, 0) for batch in range(3)])
+    assert_close(everything.mean(0), torch.ones(groups), rtol=1e-5, atol=1e-6)
+
+
+def test_groups_are_contiguous_channels() -> None:
+    model = net()
+    permuted = by_hand(model, 0, 4)[0][:, [1, 0, 2, 3]]
+    assert not torch.allclose(
+        found(model, 4).of("0", 0, 0).double() * torch.cat(by_hand(model, 0, 4)).mean(0), permuted
+    )
+
+
+def test_the_model_is_as_it_was() -> None:
+    model = net()
+    model[0].bias.requires_grad_(False)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found(model)
+    assert [parameter.requires_grad for parameter in model.parameters()] == [True, False, True, True]
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not model[0]._forward_hooks
+
+
+def test_a_call_that_was_not_seen_has_no_weights() -> None:
+    weights = found(net())
+    assert weights.of("0", 0, 1) is None
+    assert weights.of("0", 9, 0) is None
+    assert weights.of("elsewhere", 0, 0) is None
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        (lambda model, batch: model(batch), "shape"),
+        (lambda model, batch: model(batch).sum().detach(), "without gradient"),
+        (lambda model, batch: 1.0, "a float"),  # noqa: ARG005
+    ],
+    ids=["no scalar", "detached", "no tensor"],
+)
+def test_a_loss_that_cannot_be_used_is_refused(bad: object, reason: str) -> None:
+    model = net()
+    with pytest.raises(CalibrationError, match=reason):
+        token_weights(model, {"0": Watched(model[0], 2)}, batches(), bad)  # type: ignore[arg-type]
+
+
+def test_a_model_without_a_loss_is_refused() -> None:
+    with pytest.raises(CalibrationError, match="has none; put labels into the batches, or give loss="):
+        model_loss(net(), batches()[0], lambda model, batch: model(batch))
+
+
+def test_groups_divide_the_rows() -> None:
+    assert [groups_of(rows, 4) for rows in (576, 192, 9, 7, 2)] == [4, 4, 3, 1, 2]
+
+
+# ---- the sums --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("paired", [True, False], ids=["paired", "one pass"])
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_weighted_sums_equal_those_of_scaled_inputs(blocks: int, paired: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tsq_layers.observer._CHUNK_ELEMENTS", 50)
+    generator = torch.Generator().manual_seed(2)
+    x, reference, weights = (torch.randn(4, 10, n, generator=generator).double() for n in (WIDTH, WIDTH, blocks))
+    mask, weights = torch.rand(4, 10, generator=generator) > 0.3, weights.abs()
+    observer = HessianObserver(WIDTH, blocks=blocks, dtype=torch.float64)
+    observer.observe(x, reference if paired else None, mask, weights)
+    statistics = observer.statistics()
+    assert int(statistics.count) == int(mask.sum())
+    for block in range(blocks):
+        w, left = weights[..., block][mask], x[mask]
+        expected = torch.einsum("t,ti,tj->ij", w, left, left)
+        hessian, deviation = (
+            None if sums is None else sums.view(blocks, WIDTH, WIDTH)[block]
+            for sums in (statistics.hessian, statistics.deviation)
+        )
+        assert_close(hessian, expected)
+        assert (deviation is None) != paired
+        if deviation is not None:
+            assert_close(deviation, torch.einsum("t,ti,tj->ij", w, left - reference[mask], left))
+
+
+def test_weights_of_another_number_of_tokens_are_refused() -> None:
+    with pytest.raises(CalibrationError, match="one for each token and block, 10×3"):
+        HessianObserver(WIDTH, blocks=3).observe(torch.randn(10, WIDTH), weights=torch.ones(9, 3))
+
+
+# ---- whole models ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["gptq", "quantease", "cdquant", "lnq", "two-stage"])
+def test_every_method_runs_guided(method: str) -> None:
+    torch.manual_seed(0)
+    given = [torch.randn(64, 32) @ torch.randn(32, 32) for _ in range(6)]
+    start = nn.Sequential(nn.Linear(32, 48), nn.Tanh(), nn.Linear(48, CLASSES))
+    results = []
+    for guidance in (0, 2):
+        config = tsq.QuantConfig(bits=2, group_size=16, method=method, guidance=guidance)
+        results.append(tsq.quantize(copy.deepcopy(start), config, given, loss=loss)[0].weight)
+    assert not torch.equal(*results)
+
+
+def test_rows_are_solved_under_the_statistics_of_their_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole chain, against statistics made by hand; deviation off, so that both passes are not needed."""
+    seen = {}
+    from tsq_layers import solving
+
+    original = solving.TwoStageGroupQuantizer
+
+    def spy(weight: Tensor, statistics: object, config: object, *, name: str) -> object:
+        seen[name] = statistics
+        return original(weight, statistics, config, name=name)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(solving, "TwoStageGroupQuantizer", spy)
+    model = net(torch.float32)
+    expected = by_hand(net(), 0, 2)
+    config = tsq.QuantConfig(bits=4, group_size=4, guidance=2, deviation="none")
+    tsq.quantize(model, config, [batch.float() for batch in batches()], loss=loss)
+    weights = torch.cat(expected) / torch.cat(expected).mean(0)
+    x = torch.cat(batches()).reshape(-1, WIDTH)
+    for group in range(2):
+        hessian = torch.einsum("t,ti,tj->ij", weights[:, group], x, x)
+        assert_close(seen["0"].hessian[group].double(), hessian, rtol=1e-4, atol=1e-4)
+    assert int(seen["0"].count) == len(x)
+
+
+def test_guidance_without_a_calibration_is_refused() -> None:
+    model = tsq.prepare(net(torch.float32), tsq.QuantConfig(guidance=2, group_size=4))
+    model(batches(1, torch.float32)[0])
+    with pytest.raises(tsq.errors.StateError, match="guidance needs calibrate"):
+        tsq.convert(model)

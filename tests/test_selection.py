@@ -1,0 +1,128 @@
+"""What is chosen on held-out tokens: deviation strength and damping."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+import tsq_layers as tsq
+from tsq_layers.config import QuantConfig
+from tsq_layers.errors import ConfigError, FewTokensWarning
+from tsq_layers.observer import Call, HessianObserver
+from tsq_layers.records import LayerStatistics
+from tsq_layers.solver import objective, selection
+
+pytestmark = pytest.mark.filterwarnings(f"ignore::{FewTokensWarning.__module__}.{FewTokensWarning.__name__}")
+K, N = 12, 10
+
+
+def tokens(count: int, seed: int, shift: float) -> tuple[Tensor, Tensor]:
+    """Inputs of the two streams: the quantised one is off by a part that x̃ predicts, and noise."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(K, K, generator=torch.Generator().manual_seed(99))
+    reference = torch.randn(count, K, generator=generator) @ mixing
+    return reference * (1 - shift) + 0.1 * torch.randn(count, K, generator=generator), reference
+
+
+def statistics(x: Tensor, reference: Tensor) -> LayerStatistics:
+    observer = HessianObserver(K)
+    observer.observe(x, reference)
+    return observer.statistics()
+
+
+def weight() -> Tensor:
+    return torch.randn(N, K, generator=torch.Generator().manual_seed(7))
+
+
+@pytest.mark.parametrize("fitted_tokens", [14, 40, 400])
+def test_strength_is_the_best_of_the_list_by_brute_force(fitted_tokens: int) -> None:
+    fitted, (x, reference) = statistics(*tokens(fitted_tokens, 1, 0.2)), tokens(100, 2, 0.2)
+    config = QuantConfig(bits=3, group_size=4, deviation_strength="auto")
+    chosen = selection.settle(config, weight(), fitted, statistics(x, reference))
+    errors = {}
+    for strength in selection.STRENGTHS:
+        problem = objective.build(weight(), fitted, dataclasses.replace(config, deviation_strength=strength))
+        errors[strength] = (x @ problem.refine_target.T - reference @ weight().T).square().mean().item()
+    assert chosen.deviation_strength == min(errors, key=errors.__getitem__)
+
+
+def test_error_is_the_output_error_but_for_a_constant() -> None:
+    x, reference = tokens(50, 3, 0.1)
+    differences = [torch.randn(N, K, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+    found = [selection.error(difference, weight(), statistics(x, reference)) for difference in differences]
+    exact = [
+        (x @ (weight() + difference).T - reference @ weight().T).square().sum(1).mean() for difference in differences
+    ]
+    assert_close(found[0] - found[1], exact[0] - exact[1], rtol=1e-3, atol=1e-3)
+
+
+def test_damping_is_chosen_from_the_list_and_more_of_it_for_fewer_tokens() -> None:
+    config = QuantConfig(bits=3, group_size=4, damping="auto", deviation="none")
+    few, many = (
+        [
+            selection.settle(
+                config, weight(), statistics(*tokens(count, seed, 0)), statistics(*tokens(500, 100 + seed, 0))
+            ).damping
+            for seed in range(12)
+        ]
+        for count in (13, 4000)
+    )
+    assert set(few) | set(many) <= set(selection.DAMPINGS)
+    assert sum(few) > sum(many)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("other", [None, LayerStatistics(torch.zeros(K, K), torch.zeros(()))], ids=["none", "empty"])
+def test_without_other_tokens_the_defaults_are_taken(other: LayerStatistics | None) -> None:
+    config = QuantConfig(damping="auto", deviation_strength="auto", group_size=4)
+    settled = selection.settle(config, weight(), statistics(*tokens(50, 1, 0)), other)
+    assert settled == QuantConfig(group_size=4)
+
+
+def test_a_settled_configuration_is_returned_as_it_is() -> None:
+    config = QuantConfig(group_size=4)
+    assert selection.settle(config, weight(), statistics(*tokens(50, 1, 0)), None) is config
+
+
+def test_the_quantizer_alone_cannot_choose() -> None:
+    with pytest.raises(ConfigError, match=r"calibrate\(\) chooses what is 'auto'"):
+        tsq.TwoStageGroupQuantizer(weight(), statistics(*tokens(50, 1, 0)), QuantConfig(damping="auto", group_size=4))
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+@pytest.mark.parametrize("parts", list(itertools.product((True, False), repeat=3)), ids=str)
+def test_the_parts_of_a_call_add_up_to_it(blocks: int, parts: tuple[bool, ...]) -> None:
+    paired, masked, weighted = parts
+    shape = (3, 7, K) if blocks == 1 or weighted else (3, 7, blocks, K)
+    x = torch.randn(shape, dtype=torch.float64)
+    call = Call(
+        x,
+        torch.randn_like(x) if paired else None,
+        torch.rand(3, 7) > 0.4 if masked else None,
+        torch.rand(3, 7, blocks) if weighted else None,
+    )
+    observers = [HessianObserver(K, blocks=blocks, dtype=torch.float64) for _ in range(3)]
+    first, last = call.split(0.2, dims=x.dim() - 2)
+    assert (first.x.shape[0], last.x.shape[0]) == (17, 4)
+    for part, observer in zip((call, first, last), observers, strict=True):
+        part.add_to(observer)
+    whole, most, rest = (observer.statistics() for observer in observers)
+    both = most + rest
+    assert int(both.count) == int(whole.count)
+    assert_close(both.hessian, whole.hessian)
+    if paired:
+        assert_close(both.deviation, whole.deviation)
+
+
+def test_calibration_chooses_for_each_layer_and_reports_it() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(K, 24), nn.ReLU(), nn.Linear(24, K), nn.Tanh(), nn.Linear(K, 4))
+    data = [torch.randn(64, K) for _ in range(5)]
+    config = QuantConfig(bits=2, group_size=4, deviation_strength="auto", damping="auto")
+    report = tsq.report(tsq.quantize(model, config, data))
+    assert [layer.tokens for layer in report.layers] == [320] * 3  # those that were held out are fitted in the end
+    assert all(layer.deviation_strength in selection.STRENGTHS for layer in report.layers)
+    assert all(layer.damping in selection.DAMPINGS for layer in report.layers)
+    assert report.layers[0].deviation_strength == 0.0  # nothing before it: no deviation
