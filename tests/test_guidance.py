@@ -88,7 +88,7 @@ def test_a_call_that_was_not_seen_has_no_weights() -> None:
     [
         (lambda model, batch: model(batch), "shape"),
         (lambda model, batch: model(batch).sum().detach(), "without gradient"),
-        (lambda model, batch: 1.0, "a float"),  # noqa: ARG005
+        (lambda model, batch: 1.0, "a float"),
     ],
     ids=["no scalar", "detached", "no tensor"],
 )
