@@ -94,6 +94,8 @@ class QuantLinear(nn.Module):
         def raw(*shape: int) -> Tensor:
             return torch.zeros(out_features, *shape, dtype=_bits_dtype(scale_dtype), device=device)
 
+        # Empty, and not saved: it only follows .to(dtype), as a weight would.
+        self.register_buffer("dtype_marker", torch.empty(0, dtype=dtype, device=device), persistent=False)
         stored = {
             "words": words(in_features),
             "scale_bits": None if tables else raw(groups),
@@ -101,17 +103,9 @@ class QuantLinear(nn.Module):
             "offset_bits": raw(groups) if offsets else None,
             "table_bits": raw(1 if tables == "row" else groups, 1 << bits) if tables else None,
         }
-        for name, tensor in stored.items():
-            if tensor is not None:
-                self.register_buffer(name, tensor)
-        # Empty, and not saved: it only follows .to(dtype), as a weight would.
-        self.register_buffer("dtype_marker", torch.empty(0, dtype=dtype, device=device), persistent=False)
-        for (
-            name,
-            tensor,
-        ) in stored.items():  # last: torch.export looks for buffers behind absent ones in the wrong place
-            if tensor is None:
-                self.register_buffer(name, None)
+        # Absent ones last: torch.export counts them, and takes a buffer behind one for the next.
+        for name, tensor in sorted(stored.items(), key=lambda item: item[1] is None):
+            self.register_buffer(name, tensor)
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
 
     @classmethod
