@@ -1,11 +1,13 @@
-"""The one meaning of code, scale, zero point, group and rounding; everyone imports it.
+"""The one meaning of code, scale, zero point, offset, table, group and rounding; everyone imports it.
 
-A weight is ``scale · (code − zero)``. Codes and zero points are integers in 0 … 2^bits − 1; a
+A weight is ``scale · (code − zero)``; two other kinds of grids are ``scale · code + offset``, with any
+number for an offset, and ``table[code]``, with any levels at all. Codes and zero points are integers in 0 … 2^bits − 1; a
 symmetric grid has the zero point 2^(bits−1) everywhere. A group is ``group_size`` consecutive
 columns of one row and has one scale and one zero point; the last group of a row may be short.
 Rounding is to the nearest integer, ties to even.
 
-Shapes: N rows (output features), K columns (input features), G groups a row, g columns a group.
+Shapes: N rows (output features), K columns (input features), G groups a row, g columns a group, T
+tables a row (1 or G), L = 2^bits levels a table.
 """
 
 import torch
@@ -66,6 +68,39 @@ def dequantize(
     working = torch.float64 if torch.float64 in (scales_NG.dtype, dtype) else torch.float32
     steps_NK = centered(codes_NK, zeros_NG, group_size, working)
     return scaled(steps_NK, scales_NG.to(working), group_size).to(dtype)
+
+
+def with_offsets(
+    codes_NK: Tensor, scales_NG: Tensor, offsets_NG: Tensor, group_size: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The weight matrix ``scales · codes + offsets``, (N, K); product and sum as in :func:`dequantize`.
+
+    Example:
+        >>> with_offsets(torch.tensor([[0, 1, 3]], dtype=torch.uint8), torch.tensor([[0.5, 2.0]]), torch.tensor([[-0.25, 1.0]]), 2)
+        tensor([[-0.2500,  0.2500,  7.0000]])
+    """
+    working = torch.float64 if torch.float64 in (scales_NG.dtype, dtype) else torch.float32
+    products_NGg = to_groups(codes_NK, group_size).to(working) * scales_NG.unsqueeze(-1).to(working)
+    return _from_groups(products_NGg + offsets_NG.unsqueeze(-1).to(working), codes_NK.shape[-1]).to(dtype)
+
+
+def look_up(codes_NK: Tensor, tables_NTL: Tensor, group_size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The weight matrix ``table[code]``, (N, K), rounded once to ``dtype``.
+
+    Args:
+        codes_NK: uint8, each less than L.
+        tables_NTL: levels, one table for each row (T = 1) or each group (T = G).
+        group_size: columns that share a table, if T is not 1.
+        dtype: of the result.
+
+    Example:
+        >>> look_up(torch.tensor([[0, 1, 1]], dtype=torch.uint8), torch.tensor([[[-2.0, 5.0]]]), 2)
+        tensor([[-2.,  5.,  5.]])
+    """
+    one_a_row = tables_NTL.shape[-2] == 1
+    codes_NTg = codes_NK.unsqueeze(-2) if one_a_row else to_groups(codes_NK, group_size)
+    levels_NTg = tables_NTL.to(dtype).gather(-1, codes_NTg.to(torch.int64))
+    return _from_groups(levels_NTg, codes_NK.shape[-1])
 
 
 def _from_groups(values_NGg: Tensor, columns: int) -> Tensor:

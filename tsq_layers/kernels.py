@@ -1,23 +1,35 @@
-"""Run a packed layer: pure functions from words, scales and packed zero points to outputs.
+"""Run a packed layer: pure functions from words and grids to outputs.
+
+A packed weight is three tensors and three numbers. ``words`` are the packed codes; what they stand for
+say ``grids`` and ``shifts``:
+
+========================  ======================  ============================================
+weight                    grids                   shifts
+========================  ======================  ============================================
+scales · (codes − zeros)  scales (N, G)           zero points packed like codes, int32 (N, W');
+                                                  ``None`` is the constant 2^(bits−1)
+scales · codes + offsets  scales (N, G)           offsets (N, G) in the dtype of the scales
+table[code]               tables (N, T, 2^bits)   ``None``
+========================  ======================  ============================================
+
+Grids are float16, bfloat16 or float32. There is a table for each row (T = 1) or each group (T = G).
 
 With many rows of input the weight is dequantised once and multiplied, uncompiled. With few rows
-(decoding) the words are the traffic, so one pass over them must do everything: an unrolled sum over
-the fields of a word, which Inductor turns into one loop. Those functions are compiled here, one for
-each kind of call; inside somebody else's ``torch.compile`` they are inlined, and wherever tensors
-have no values (fake, meta, exporting) the plain path runs.
+(decoding) the words are the traffic, so one pass over them must do everything, see
+:mod:`tsq_layers.few_rows`. Those functions are compiled here, one for each kind of call; inside
+somebody else's ``torch.compile`` they are inlined, and wherever tensors have no values (fake, meta,
+exporting) the plain path runs.
 
 Shapes: N rows of the weight (outputs), K columns (inputs), G groups a row, W words a row, M rows of
-input. In the pass over the words a row of the weight is cut into T segments of R runs of h columns;
-the scale is constant in a run.
+input, T tables a row.
 """
 # A packed layer is six values; Dynamo and autograd want them flat.
 
 import math
 import warnings
 from collections.abc import Callable
-from functools import reduce
 from types import FunctionType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,43 +38,34 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from tsq_layers import grid, packing
 from tsq_layers.errors import CompileWarning, LayerError
+from tsq_layers.few_rows import Format, few_rows, one_pass
 
 FEW_ROWS = 8
 """Up to this many rows of input one pass over the words is faster than dequantising first."""
-
-_SHORTEST_RUN = 4
-"""Shorter runs of one scale fill no vector; the weight is then dequantised first."""
-
 
 _BLOCK = 2**21
 """Weights that are dequantised at a time."""
 
 
-class _Format(NamedTuple):
-    bits: int
-    group_size: int
-    columns: int
-
-
 def dequantize(
     words: Tensor,
-    scales: Tensor,
-    zero_words: Tensor | None,
+    grids: Tensor,
+    shifts: Tensor | None,
     bits: int,
     group_size: int,
     columns: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The weight matrix that packed codes stand for, bit-equal to :func:`grid.dequantize`.
+    """The weight matrix that packed codes stand for, bit-equal to what :mod:`tsq_layers.grid` makes of them.
 
     Args:
         words: packed codes, int32 (N, W).
-        scales: float16, bfloat16 or float32 (N, G).
-        zero_words: zero points packed like codes, int32 (N, W'); ``None`` is a symmetric grid.
+        grids: scales or tables, as above.
+        shifts: packed zero points, offsets or ``None``, as above.
         bits: width of a code and of a zero point.
-        group_size: columns that share a scale.
+        group_size: columns that share a scale or a table.
         columns: K.
-        dtype: of the result; the product is taken in float32 (float64) and rounded once.
+        dtype: of the result; products and sums are taken in float32 (float64) and rounded once.
 
     Returns:
         (N, K) in ``dtype``.
@@ -72,23 +75,32 @@ def dequantize(
         >>> dequantize(words, torch.tensor([[0.5]]), None, 2, 4, 4, torch.float32)
         tensor([[-1.0000, -0.5000,  0.0000,  0.5000]])
     """
-    form, rows = _Format(bits, group_size, columns), words.shape[0]
+    form, rows = _format(grids, bits, group_size, columns), words.shape[0]
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or rows * columns <= _BLOCK:
-        return _dequantize(words, scales, zero_words, form, dtype)
+        return _dequantize(words, grids, shifts, form, dtype)
     # A block of rows at a time: the many float32 intermediates stay small.
     weight_NK = torch.empty(rows, columns, dtype=dtype, device=words.device)
     step = max(1, _BLOCK // columns)
     for first in range(0, rows, step):
         count = min(step, rows - first)
-        zeros = None if zero_words is None else zero_words.narrow(0, first, count)
-        block = _dequantize(words.narrow(0, first, count), scales.narrow(0, first, count), zeros, form, dtype)
+        some = None if shifts is None else shifts.narrow(0, first, count)
+        block = _dequantize(words.narrow(0, first, count), grids.narrow(0, first, count), some, form, dtype)
         weight_NK.narrow(0, first, count).copy_(block)
     return weight_NK
 
 
-def _dequantize(words: Tensor, scales: Tensor, zero_words: Tensor | None, form: _Format, dtype: torch.dtype) -> Tensor:
+def _dequantize(words: Tensor, grids: Tensor, shifts: Tensor | None, form: Format, dtype: torch.dtype) -> Tensor:
     codes_NK = packing.unpack(words, form.bits, form.columns)
-    return grid.dequantize(codes_NK, scales, zero_points(scales, zero_words, form.bits), form.group_size, dtype)
+    if grids.dim() == 3:
+        return grid.look_up(codes_NK, grids, form.group_size, dtype)
+    if shifts is not None and shifts.is_floating_point():
+        return grid.with_offsets(codes_NK, grids, shifts, form.group_size, dtype)
+    return grid.dequantize(codes_NK, grids, zero_points(grids, shifts, form.bits), form.group_size, dtype)
+
+
+def _format(grids: Tensor, bits: int, group_size: int, columns: int) -> Format:
+    """With one table a row, the row is the group."""
+    return Format(bits, columns if grids.dim() == 3 and grids.shape[1] == 1 else group_size, columns)
 
 
 def zero_points(scales: Tensor, zero_words: Tensor | None, bits: int) -> Tensor:
@@ -101,8 +113,8 @@ def zero_points(scales: Tensor, zero_words: Tensor | None, bits: int) -> Tensor:
 def linear(
     x: Tensor,
     words: Tensor,
-    scales: Tensor,
-    zero_words: Tensor | None,
+    grids: Tensor,
+    shifts: Tensor | None,
     bias: Tensor | None,
     bits: int,
     group_size: int,
@@ -116,11 +128,11 @@ def linear(
     Args:
         x: floating point (…, K); any number of dimensions from one, any number of rows.
         words: packed codes, int32 (N, W).
-        scales: float16, bfloat16 or float32 (N, G).
-        zero_words: zero points packed like codes, int32 (N, W'); ``None`` is a symmetric grid.
+        grids: scales or tables, as above.
+        shifts: packed zero points, offsets or ``None``, as above.
         bias: (N,) or ``None``.
         bits: width of a code and of a zero point.
-        group_size: columns that share a scale.
+        group_size: columns that share a scale or a table.
         columns: K.
 
     Returns:
@@ -143,12 +155,12 @@ def linear(
         )
     x = autocast(x)
     bias = None if bias is None else bias.to(x.dtype)
-    form = _Format(bits, group_size, columns)
+    form = _format(grids, bits, group_size, columns)
     differentiable = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     if differentiable and not torch.compiler.is_exporting() and not torch._C._are_functorch_transforms_active():
-        output: Tensor = _Linear.apply(x, words, scales, zero_words, bias, form)
+        output: Tensor = _Linear.apply(x, words, grids, shifts, bias, form)
         return output
-    return _forward(x, words, scales, zero_words, bias, form)
+    return _forward(x, words, grids, shifts, bias, form)
 
 
 def autocast(x: Tensor) -> Tensor:
@@ -168,112 +180,49 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x: Tensor, words: Tensor, scales: Tensor, zero_words: Tensor | None, bias: Tensor | None, form: _Format
+        x: Tensor, words: Tensor, grids: Tensor, shifts: Tensor | None, bias: Tensor | None, form: Format
     ) -> Tensor:
-        return _forward(x, words, scales, zero_words, bias, form)
+        return _forward(x, words, grids, shifts, bias, form)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
-        _, words, scales, zero_words, _, form = inputs
-        ctx.save_for_backward(words, scales, zero_words)
+        _, words, grids, shifts, _, form = inputs
+        ctx.save_for_backward(words, grids, shifts)
         ctx.form = form
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        words, scales, zero_words = ctx.saved_tensors
+        words, grids, shifts = ctx.saved_tensors
         to_x = to_bias = None
         if ctx.needs_input_grad[0]:
-            form: _Format = ctx.form
-            to_x = gradient @ dequantize(words, scales, zero_words, *form, gradient.dtype)
+            form: Format = ctx.form
+            to_x = gradient @ dequantize(words, grids, shifts, *form, gradient.dtype)
         if ctx.needs_input_grad[4]:
             to_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0)
         return to_x, None, None, None, to_bias, None
 
 
 def _forward(
-    x: Tensor, words: Tensor, scales: Tensor, zero_words: Tensor | None, bias: Tensor | None, form: _Format
+    x: Tensor, words: Tensor, grids: Tensor, shifts: Tensor | None, bias: Tensor | None, form: Format
 ) -> Tensor:
     # While exporting, the number of rows may be a symbol that must not be compared.
     if torch.compiler.is_exporting() or not one_pass(form.bits, form.group_size, form.columns):
-        return _dense(x, words, scales, zero_words, bias, form)
+        return _dense(x, words, grids, shifts, bias, form)
     rows = math.prod(x.shape[:-1])
     if rows == 0 or rows > FEW_ROWS:
-        return _dense(x, words, scales, zero_words, bias, form)
+        return _dense(x, words, grids, shifts, bias, form)
     x_MK = x.reshape(rows, form.columns)
     if torch.compiler.is_compiling():
-        y_MN = _few_rows(x_MK, words, scales, zero_words, bias, form)
+        y_MN = few_rows(x_MK, words, grids, shifts, bias, form)
     elif _can_compile(x):
-        y_MN = _run_compiled(x_MK, words, scales, zero_words, bias, form)
+        y_MN = _run_compiled(x_MK, words, grids, shifts, bias, form)
     else:
-        y_MN = _dense(x_MK, words, scales, zero_words, bias, form)
+        y_MN = _dense(x_MK, words, grids, shifts, bias, form)
     return y_MN.to(x.dtype).reshape(*x.shape[:-1], words.shape[0])
 
 
-def _dense(
-    x: Tensor, words: Tensor, scales: Tensor, zero_words: Tensor | None, bias: Tensor | None, form: _Format
-) -> Tensor:
-    return F.linear(x, dequantize(words, scales, zero_words, *form, x.dtype), bias)
-
-
-# --- one pass over the words -------------------------------------------------------------------
-
-
-def _run_length(bits: int, group_size: int, columns: int) -> int:
-    """h, the longest run that tiles every segment and crosses no group's border."""
-    segment = packing.planes(columns, bits)[-1].words
-    return segment if group_size >= columns else math.gcd(segment, group_size)
-
-
-def one_pass(bits: int, group_size: int, columns: int) -> bool:
-    """Whether few rows of input are done in one pass over the words.
-
-    The segments of all planes must fit into one another, and runs of one scale must not be too
-    short: both hold when K is a multiple of 32 and K·bits/32 has a factor in common with the groups.
-    """
-    layout = packing.planes(columns, bits)
-    base = layout[-1]
-    nested = all(plane.words * base.bits == base.words * plane.bits for plane in layout)
-    return nested and _run_length(bits, group_size, columns) >= _SHORTEST_RUN
-
-
-def _per_run(values_NG: Tensor, form: _Format, shape: tuple[int, int]) -> Tensor:
-    """Values per group as values per run, (N, T, R, 1); runs behind the last column get 0."""
-    count = shape[0] * shape[1]
-    h = _run_length(*form)
-    values = values_NG.repeat_interleave(count if form.group_size >= form.columns else form.group_size // h, dim=1)
-    return F.pad(values, (0, count - values.shape[1])).reshape(-1, *shape, 1)
-
-
-def _few_rows(
-    x_MK: Tensor, words: Tensor, scales: Tensor, zero_words: Tensor | None, bias: Tensor | None, form: _Format
-) -> Tensor:
-    """The sum over segments t of ``x[t] · (codes[t] − zeros[t]) · scales[t]``, and then over runs.
-
-    float32 (float64 for float64 inputs), (M, N).
-    """
-    layout = packing.planes(form.columns, form.bits)
-    base, h = layout[-1], _run_length(*form)
-    T, R = base.fields, base.words // h
-    working = torch.float64 if torch.float64 in (x_MK.dtype, scales.dtype) else torch.float32
-    x_MTRh = F.pad(x_MK.to(working), (0, T * R * h - form.columns)).reshape(-1, T, R, h)
-    scales_NTR = _per_run(scales.to(working), form, (T, R))
-    zeros_NTR = None
-    if zero_words is not None:
-        zeros_NTR = _per_run(zero_points(scales, zero_words, form.bits).to(torch.int32), form, (T, R))
-    # A wider plane has several of the base's segments in each of its own: (N, segments, R, h).
-    rows = words.shape[0]
-    parts = [(plane, words.narrow(1, plane.start, plane.words).view(rows, -1, R, h).unbind(1)) for plane in layout]
-    terms = []
-    for t in range(T):
-        codes = reduce(
-            torch.add, [packing.field_of(part[t % len(part)], plane, t // len(part)) for plane, part in parts]
-        )
-        # Subtracted as integers: the zero point's share of the sum would cancel, and cost digits.
-        steps = codes - (2 ** (form.bits - 1) if zeros_NTR is None else zeros_NTR.select(1, t))
-        terms.append(steps.to(working) * scales_NTR.select(1, t) * x_MTRh.select(1, t).unsqueeze(1))
-    total = reduce(torch.add, terms)
-    y_MN = total.sum((-1, -2))
-    return y_MN if bias is None else y_MN + bias
+def _dense(x: Tensor, words: Tensor, grids: Tensor, shifts: Tensor | None, bias: Tensor | None, form: Format) -> Tensor:
+    return F.linear(x, dequantize(words, grids, shifts, *form, x.dtype), bias)
 
 
 # --- compilation -------------------------------------------------------------------------------
@@ -295,22 +244,22 @@ def _compiled_for(key: tuple[Any, ...]) -> Callable[..., Tensor]:
     nine shapes of layers would run its ninth eagerly. So every kind has a code object of its own.
     """
     if key not in _compiled:
-        code = _few_rows.__code__.replace(co_name=f"few_rows_{len(_compiled)}")
-        _compiled[key] = torch.compile(FunctionType(code, _few_rows.__globals__), fullgraph=True, dynamic=False)
+        code = few_rows.__code__.replace(co_name=f"few_rows_{len(_compiled)}")
+        _compiled[key] = torch.compile(FunctionType(code, few_rows.__globals__), fullgraph=True, dynamic=False)
     return _compiled[key]
 
 
 def _run_compiled(
-    x_MK: Tensor, words: Tensor, scales: Tensor, zero_words: Tensor | None, bias: Tensor | None, form: _Format
+    x_MK: Tensor, words: Tensor, grids: Tensor, shifts: Tensor | None, bias: Tensor | None, form: Format
 ) -> Tensor:
-    """:func:`_few_rows`, compiled; whatever Dynamo would recompile for is in the key or made equal here."""
+    """:func:`few_rows`, compiled; whatever Dynamo would recompile for is in the key or made equal here."""
     device = x_MK.device
     autocast = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
     single, inference = (
         x_MK.shape[0] == 1,
         (torch.is_inference_mode_enabled(), x_MK.is_inference(), words.is_inference()),
     )
-    # Inductor vectorises no loop that reads both bfloat16 and float16: only scales may be either.
+    # Inductor vectorises no loop that reads both bfloat16 and float16: only grids may be either.
     working = torch.float64 if x_MK.dtype == torch.float64 else torch.float32
     x_run = x_MK.detach().to(working).contiguous()
     bias_run = None if bias is None else bias.detach().to(working)
@@ -318,10 +267,11 @@ def _run_compiled(
         form,
         words.shape[0],
         working,
-        scales.dtype,
+        grids.dtype,
+        grids.dim(),
         device,
         bias is None,
-        zero_words is None,
+        None if shifts is None else shifts.dtype,
         single,
         autocast,
         inference,
@@ -330,7 +280,7 @@ def _run_compiled(
         torch._dynamo.maybe_mark_dynamic(x_run, 0)
     try:
         with torch.no_grad():
-            return _compiled_for(key)(x_run, words, scales, zero_words, bias_run, form)
+            return _compiled_for(key)(x_run, words, grids, shifts, bias_run, form)
     except (torch._dynamo.exc.ShortenTraceback, torch._dynamo.exc.InternalTorchDynamoError) as error:
         _uncompilable.add(device.type)
         reason = " ".join(str(error).strip().splitlines()[:2])
@@ -339,4 +289,4 @@ def _run_compiled(
             CompileWarning,
             stacklevel=2,
         )
-        return _dense(x_MK, words, scales, zero_words, bias, form)
+        return _dense(x_MK, words, grids, shifts, bias, form)

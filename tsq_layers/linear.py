@@ -1,21 +1,25 @@
-"""`QuantLinear`: a linear layer whose weight is packed codes, scales and zero points.
+"""`QuantLinear`: a linear layer whose weight is packed codes, and scales and zero points, offsets, or look-up tables.
 
 Shapes: N out_features, K in_features, G groups a row, W words a row.
 """
+
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from tsq_layers import grid, kernels, packing
 from tsq_layers.errors import LayerError
-from tsq_layers.records import SCALE_DTYPES, QuantizedWeight
+from tsq_layers.records import SCALE_DTYPES, QuantizedWeight, check_kind
 
 
 class QuantLinear(nn.Module):
     """A linear layer with a packed weight: ``y = x Wᵀ + b``, W = scales · (codes − zeros).
 
+    With ``offsets`` W = scales · codes + offsets, with ``tables`` W = table[code].
+
     All that it stores are plain buffers, so that it can be moved, copied and saved like any module.
-    Words, the scales' raw bits and zero points are integers: no change of dtype can touch them.
+    Words, zero points and the raw bits of scales, offsets and tables are integers: no change of dtype can touch them.
     ``.to(dtype)`` changes ``bias`` and the dtype of :attr:`weight`. The layer computes in the dtype
     of its input (under autocast, in that of autocast), and sums in at least float32.
 
@@ -26,12 +30,14 @@ class QuantLinear(nn.Module):
         group_size: columns that share a scale, ``None`` for the whole row; it need not divide K.
         symmetric: the zero points are the constant 2^(bits−1) and not stored.
         bias: whether there is a bias. It is a parameter and, as in ``nn.Linear``, trainable.
-        scale_dtype: float16, bfloat16 or float32. The state dict holds the scales' raw bits, so
-            it must be loaded into a layer of the same ``scale_dtype``.
+        scale_dtype: float16, bfloat16 or float32, of offsets and tables too. The state dict holds
+            raw bits, so it must be loaded into a layer of the same ``scale_dtype``.
         device: of all tensors.
         dtype: of ``bias`` and of :attr:`weight`.
+        offsets: each group has an offset in ``scale_dtype`` in the place of a zero point.
+        tables: a look-up table for each ``"row"`` or each ``"group"``, in the place of scales and zero points.
 
-    The new layer is empty, for loading a state dict: all words, scales and biases are zero. Use
+    The new layer is empty, for loading a state dict: all words, grids and biases are zero. Use
     :meth:`from_quantized` or :meth:`from_float` to make one from a quantised weight.
 
     Raises:
@@ -52,8 +58,10 @@ class QuantLinear(nn.Module):
     """
 
     words: Tensor
-    scale_bits: Tensor
+    scale_bits: Tensor | None
     zero_words: Tensor | None
+    offset_bits: Tensor | None
+    table_bits: Tensor | None
     bias: nn.Parameter | None
     dtype_marker: Tensor
 
@@ -69,25 +77,35 @@ class QuantLinear(nn.Module):
         scale_dtype: torch.dtype = torch.float16,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
+        offsets: bool = False,
+        tables: Literal["row", "group"] | None = None,
     ) -> None:
         super().__init__()
         _check(in_features, out_features, bits, group_size, scale_dtype)
+        _check_tables(bits, tables, symmetric=symmetric, offsets=offsets)
         self.in_features, self.out_features = in_features, out_features
         self.bits, self.group_size, self.symmetric = bits, group_size or in_features, symmetric
-        self.scale_dtype = scale_dtype
+        self.scale_dtype, self.codebook = scale_dtype, tables
         groups = grid.group_count(in_features, self.group_size)
 
         def words(columns: int) -> Tensor:
             return torch.zeros(out_features, packing.word_count(columns, bits), dtype=torch.int32, device=device)
 
-        self.register_buffer("words", words(in_features))
-        self.register_buffer(
-            "scale_bits",
-            torch.zeros(out_features, groups, dtype=scale_dtype, device=device).view(_bits_dtype(scale_dtype)),
-        )
-        self.register_buffer("zero_words", None if symmetric else words(groups))
+        def raw(*shape: int) -> Tensor:
+            return torch.zeros(out_features, *shape, dtype=_bits_dtype(scale_dtype), device=device)
+
         # Empty, and not saved: it only follows .to(dtype), as a weight would.
         self.register_buffer("dtype_marker", torch.empty(0, dtype=dtype, device=device), persistent=False)
+        stored = {
+            "words": words(in_features),
+            "scale_bits": None if tables else raw(groups),
+            "zero_words": None if symmetric or offsets or tables else words(groups),
+            "offset_bits": raw(groups) if offsets else None,
+            "table_bits": raw(1 if tables == "row" else groups, 1 << bits) if tables else None,
+        }
+        # Absent ones last: torch.export counts them, and takes a buffer behind one for the next.
+        for name, tensor in sorted(stored.items(), key=lambda item: item[1] is None):
+            self.register_buffer(name, tensor)
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
 
     @classmethod
@@ -97,7 +115,7 @@ class QuantLinear(nn.Module):
         """Pack a quantised weight, on its device.
 
         Args:
-            weight: codes (N, K), scales and zero points (N, G); not changed, not kept.
+            weight: codes and grids; not changed, not kept.
             bias: (N,), copied. A parameter keeps its ``requires_grad``; of a plain tensor a
                 trainable parameter is made.
             dtype: of ``bias`` and :attr:`weight`; by default that of ``bias``, or torch's default.
@@ -113,12 +131,13 @@ class QuantLinear(nn.Module):
         layer = cls(
             columns, rows, bits=weight.bits, group_size=weight.group_size, symmetric=weight.symmetric,
             bias=False, scale_dtype=weight.scales.dtype, device="meta", dtype=dtype,
+            offsets=weight.offsets is not None, tables=_codebook(weight),
         )  # fmt: skip
         layer.words = packing.pack(weight.codes, weight.bits)
-        layer.scale_bits = (
-            weight.scales.detach().clone(memory_format=torch.contiguous_format).view(_bits_dtype(weight.scales.dtype))
-        )
-        layer.zero_words = None if weight.symmetric else packing.pack(weight.zeros, weight.bits)
+        layer.scale_bits = None if layer.scale_bits is None else _raw(weight.scales)
+        layer.zero_words = None if layer.zero_words is None else packing.pack(weight.zeros, weight.bits)
+        layer.offset_bits = None if weight.offsets is None else _raw(weight.offsets)
+        layer.table_bits = None if weight.tables is None else _raw(weight.tables)
         layer.dtype_marker = torch.empty(0, dtype=dtype, device=weight.codes.device)
         if bias is not None:
             trainable = bias.requires_grad if isinstance(bias, nn.Parameter) else True
@@ -146,8 +165,31 @@ class QuantLinear(nn.Module):
 
     @property
     def scales(self) -> Tensor:
-        """Scales (N, G) in ``scale_dtype``: a view of ``scale_bits``."""
+        """Scales (N, G) in ``scale_dtype``: a view of ``scale_bits``. Beside tables there are none: (N, 0)."""
+        if self.scale_bits is None:
+            return torch.empty(self.out_features, 0, dtype=self.scale_dtype, device=self.words.device)
         return self.scale_bits.view(self.scale_dtype)
+
+    @property
+    def offsets(self) -> Tensor | None:
+        """Offsets (N, G) in ``scale_dtype``: a view of ``offset_bits``."""
+        return None if self.offset_bits is None else self.offset_bits.view(self.scale_dtype)
+
+    @property
+    def tables(self) -> Tensor | None:
+        """Levels (N, T, 2^bits) in ``scale_dtype``, T = 1 or G: a view of ``table_bits``."""
+        return None if self.table_bits is None else self.table_bits.view(self.scale_dtype)
+
+    @property
+    def grids(self) -> Tensor:
+        """What :mod:`tsq_layers.kernels` calls so: tables, or else scales."""
+        tables = self.tables
+        return self.scales if tables is None else tables
+
+    @property
+    def shifts(self) -> Tensor | None:
+        """What :mod:`tsq_layers.kernels` calls so: packed zero points, or offsets."""
+        return self.zero_words if self.offset_bits is None else self.offsets
 
     @property
     def weight(self) -> Tensor:
@@ -161,8 +203,9 @@ class QuantLinear(nn.Module):
 
     @property
     def bits_per_weight(self) -> float:
-        """All stored bits of the weight (words, scales, zero words) for each of its N·K entries."""
-        stored = [tensor for tensor in (self.words, self.scale_bits, self.zero_words) if tensor is not None]
+        """All stored bits of the weight (words, and scales, zero words, offsets or tables) for each of its N·K entries."""
+        buffers = (self.words, self.scale_bits, self.zero_words, self.offset_bits, self.table_bits)
+        stored = [tensor for tensor in buffers if tensor is not None]
         return (
             sum(tensor.numel() * tensor.element_size() for tensor in stored)
             * 8
@@ -170,9 +213,9 @@ class QuantLinear(nn.Module):
         )
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The weight (N, K) in any floating dtype, its products taken in float32 (float64) and rounded once."""
+        """The weight (N, K) in any floating dtype, computed in float32 (float64) and rounded once."""
         return kernels.dequantize(
-            self.words, self.scales, self.zero_words, self.bits, self.group_size, self.in_features, dtype
+            self.words, self.grids, self.shifts, self.bits, self.group_size, self.in_features, dtype
         )
 
     def rows(self, ids: Tensor) -> Tensor:
@@ -196,16 +239,24 @@ class QuantLinear(nn.Module):
                 f"ids are {ids.dtype}; give int32 or int64, numbers of rows in 0 … {self.out_features - 1}"
             )
         flat = ids.reshape(-1)
-        words, scales = self.words.index_select(0, flat), self.scales.index_select(0, flat)
-        zero_words = None if self.zero_words is None else self.zero_words.index_select(0, flat)
-        rows = kernels.dequantize(words, scales, zero_words, self.bits, self.group_size, self.in_features, self.dtype)
+        words, grids, shifts = (
+            None if values is None else values.index_select(0, flat) for values in (self.words, self.grids, self.shifts)
+        )
+        assert words is not None
+        assert grids is not None
+        rows = kernels.dequantize(words, grids, shifts, self.bits, self.group_size, self.in_features, self.dtype)
         return rows.reshape(*ids.shape, self.in_features)
 
     def quantized_weight(self) -> QuantizedWeight:
-        """Codes, scales and zero points; exact inverse of :meth:`from_quantized`."""
+        """Codes and grids; exact inverse of :meth:`from_quantized`."""
         codes = packing.unpack(self.words, self.bits, self.in_features)
-        zeros = kernels.zero_points(self.scale_bits, self.zero_words, self.bits)
-        return QuantizedWeight(codes, self.scales.clone(), zeros, self.bits, self.group_size, self.symmetric)
+        offsets, tables = (None if values is None else values.clone() for values in (self.offsets, self.tables))
+        if offsets is None and tables is None:
+            zeros = kernels.zero_points(self.scales, self.zero_words, self.bits)
+        else:
+            zeros = torch.zeros_like(self.scales, dtype=torch.uint8)
+        scales = self.scales.clone()
+        return QuantizedWeight(codes, scales, zeros, self.bits, self.group_size, self.symmetric, offsets, tables)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (so it is called in nn.Linear)
         """``x Wᵀ + b``: (…, K) → (…, N) in the dtype of ``input``, or in that of autocast.
@@ -214,18 +265,37 @@ class QuantLinear(nn.Module):
             LayerError: the last dimension of ``input`` is not K, or it is not floating point.
         """
         return kernels.linear(
-            input, self.words, self.scales, self.zero_words, self.bias, self.bits, self.group_size, self.in_features
+            input, self.words, self.grids, self.shifts, self.bias, self.bits, self.group_size, self.in_features
         )
 
     def extra_repr(self) -> str:
         """What the layer is, for ``repr``."""
         shape = f"in_features={self.in_features}, out_features={self.out_features}"
         grids = f"bits={self.bits}, group_size={self.group_size}, symmetric={self.symmetric}"
+        grids += ", offsets=True" if self.offset_bits is not None else ""
+        grids += f", tables={self.codebook!r}" if self.codebook else ""
         return f"{shape}, {grids}, bias={self.bias is not None}, bits_per_weight={self.bits_per_weight:.2f}"
 
 
 def _bits_dtype(scale_dtype: torch.dtype) -> torch.dtype:
     return torch.int32 if scale_dtype.itemsize == 4 else torch.int16
+
+
+def _raw(values: Tensor) -> Tensor:
+    """A copy of the raw bits."""
+    return values.detach().clone(memory_format=torch.contiguous_format).view(_bits_dtype(values.dtype))
+
+
+def _codebook(weight: QuantizedWeight) -> Literal["row", "group"] | None:
+    if weight.tables is None:
+        return None
+    return "row" if weight.tables.shape[1] == 1 else "group"
+
+
+def _check_tables(bits: int, tables: str | None, *, symmetric: bool, offsets: bool) -> None:
+    if tables not in (None, "row", "group"):
+        raise LayerError(f"tables={tables!r}: give 'row', 'group' or None")
+    check_kind(bits, symmetric=symmetric, offsets=offsets, tables=tables is not None)
 
 
 def _check(in_features: int, out_features: int, bits: int, group_size: int | None, scale_dtype: torch.dtype) -> None:

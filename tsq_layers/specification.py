@@ -1,7 +1,8 @@
 """How to build an empty quantised layer: what every file that holds packed layers says of each."""
 
+import dataclasses
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Literal, Self
 
 import torch
 
@@ -27,6 +28,8 @@ class LayerSpec:
     bias: bool
     scale_dtype: str
     dtype: str
+    offsets: bool = False
+    tables: Literal["row", "group"] | None = None
 
     @classmethod
     def of(cls, layer: QuantLinear) -> Self:
@@ -39,7 +42,20 @@ class LayerSpec:
             bias=layer.bias is not None,
             scale_dtype=dtype_name(layer.scale_dtype),
             dtype=dtype_name(layer.dtype),
+            offsets=layer.offset_bits is not None,
+            tables=layer.codebook,
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values. Fields that have a default are left out where they have it: older files lack them.
+
+        Example:
+            >>> spec = LayerSpec.of(QuantLinear(16, 8, bits=2, group_size=8, tables="row"))
+            >>> LayerSpec(**spec.to_dict()) == spec, "tables" in spec.to_dict(), "offsets" in spec.to_dict()
+            (True, True, False)
+        """
+        fields = [(f.name, f.default, getattr(self, f.name)) for f in dataclasses.fields(self)]
+        return {name: value for name, default, value in fields if value != default}
 
     def build(self, name: str, file: str = "tsq.json") -> QuantLinear:
         """The layer on the meta device: shapes and dtypes, no values.
@@ -62,6 +78,8 @@ class LayerSpec:
                 scale_dtype=dtype_of(self.scale_dtype),
                 device="meta",
                 dtype=dtype_of(self.dtype),
+                offsets=self.offsets,
+                tables=self.tables,
             )
         except (TSQError, TypeError, RuntimeError) as error:
             raise CheckpointError(

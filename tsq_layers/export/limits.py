@@ -53,6 +53,7 @@ def check(layers: Mapping[str, QuantLinear], limits: Limits) -> None:
         ExportError: the first such layer, what the format holds, and the nearest configuration that it can hold.
     """
     for name, layer in layers.items():
+        _check_kind(name, layer, limits.format_name)
         if _fits(layer, limits):
             if limits.scale_dtype is not None and not is_exact(layer.scales, limits.scale_dtype):
                 raise ExportError(
@@ -66,6 +67,19 @@ def check(layers: Mapping[str, QuantLinear], limits: Limits) -> None:
             changes = ", ".join(f"{key}={value!r}" for key, value in nearest(layer, limits).items())
             cure = f"the nearest that it holds is QuantConfig({changes})"
         raise ExportError(f"{has}, and {limits.format_name} holds {limits}: {cure}")
+
+
+def _check_kind(name: str, layer: QuantLinear, format_name: str) -> None:
+    if layer.codebook is not None:
+        has, cure = "look-up tables", "a method other than 'lnq'"
+    elif layer.offset_bits is not None:
+        has, cure = "float offsets", "zero_points='integer'"
+    else:
+        return
+    raise ExportError(
+        f"layer {name!r} has {has}, and {format_name} holds scales with integer zero points only: quantise it with {cure}, "
+        "or add it to skip"
+    )
 
 
 def _fits(layer: QuantLinear, limits: Limits) -> bool:

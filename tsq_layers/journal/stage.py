@@ -26,7 +26,7 @@ from tsq_layers.specification import LayerSpec
 
 _NAME = re.compile(r"stage-(\d{6,})-([0-9a-f]{64})\.safetensors")
 _METADATA = "tsq_journal"
-_BUFFERS = ("words", "scale_bits", "zero_words")
+_BUFFERS = ("words", "scale_bits", "zero_words", "offset_bits", "table_bits")
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def encode(solved: Mapping[str, tuple[QuantLinear, LayerReport]], number: int, r
     layers = []
     for index, (name, (layer, report)) in enumerate(solved.items()):
         spec = dataclasses.replace(LayerSpec.of(layer), bias=False)
-        layers.append({"name": name, "spec": dataclasses.asdict(spec), "report": report.to_dict()})
+        layers.append({"name": name, "spec": spec.to_dict(), "report": report.to_dict()})
         for buffer in _stored(layer):
             # Copied: layers of a stack may be slices of one tensor, which safetensors refuses.
             tensors[f"{index}.{buffer}"] = getattr(layer, buffer).detach().to("cpu", copy=True).contiguous()

@@ -90,7 +90,7 @@ def convolve(x: Tensor, matrix: QuantLinear, geometry: Geometry) -> Tensor:
     padded = geometry.pad(kernels.autocast(x), done=geometry.own_padding)
     bias = None if matrix.bias is None else matrix.bias.to(padded.dtype)
     form = _Form(matrix.bits, matrix.group_size, matrix.in_features)
-    arguments = (padded, bias, matrix.words, matrix.scales, matrix.zero_words, form, geometry)
+    arguments = (padded, bias, matrix.words, matrix.grids, matrix.shifts, form, geometry)
     differentiable = torch.is_grad_enabled() and (padded.requires_grad or (bias is not None and bias.requires_grad))
     if differentiable and not torch.compiler.is_exporting() and not torch._C._are_functorch_transforms_active():
         output: Tensor = _Convolution.apply(*arguments)
@@ -102,20 +102,20 @@ def _forward(
     x: Tensor,
     bias: Tensor | None,
     words: Tensor,
-    scales: Tensor,
-    zero_words: Tensor | None,
+    grids: Tensor,
+    shifts: Tensor | None,
     form: _Form,
     geometry: Geometry,
 ) -> Tensor:
-    weight = _weight(words, scales, zero_words, form, geometry, x.dtype)
+    weight = _weight(words, grids, shifts, form, geometry, x.dtype)
     convolution = CONVOLUTIONS[len(geometry.kernel_size)]
     return convolution(x, weight, bias, geometry.stride, geometry.own_padding, geometry.dilation, geometry.groups)
 
 
 def _weight(
-    words: Tensor, scales: Tensor, zero_words: Tensor | None, form: _Form, geometry: Geometry, dtype: torch.dtype
+    words: Tensor, grids: Tensor, shifts: Tensor | None, form: _Form, geometry: Geometry, dtype: torch.dtype
 ) -> Tensor:
-    weight_NK = kernels.dequantize(words, scales, zero_words, form.bits, form.group_size, form.columns, dtype)
+    weight_NK = kernels.dequantize(words, grids, shifts, form.bits, form.group_size, form.columns, dtype)
     return weight_NK.view(weight_NK.shape[0], -1, *geometry.kernel_size)
 
 
@@ -127,17 +127,17 @@ class _Convolution(torch.autograd.Function):
         x: Tensor,
         bias: Tensor | None,
         words: Tensor,
-        scales: Tensor,
-        zero_words: Tensor | None,
+        grids: Tensor,
+        shifts: Tensor | None,
         form: _Form,
         geometry: Geometry,
     ) -> Tensor:
-        return _forward(x, bias, words, scales, zero_words, form, geometry)
+        return _forward(x, bias, words, grids, shifts, form, geometry)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
-        x, _, words, scales, zero_words, ctx.form, ctx.geometry = inputs
-        ctx.save_for_backward(words, scales, zero_words)
+        x, _, words, grids, shifts, ctx.form, ctx.geometry = inputs
+        ctx.save_for_backward(words, grids, shifts)
         ctx.shape = x.shape
 
     @staticmethod
@@ -145,8 +145,8 @@ class _Convolution(torch.autograd.Function):
         to_x = to_bias = None
         if ctx.needs_input_grad[0]:
             geometry: Geometry = ctx.geometry
-            words, scales, zero_words = ctx.saved_tensors
-            weight = _weight(words, scales, zero_words, ctx.form, geometry, gradient.dtype)
+            words, grids, shifts = ctx.saved_tensors
+            weight = _weight(words, grids, shifts, ctx.form, geometry, gradient.dtype)
             x = gradient.new_empty(1).expand(ctx.shape)  # only its shape is used
             to_x, _, _ = torch.ops.aten.convolution_backward(
                 gradient, x, weight, None, geometry.stride, geometry.own_padding, geometry.dilation,

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from tsq_layers.config import Codebook, QuantConfig
 from tsq_layers.layers.kinds import as_it_is, rows_of
 from tsq_layers.linear import QuantLinear
 from tsq_layers.planning.ledger import Ledger, Work
@@ -52,7 +53,7 @@ class Needs:
     def dense(self, target: Target) -> Need:
         """To have the quantised weight of a layer as a dense one."""
         config, weight = target.config, target.weight
-        layout = config.bits, config.group_size, config.symmetric, config.scale_dtype
+        layout = config.bits, config.group_size, config.symmetric, config.scale_dtype, *_kind(config)
         key = "dense", target.kind.name, target.kind.to_matrix is as_it_is, target.shape, weight.dtype, layout
         if key not in self._known:
             self._known[key] = self._dense(target)
@@ -91,17 +92,26 @@ class Needs:
 def packed_matrix(target: Target, device: torch.device | str | None = None) -> QuantLinear:
     """The packed matrix of a layer, empty, without bias; on the device of its weight unless another is given."""
     config, weight, (rows, columns) = target.config, target.weight, target.shape
+    offsets, tables = _kind(config)
     return QuantLinear(
         columns,
         rows,
         bits=config.bits,
         group_size=min(config.group_size or columns, columns),
-        symmetric=config.symmetric,
+        symmetric=config.symmetric and not offsets and tables is None,
         bias=False,
         scale_dtype=config.torch_scale_dtype,
         device=device or weight.device,
         dtype=weight.dtype,
+        offsets=offsets,
+        tables=tables,
     )
+
+
+def _kind(config: QuantConfig) -> tuple[bool, Codebook | None]:
+    """Whether grids have float offsets; and whose look-up tables they are, if they are tables."""
+    tables = config.codebook if config.method == "lnq" else None
+    return config.zero_points == "float" and tables is None, tables
 
 
 def packed_bytes(target: Target) -> int:
