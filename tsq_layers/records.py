@@ -74,6 +74,31 @@ class LayerStatistics:
 
 
 @dataclass(frozen=True, eq=False)
+class Outliers:
+    """Entries of a weight matrix (N, K) that are kept apart and added to what the codes stand for.
+
+    Args:
+        values: float16, bfloat16 or float32; (nnz,) with ``indices``, (N, C) with ``columns``.
+        indices: where single entries are, row·K + column, ascending, int32 (nnz,).
+        columns: which whole columns they are, ascending, int32 (C,).
+    """
+
+    values: Tensor
+    indices: Tensor | None = None
+    columns: Tensor | None = None
+
+    def dense(self, rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The matrix (N, K) of these entries and zeros."""
+        found = torch.zeros(rows, columns, dtype=dtype, device=self.values.device)
+        if self.columns is not None:
+            return found.index_copy_(1, self.columns.long(), self.values.to(dtype))
+        if self.indices is None:
+            raise LayerError("outliers have neither indices nor columns; give one of them")
+        found.view(-1).index_copy_(0, self.indices.long(), self.values.to(dtype))
+        return found
+
+
+@dataclass(frozen=True, eq=False)
 class QuantizedWeight:
     """A weight matrix as integers and grids: ``weight = scales · (codes − zeros)`` per group.
 
@@ -84,6 +109,9 @@ class QuantizedWeight:
         bits: width of a code, 1 to 8.
         group_size: columns that share a scale; G = ceil(K / group_size).
         symmetric: whether the zero points are the constant 2^(bits−1) and need not be stored.
+        offsets: added to scales · codes, (N, G); zero points are then all 0.
+        tables: levels that the codes are numbers of, (N, T, 2^bits), T = 1 or G; scales and zeros are then (N, 0).
+        outliers: entries that are added.
 
     Raises:
         LayerError: shapes or dtypes that do not fit together.
@@ -95,6 +123,9 @@ class QuantizedWeight:
     bits: int
     group_size: int
     symmetric: bool
+    offsets: Tensor | None = None
+    tables: Tensor | None = None
+    outliers: Outliers | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 8:
@@ -104,7 +135,7 @@ class QuantizedWeight:
         if self.group_size < 1:
             raise LayerError(f"group_size={self.group_size}: give a positive integer")
         rows, columns = self.codes.shape
-        expected = (rows, grid.group_count(columns, self.group_size))
+        expected = (rows, grid.group_count(columns, self.group_size) if self.tables is None else 0)
         for name, tensor in (("scales", self.scales), ("zeros", self.zeros)):
             if tuple(tensor.shape) != expected:
                 raise LayerError(
