@@ -70,8 +70,8 @@ class QuantConfig:
         grid_metric: what stage 1 minimises (two-stage only); ``"feedback"`` is the rounding error that
             GPTQ's error feedback will leave, ``"blocks"`` the paper's group-wise reconstruction loss
             with the diagonal blocks of H.
-        deviation: where the error of earlier layers, R = E[(x − x̃)xᵀ], enters (two-stage, quantease and
-            cdquant): ``"target"`` in every step, ``"refine"`` in stage 2 (the two-stage paper) or the
+        deviation: where the error of earlier layers, R = E[(x − x̃)xᵀ], enters (two-stage, quantease,
+            cdquant and lnq): ``"target"`` in every step, ``"refine"`` in stage 2 (the two-stage paper) or the
             descent only, ``"none"``.
         deviation_strength: share of R that is used, 0 to 1.
         descent_start: codes from which quantease and cdquant start: those of GPTQ, or the nearest.
@@ -169,9 +169,7 @@ class QuantConfig:
             _check_integer(name, getattr(self, name), 1, None)
         for name in ("joint_rounds", "outlier_columns", "guidance"):
             _check_integer(name, getattr(self, name), 0, None)
-        rotation = self.rotation
-        if rotation is not None and (not isinstance(rotation, int) or rotation < 2 or rotation & (rotation - 1)):  # noqa: PLR2004
-            raise ConfigError(f"rotation={rotation!r}: give a power of two of at least 2, or None")
+        self._check_rotation()
         if self.activation_bits not in (None, 8):
             raise ConfigError(f"activation_bits={self.activation_bits!r}: give 8, or None")
         if self.min_expert_tokens is not None:
@@ -187,8 +185,33 @@ class QuantConfig:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: give one of {', '.join(map(repr, allowed))}")
+        self._check_method()
         object.__setattr__(self, "skip", _checked_skip(self.skip))
         object.__setattr__(self, "overrides", self._checked_overrides())
+
+    def _check_rotation(self) -> None:
+        rotation = self.rotation
+        if rotation is not None and (not isinstance(rotation, int) or rotation < 2 or rotation & (rotation - 1)):
+            raise ConfigError(f"rotation={rotation!r}: give a power of two of at least 2, or None")
+
+    def _check_method(self) -> None:
+        """Refuse fields that do not go together with the method, or with each other."""
+        if self.method == "lnq" and self.bits > 4:
+            raise ConfigError(f"bits={self.bits} with method='lnq': give at most 4, its tables have 2^bits levels")
+        if self.zero_points == "float" and (self.method != "two-stage" or self.symmetric):
+            raise ConfigError(
+                f"zero_points='float' with method={self.method!r}, symmetric={self.symmetric}: "
+                "only asymmetric grids of 'two-stage' have offsets; give zero_points='integer', or these"
+            )
+        if self.outliers and self.outlier_columns:
+            raise ConfigError(
+                f"outliers={self.outliers!r} and outlier_columns={self.outlier_columns}: give one of them, the other 0"
+            )
+        if (self.outliers or self.outlier_columns) and (self.method != "quantease" or self.descent_relax):
+            raise ConfigError(
+                f"outliers with method={self.method!r}, descent_relax={self.descent_relax}: only method='quantease' "
+                "without descent_relax keeps outliers; give these, or outliers=0 and outlier_columns=0"
+            )
 
     def _checked_overrides(self) -> dict[str, dict[str, Any]]:
         if not isinstance(self.overrides, Mapping):

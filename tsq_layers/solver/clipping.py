@@ -73,7 +73,7 @@ def descend(
             part = slice(group * group_size, min((group + 1) * group_size, target.shape[1]))
             old, zero, metric = steps[:, part], zeros[:, group : group + 1], hessian[..., part, part]
             values = old * scales[:, group : group + 1]
-            goal = target[:, part] if nearest else values - _divided(pulled[:, part], metric)
+            goal = target[:, part] if nearest else values - divided(pulled[:, part], metric)
             candidates = [grid.storable(scales[:, group : group + 1] * factor, dtype) for factor in FACTORS]
             tried = [(scale, grid.steps(goal, scale, zero, bits)) for scale in candidates]
             scale, new = _best(values, pulled[:, part], metric, (scales[:, group : group + 1], old), tried)
@@ -101,7 +101,7 @@ def _best(
     return scale, steps
 
 
-def _divided(pulled: Tensor, metric: Tensor) -> Tensor:
+def divided(pulled: Tensor, metric: Tensor) -> Tensor:
     """P_j / H_jj, (N, g); P_j where the column was never seen."""
     curvature = stack(metric).diagonal(dim1=-2, dim2=-1)
     curvature = torch.where(curvature > 0, curvature, torch.ones_like(curvature)).unsqueeze(1)
