@@ -77,7 +77,7 @@ BAD_VALUES = [
     *[("greedy_pairs", value, "give True or False") for value in (1, 0, None, "yes")],
     *[("descent_start", value, "give one of 'gptq', 'nearest'") for value in ("rtn", None, True)],
     *[
-        ("method", value, "give one of 'rtn', 'gptq', 'quantease', 'cdquant', 'two-stage'")
+        ("method", value, "give one of 'rtn', 'gptq', 'quantease', 'cdquant', 'lnq', 'two-stage'")
         for value in ("awq", "GPTQ", None, ["rtn"])
     ],
     *[("deviation", value, "give one of 'target', 'refine', 'none'") for value in ("stage2", None, True)],
@@ -357,3 +357,9 @@ def test_from_dict_checks_values() -> None:
 def test_text_that_is_no_json_object_is_refused(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         QuantConfig.from_json(text)
+
+
+def test_tables_of_more_than_four_bits_are_refused() -> None:
+    with pytest.raises(ConfigError, match="bits=5 with method='lnq': give 1 to 4; a table has"):
+        QuantConfig(method="lnq", bits=5)
+    assert QuantConfig(method="lnq", bits=4).bits == 4

@@ -47,6 +47,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "scale_dtype": ("float16", "bfloat16", "float32"),
 }
 _DEFAULT_SKIP = ("lm_head",)
+_WIDEST_TABLE = 4
 _MODEL_WIDE = ("embeddings", "skip", "overrides")
 
 
@@ -89,11 +90,12 @@ class QuantConfig:
             scales refined again (two-stage only).
         joint_sweeps: passes over the columns in each of these rounds.
         zero_points: ``"integer"`` ones are codes, as most formats hold them; ``"float"`` ones are any
-            number in ``scale_dtype``: ``weight = scale · code + offset``.
+            number in ``scale_dtype``: ``weight = scale · code + offset`` (two-stage only, where not symmetric).
         codebook: whose levels lnq fits: one table for each row, or for each group of each row.
         codebook_rounds: how often lnq fits its tables and improves its codes in turn.
         codebook_sweeps: passes over the columns in each of these rounds.
-        outliers: share of the weights that are kept apart, in full precision, as a sparse part (quantease only).
+        outliers: share of the weights that are kept apart, in full precision, as a sparse part (quantease only,
+            which then leaves no sweeps unrounded).
         outlier_columns: number of whole input columns that are kept apart instead (quantease only).
         guidance: groups of output channels whose Hessians are weighted by the gradients of the loss
             (GuidedQuant, arXiv 2505.07004); 0 is off.
@@ -185,7 +187,10 @@ class QuantConfig:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: give one of {', '.join(map(repr, allowed))}")
-        self._check_method()
+        if self.method == "lnq" and self.bits > _WIDEST_TABLE:
+            raise ConfigError(
+                f"bits={self.bits} with method='lnq': give 1 to {_WIDEST_TABLE}; a table has 2^bits levels"
+            )
         object.__setattr__(self, "skip", _checked_skip(self.skip))
         object.__setattr__(self, "overrides", self._checked_overrides())
 
@@ -194,23 +199,10 @@ class QuantConfig:
         if rotation is not None and (not isinstance(rotation, int) or rotation < 2 or rotation & (rotation - 1)):
             raise ConfigError(f"rotation={rotation!r}: give a power of two of at least 2, or None")
 
-    def _check_method(self) -> None:
-        """Refuse fields that do not go together with the method, or with each other."""
-        if self.method == "lnq" and self.bits > 4:
-            raise ConfigError(f"bits={self.bits} with method='lnq': give at most 4, its tables have 2^bits levels")
-        if self.zero_points == "float" and (self.method != "two-stage" or self.symmetric):
+    def _check_table(self) -> None:
+        if self.method == "lnq" and self.bits > _WIDEST_TABLE:
             raise ConfigError(
-                f"zero_points='float' with method={self.method!r}, symmetric={self.symmetric}: "
-                "only asymmetric grids of 'two-stage' have offsets; give zero_points='integer', or these"
-            )
-        if self.outliers and self.outlier_columns:
-            raise ConfigError(
-                f"outliers={self.outliers!r} and outlier_columns={self.outlier_columns}: give one of them, the other 0"
-            )
-        if (self.outliers or self.outlier_columns) and (self.method != "quantease" or self.descent_relax):
-            raise ConfigError(
-                f"outliers with method={self.method!r}, descent_relax={self.descent_relax}: only method='quantease' "
-                "without descent_relax keeps outliers; give these, or outliers=0 and outlier_columns=0"
+                f"bits={self.bits} with method='lnq': give 1 to {_WIDEST_TABLE}; a table has 2^bits levels"
             )
 
     def _checked_overrides(self) -> dict[str, dict[str, Any]]:

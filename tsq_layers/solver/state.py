@@ -44,7 +44,8 @@ class Layer:
     @property
     def has_offsets(self) -> bool:
         """Whether grids are scales and offsets that are any number, and not scales and zero points."""
-        return self.config.zero_points == "float"
+        config = self.config
+        return config.method == "two-stage" and config.zero_points == "float" and not config.symmetric
 
 
 @dataclass(eq=False)

@@ -191,7 +191,8 @@ def refine_jointly(layer: Layer, state: State) -> None:
 
 def has_outliers(layer: Layer) -> bool:
     """Whether some entries are kept apart."""
-    return layer.config.outliers > 0 or layer.config.outlier_columns > 0
+    config = layer.config
+    return config.method == "quantease" and (config.outliers > 0 or config.outlier_columns > 0)
 
 
 def budget(layer: Layer) -> outliers.Budget:
