@@ -357,3 +357,9 @@ def test_from_dict_checks_values() -> None:
 def test_text_that_is_no_json_object_is_refused(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         QuantConfig.from_json(text)
+
+
+def test_tables_of_more_than_four_bits_are_refused() -> None:
+    with pytest.raises(ConfigError, match="bits=5 with method='lnq': give 1 to 4; a table has"):
+        QuantConfig(method="lnq", bits=5)
+    assert QuantConfig(method="lnq", bits=4).bits == 4

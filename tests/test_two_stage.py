@@ -18,6 +18,7 @@ from tsq_layers.records import LayerStatistics, QuantizedWeight
 from tsq_layers.solver import (
     SolverResult,
     TwoStageGroupQuantizer,
+    clipping,
     cyclic,
     gptq,
     greedy,
@@ -277,11 +278,19 @@ def test_scales_are_what_codes_were_chosen_for(method: str, scale_dtype: str) ->
 # ---- descents on the codes -------------------------------------------------------------------------------------------
 
 
-def given(solver: TwoStageGroupQuantizer, result: SolverResult, codes: Tensor) -> tuple[Any, ...]:
-    """The arguments of a descent from these codes, on the grids of a result."""
+def given(solver: TwoStageGroupQuantizer, start: str) -> tuple[Any, ...]:
+    """The arguments of a descent, on the grids of GPTQ."""
     problem = solver.problem
-    grids = result.weight.scales.float(), result.weight.zeros.float()
-    return codes, problem.refine_target, problem.hessian, *grids, 3, GROUP
+    scales, zeros = stage1.weight_grids(problem.grid_target, 3, GROUP, False)
+    scales = grid.storable(scales, torch.float16)
+    codes = STARTS[start](problem, scales, zeros)
+    return codes, problem.refine_target, problem.hessian, scales, zeros, 3, GROUP
+
+
+def clipped(a: tuple[Any, ...], start: str) -> tuple[Any, ...]:
+    """The same after the descent over clipping factors."""
+    codes, scales = clipping.descend(*a, dtype=torch.float16, nearest=start == "nearest")
+    return codes, *a[1:3], scales, *a[4:]
 
 
 def solved(**changes: Any) -> tuple[TwoStageGroupQuantizer, SolverResult]:
@@ -293,17 +302,23 @@ STARTS = {
     "gptq": lambda p, s, z: gptq.assign(p.grid_target, p.factor, p.order, s, z, 3, GROUP),
     "nearest": lambda p, s, z: grid.quantize(p.grid_target, s, z, 3, GROUP),
 }
+
+
+def in_pairs(a: tuple[Any, ...]) -> Tensor:
+    return pairs.descend(greedy.descend(*a, 2 * K), *a[1:], 2 * K, reach=1)
+
+
 STEPS = {
-    "plain": ({"method": "quantease", "descent_sweeps": 2}, lambda a: cyclic.descend(*a, 2)),
+    "plain": ({"method": "quantease", "descent_sweeps": 2}, lambda a, start: cyclic.descend(*a, 2)),
     "relaxed": (
         {"method": "quantease", "descent_sweeps": 4, "descent_relax": True},
-        lambda a: cyclic.descend(*a, 4, relax=True),
+        lambda a, start: cyclic.descend(*a, 4, relax=True),
     ),
-    "greedy": ({"method": "cdquant"}, lambda a: greedy.descend(*a, K)),
-    "few moves": ({"method": "cdquant", "greedy_steps": 0.1}, lambda a: greedy.descend(*a, 2)),
+    "greedy": ({"method": "cdquant"}, lambda a, start: greedy.descend(*clipped(a, start), K)),
+    "few moves": ({"method": "cdquant", "greedy_steps": 0.1}, lambda a, start: greedy.descend(*clipped(a, start), 2)),
     "pairs": (
         {"method": "cdquant", "greedy_pairs": True, "greedy_steps": 2},
-        lambda a: pairs.descend(greedy.descend(*a, 2 * K), *a[1:], 2 * K, reach=1),
+        lambda a, start: in_pairs(clipped(a, start)),
     ),
 }
 
@@ -314,16 +329,18 @@ STEPS = {
 def test_codes_are_those_of_the_descent(step: str, start: str, deviation: str) -> None:
     changes, descend = STEPS[step]
     solver, result = solved(**changes, descent_start=start, deviation=deviation, deviation_strength=1.0)
-    first = STARTS[start](solver.problem, result.weight.scales.float(), result.weight.zeros.float())
-    assert torch.equal(result.weight.codes, descend(given(solver, result, first)))
-    others = [other(given(solver, result, first)) for name, (_, other) in STEPS.items() if name != step]
+    first = given(solver, start)
+    assert torch.equal(result.weight.codes, descend(first, start))
+    wanted = clipped(first, start)[3] if changes["method"] == "cdquant" else first[3]
+    assert torch.equal(result.weight.scales.float(), wanted)
+    others = [other(first, start) for name, (_, other) in STEPS.items() if name != step]
     assert any(not torch.equal(result.weight.codes, other) for other in others)
 
 
 @pytest.mark.parametrize("method", DESCENTS)
 def test_descent_starts_from_the_grids_of_gptq(method: str) -> None:
     by_gptq, found = (solved(method=name, deviation="none")[1].weight for name in ("gptq", method))
-    assert torch.equal(found.scales, by_gptq.scales)
+    assert torch.equal(found.scales, by_gptq.scales) == (method == "quantease")
     assert torch.equal(found.zeros, by_gptq.zeros)
     assert not torch.equal(found.codes, by_gptq.codes)
 
@@ -374,12 +391,14 @@ def test_joint_refinement_never_raises_the_loss_of_a_row(rounds: int, sweeps: in
     signal = true_loss(torch.zeros_like(W), problem.refine_target, problem.hessian)
     before = true_loss(found.dequantize(), problem.refine_target, problem.hessian)
     given = found.codes, problem.refine_target, problem.hessian, found.scales.float(), found.zeros.float(), 2, GROUP
-    codes, scales = joint.refine(*given, rounds=rounds, sweeps=sweeps, ridge=0.01, dtype=found.scales.dtype)
+    options = {"rounds": rounds, "sweeps": sweeps, "ridge": 0.01, "dtype": found.scales.dtype}
+    codes, scales, zeros = joint.refine_with_zeros(*given, **options)
     solver.refine_jointly()
     found = solver.quantized_weight()
     after = true_loss(found.dequantize(), problem.refine_target, problem.hessian)
     assert torch.equal(found.codes, codes)
     assert torch.equal(found.scales.float(), scales)
+    assert torch.equal(found.zeros.float(), zeros)
     assert (after <= before + 2 * rounds * K * 2**-24 * signal).all()
     assert after.sum() < before.sum()
 
@@ -436,7 +455,7 @@ def test_loss_follows_the_steps(way: str) -> None:
 def test_loss_before_codes_is_that_of_the_nearest_ones() -> None:
     solver = TwoStageGroupQuantizer(weight(), statistics(), config(method="gptq", scale_dtype="float32"))
     solver.initialize_scales()
-    scales, zeros = solver._grids()
+    scales, zeros = solver._state.grids(solver._layer)
     Q = oracle_grid.dequantize(oracle_grid.quantize(weight(), scales, zeros, 3, GROUP), scales, zeros, GROUP)
     H = statistics().hessian / TOKENS
     slack = K * 2**-24 * float(true_loss(torch.zeros_like(Q), weight(), H).max())

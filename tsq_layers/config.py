@@ -48,6 +48,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "scale_dtype": ("float16", "bfloat16", "float32"),
 }
 _DEFAULT_SKIP = ("lm_head",)
+_WIDEST_TABLE = 4
 _MODEL_WIDE = ("embeddings", "skip", "overrides")
 
 
@@ -72,8 +73,8 @@ class QuantConfig:
         grid_metric: what stage 1 minimises (two-stage only); ``"feedback"`` is the rounding error that
             GPTQ's error feedback will leave, ``"blocks"`` the paper's group-wise reconstruction loss
             with the diagonal blocks of H.
-        deviation: where the error of earlier layers, R = E[(x − x̃)xᵀ], enters (two-stage, quantease and
-            cdquant): ``"target"`` in every step, ``"refine"`` in stage 2 (the two-stage paper) or the
+        deviation: where the error of earlier layers, R = E[(x − x̃)xᵀ], enters (two-stage, quantease,
+            cdquant and lnq): ``"target"`` in every step, ``"refine"`` in stage 2 (the two-stage paper) or the
             descent only, ``"none"``.
         deviation_strength: share of R that is used, 0 to 1, or ``"auto"``, as with ``damping``.
         descent_start: codes from which quantease and cdquant start: those of GPTQ, or the nearest.
@@ -91,11 +92,12 @@ class QuantConfig:
             scales refined again (two-stage only).
         joint_sweeps: passes over the columns in each of these rounds.
         zero_points: ``"integer"`` ones are codes, as most formats hold them; ``"float"`` ones are any
-            number in ``scale_dtype``: ``weight = scale · code + offset``.
+            number in ``scale_dtype``: ``weight = scale · code + offset`` (two-stage only, where not symmetric).
         codebook: whose levels lnq fits: one table for each row, or for each group of each row.
         codebook_rounds: how often lnq fits its tables and improves its codes in turn.
         codebook_sweeps: passes over the columns in each of these rounds.
-        outliers: share of the weights that are kept apart, in full precision, as a sparse part (quantease only).
+        outliers: share of the weights that are kept apart, in full precision, as a sparse part (quantease only,
+            which then leaves no sweeps unrounded).
         outlier_columns: number of whole input columns that are kept apart instead (quantease only).
         guidance: groups of output channels whose Hessians are weighted by the gradients of the loss
             (GuidedQuant, arXiv 2505.07004); 0 is off.
@@ -172,6 +174,7 @@ class QuantConfig:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: give one of {', '.join(map(repr, allowed))}")
+        self._check_table()
         object.__setattr__(self, "skip", _checked_skip(self.skip))
         object.__setattr__(self, "overrides", self._checked_overrides())
 
@@ -197,6 +200,12 @@ class QuantConfig:
         _check_float("greedy_steps", self.greedy_steps, 0.0, None, open_low=True)
         _check_float("refine_ridge", self.refine_ridge, 0.0, None)
         _check_float("outliers", self.outliers, 0.0, 1.0)
+
+    def _check_table(self) -> None:
+        if self.method == "lnq" and self.bits > _WIDEST_TABLE:
+            raise ConfigError(
+                f"bits={self.bits} with method='lnq': give 1 to {_WIDEST_TABLE}; a table has 2^bits levels"
+            )
 
     def _checked_overrides(self) -> dict[str, dict[str, Any]]:
         if not isinstance(self.overrides, Mapping):

@@ -52,6 +52,12 @@ def centered(codes_NK: Tensor, zeros_NG: Tensor, group_size: int, dtype: torch.d
     return _from_groups(centered_NGg, codes_NK.shape[-1])
 
 
+def recoded(steps_NK: Tensor, zeros_NG: Tensor, group_size: int) -> Tensor:
+    """Inverse of :func:`centered`: the codes of integers ``code − zero``, uint8 (N, K)."""
+    codes_NGg = to_groups(steps_NK, group_size) + zeros_NG.unsqueeze(-1).to(steps_NK.dtype)
+    return _from_groups(codes_NGg.to(torch.uint8), steps_NK.shape[-1]).contiguous()
+
+
 def scaled(steps_NK: Tensor, scales_NG: Tensor, group_size: int) -> Tensor:
     """The products of integers ``code − zero`` with the scales of their groups, (N, K)."""
     return _from_groups(to_groups(steps_NK, group_size) * scales_NG.unsqueeze(-1), steps_NK.shape[-1])

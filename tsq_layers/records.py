@@ -77,6 +77,31 @@ class LayerStatistics:
 
 
 @dataclass(frozen=True, eq=False)
+class Outliers:
+    """Entries of a weight matrix (N, K) that are kept apart and added to what the codes stand for.
+
+    Args:
+        values: float16, bfloat16 or float32; (nnz,) with ``indices``, (N, C) with ``columns``.
+        indices: where single entries are, row·K + column, ascending, int32 (nnz,).
+        columns: which whole columns they are, ascending, int32 (C,).
+    """
+
+    values: Tensor
+    indices: Tensor | None = None
+    columns: Tensor | None = None
+
+    def dense(self, rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The matrix (N, K) of these entries and zeros."""
+        found = torch.zeros(rows, columns, dtype=dtype, device=self.values.device)
+        if self.columns is not None:
+            return found.index_copy_(1, self.columns.long(), self.values.to(dtype))
+        if self.indices is None:
+            raise LayerError("outliers have neither indices nor columns; give one of them")
+        found.view(-1).index_copy_(0, self.indices.long(), self.values.to(dtype))
+        return found
+
+
+@dataclass(frozen=True, eq=False)
 class QuantizedWeight:
     """A weight matrix as integers and grids: ``weight = scales · (codes − zeros)`` per group.
 
@@ -92,6 +117,7 @@ class QuantizedWeight:
         offsets: (N, G) in the dtype of ``scales``; zero points are then not used, make them 0.
         tables: (N, T, 2^bits) in the dtype of ``scales``: a table for each row (T = 1) or each group
             (T = G), of codes of at most 4 bits. ``scales`` and ``zeros`` are then empty, (N, 0).
+        outliers: entries that are added.
 
     Raises:
         LayerError: shapes or dtypes that do not fit together.
@@ -105,6 +131,7 @@ class QuantizedWeight:
     symmetric: bool
     offsets: Tensor | None = None
     tables: Tensor | None = None
+    outliers: Outliers | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 8:

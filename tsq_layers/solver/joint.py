@@ -5,13 +5,19 @@ sweeps of coordinate descent on the codes with the scales kept (cyclic.py), then
 once with the codes kept (stage2.py), with the same pull towards the scales of the round before and the
 same acceptance of each row only if its loss falls with the scales as they are stored. So no step
 raises the loss of a row.
+
+Zero points can take part: integer ones by steps of one (zeros.py), and offsets that are any number as scales
+do (offsets.py).
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tsq_layers import grid
-from tsq_layers.solver import cyclic, stage2
+from tsq_layers.solver import cyclic, offsets, stage2
+from tsq_layers.solver import zeros as zero_points
 from tsq_layers.solver.blocks import product
 
 
@@ -63,3 +69,61 @@ def refine(
         small = stage2.small_problem(steps, pulled, hessian, scales, group_size, ridge)
         scales = stage2.accept(small, stage2.exact(small, fallback=small.start), dtype)
     return codes, scales
+
+
+def refine_with_zeros(
+    codes: Tensor,
+    target: Tensor,
+    hessian: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    bits: int,
+    group_size: int,
+    *,
+    rounds: int,
+    sweeps: int,
+    ridge: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`refine` where, in each round, zero points move by one before all scales are refined.
+
+    Returns:
+        codes uint8 (N, K), scales (N, G) and zero points (N, G).
+    """
+    options: dict[str, Any] = {"rounds": 1, "sweeps": sweeps, "ridge": ridge, "dtype": dtype}
+    for _ in range(rounds):
+        given = codes, target, hessian, scales, zeros, bits, group_size
+        codes, scales, zeros = zero_points.descend(*given, dtype=dtype)
+        codes, scales = refine(codes, target, hessian, scales, zeros, bits, group_size, **options)
+    return codes, scales, zeros
+
+
+def refine_with_offsets(
+    codes: Tensor,
+    target: Tensor,
+    hessian: Tensor,
+    scales: Tensor,
+    added: Tensor,
+    bits: int,
+    group_size: int,
+    *,
+    rounds: int,
+    sweeps: int,
+    ridge: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`refine` for grids with offsets (N, G) in the place of zero points.
+
+    Returns:
+        codes uint8 (N, K), scales (N, G) and offsets (N, G), both made of values that ``dtype`` holds.
+    """
+    none = torch.zeros_like(scales)
+    for _ in range(rounds):
+        spread = offsets.spread(added, group_size, target.shape[1])
+        codes = cyclic.descend(codes, target - spread, hessian, scales, none, bits, group_size, sweeps)
+        values = grid.dequantize(codes, scales, none, group_size, target.dtype) + spread
+        pulled = product(values - target, hessian)
+        small = offsets.small_problem(codes, pulled, hessian, scales, added, bits, group_size, ridge)
+        solution = stage2.exact(small, fallback=small.start, positive=scales.shape[1])
+        scales, added = offsets.accept(small, solution, added, bits, dtype)
+    return codes, scales, added

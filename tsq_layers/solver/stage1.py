@@ -103,15 +103,15 @@ def _fit(
     *,
     both_zeros: bool,
 ) -> tuple[Tensor, Tensor]:
-    grouped = _grouped(metric, group_size)
+    blocks = grouped(metric, group_size)
     fitted = [
         _fit_chunk(*piece, bits, group_size, symmetric, factors, both_zeros)
-        for piece in chunks(target, grouped, _CHUNK_ELEMENTS)
+        for piece in chunks(target, blocks, _CHUNK_ELEMENTS)
     ]
     return torch.cat([scales for scales, _ in fitted]), torch.cat([zeros for _, zeros in fitted])
 
 
-def _grouped(metric: Tensor, group_size: int) -> Tensor:
+def grouped(metric: Tensor, group_size: int) -> Tensor:
     """The groups' part of a metric: (B, G, g, g), or (B, G, 1, g) of a diagonal."""
     metric = stack(metric if metric.dim() > 1 else metric.unsqueeze(0))
     if metric.shape[1] == 1:
@@ -122,18 +122,18 @@ def _grouped(metric: Tensor, group_size: int) -> Tensor:
 def _fit_chunk(
     target: Tensor, metric: Tensor, bits: int, group_size: int, symmetric: bool, factors: list[float], both_zeros: bool
 ) -> tuple[Tensor, Tensor]:
-    """The best of all candidates for some rows (b·c, K); ``metric`` as from :func:`_grouped`, B = b."""
+    """The best of all candidates for some rows (b·c, K); ``metric`` as from :func:`grouped`, B = b."""
     blocks = metric.shape[0]
     metric = metric.flatten(0, 1)
     weight_Gcg = rearrange(grid.to_groups(target, group_size), "(b c) G g -> (b G) c g", b=blocks).contiguous()
     scale_NG, zero_NG = grid.minmax(target, bits, group_size, symmetric)
     best_scale, best_zero = first_scale, first_zero = _by_group(scale_NG, blocks), _by_group(zero_NG, blocks)
     best_gain = torch.full_like(best_scale, -torch.inf)
-    pulled_Gcg = _weigh(weight_Gcg, metric)
+    pulled_Gcg = weigh(weight_Gcg, metric)
     for scale, zero in _candidates(weight_Gcg, first_scale, first_zero, bits, factors, both_zeros):
         steps = grid.steps(weight_Gcg, scale.unsqueeze(-1), zero.unsqueeze(-1), bits)
         along = torch.linalg.vecdot(steps, pulled_Gcg)
-        across = torch.linalg.vecdot(steps, _weigh(steps, metric))
+        across = torch.linalg.vecdot(steps, weigh(steps, metric))
         gain = along.square() / across
         better = (along > 0) & (across > 0) & (gain > best_gain)
         best_gain = torch.where(better, gain, best_gain)
@@ -150,7 +150,8 @@ def _by_row(values: Tensor, blocks: int) -> Tensor:
     return rearrange(values, "(b G) c -> (b c) G", b=blocks)
 
 
-def _weigh(values_Gcg: Tensor, metric: Tensor) -> Tensor:
+def weigh(values_Gcg: Tensor, metric: Tensor) -> Tensor:
+    """Values (b G, c, g) times the metric of their group, (b G, g, g) or a diagonal (b G, 1, g)."""
     return torch.bmm(values_Gcg, metric) if metric.shape[1] > 1 else values_Gcg * metric
 
 

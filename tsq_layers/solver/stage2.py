@@ -88,11 +88,16 @@ def _gram(steps: Tensor, hessian: Tensor, group_size: int) -> Tensor:
     return gram + gram.tril(-1).transpose(1, 2)
 
 
-def descent(problem: SmallProblem, sweeps: int) -> Tensor:
+def descent(problem: SmallProblem, sweeps: int, positive: int | None = None) -> Tensor:
     """The paper's coordinate descent: ``sweeps`` passes over the groups of every row, (N, G).
 
     A group without curvature (all its integers 0), and a step to a scale that is not positive,
     leave the scale as it is.
+
+    Args:
+        problem: A and r.
+        sweeps: passes.
+        positive: how many of the unknowns, from the first on, must be positive; ``None``: all.
     """
     change = torch.zeros_like(problem.start)
     diagonal = problem.gram.diagonal(dim1=1, dim2=2)
@@ -102,22 +107,29 @@ def descent(problem: SmallProblem, sweeps: int) -> Tensor:
             along = torch.einsum("nj,nj->n", problem.gram.select(1, i), change)
             others = along - diagonal.select(1, i) * change.select(1, i)
             step = (problem.slope.select(1, i) - others) / curvature.select(1, i)
-            sound = (problem.start.select(1, i) + step > 0) & torch.isfinite(step)
+            sound = torch.isfinite(step)
+            if positive is None or i < positive:
+                sound &= problem.start.select(1, i) + step > 0
             change.select(1, i).copy_(torch.where(sound, step, change.select(1, i)))
     return problem.start + change
 
 
-def exact(problem: SmallProblem, fallback: Tensor) -> Tensor:
+def exact(problem: SmallProblem, fallback: Tensor, positive: int | None = None) -> Tensor:
     """The scales of every row that minimise F, (N, G): one batched Cholesky solve.
 
     A row whose solution has a scale that is not positive, or whose system is singular, takes the
     scales of ``fallback`` (N, G) as a whole: part of a joint minimum is no minimum.
+
+    Args:
+        problem: A and r.
+        fallback: (N, G).
+        positive: how many of the unknowns, from the first on, must be positive; ``None``: all.
     """
     diagonal = problem.gram.diagonal(dim1=1, dim2=2)
     pull = torch.where(diagonal > 0, problem.ridge * diagonal, torch.ones_like(diagonal))
     lower, info = torch.linalg.cholesky_ex(problem.gram + torch.diag_embed(pull))
     scales = problem.start + torch.cholesky_solve(problem.slope.unsqueeze(-1), lower).squeeze(-1)
-    sound = (info == 0) & ((scales > 0) & torch.isfinite(scales)).all(1)
+    sound = (info == 0) & (scales[:, :positive] > 0).all(1) & torch.isfinite(scales).all(1)
     return torch.where(sound.unsqueeze(1), scales, fallback)
 
 
@@ -129,5 +141,9 @@ def accept(problem: SmallProblem, scales: Tensor, dtype: torch.dtype) -> Tensor:
         scales: float32 (N, G).
         dtype: what they are stored in; the loss is compared after that rounding.
     """
-    rounded = grid.storable(scales, dtype)
+    return accepted(problem, grid.storable(scales, dtype))
+
+
+def accepted(problem: SmallProblem, rounded: Tensor) -> Tensor:
+    """:func:`accept` for values that are rounded already: those of the rows whose loss falls, (N, G)."""
     return torch.where((problem.loss(rounded) < 0).unsqueeze(1), rounded, problem.start)

@@ -1,0 +1,150 @@
+"""A layer that is being solved, and what its steps have found so far."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tsq_layers import grid
+from tsq_layers.config import QuantConfig
+from tsq_layers.errors import StateError
+from tsq_layers.records import Outliers, QuantizedWeight
+from tsq_layers.solver import codebook, offsets
+from tsq_layers.solver.blocks import product
+from tsq_layers.solver.objective import Problem
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """What is given.
+
+    Attributes:
+        weight: W, float32 (N, K).
+        problem: target and metric; ``None`` without statistics.
+        config: how.
+        group_size: columns that share a scale, at most K.
+        name: how messages call the layer.
+    """
+
+    weight: Tensor
+    problem: Problem | None
+    config: QuantConfig
+    group_size: int
+    name: str
+
+    @property
+    def known(self) -> Problem:
+        """The problem, where there must be one."""
+        if self.problem is None:
+            raise StateError(
+                f"{self.name}: no statistics were given, so there is no loss to speak of; pass LayerStatistics"
+            )
+        return self.problem
+
+    @property
+    def has_offsets(self) -> bool:
+        """Whether grids are scales and offsets that are any number, and not scales and zero points."""
+        config = self.config
+        return config.method == "two-stage" and config.zero_points == "float" and not config.symmetric
+
+
+@dataclass(eq=False)
+class State:
+    """What the steps have found, which they change. ``scales`` and ``zeros`` or ``tables`` are there from the first on.
+
+    Attributes:
+        scales: made of values that are stored, float32 (N, G).
+        zeros: float32 (N, G); 0 everywhere where there are offsets.
+        offsets: added to scales · codes, float32 (N, G), made of values that are stored.
+        tables: levels of lnq, float32 (N, T, 2^bits), made of values that are stored.
+        codes: uint8 (N, K).
+        sparse: outliers, added to what the codes stand for, float32 (N, K), made of values that are stored.
+        outliers: the same, as they are stored.
+        residual: Q − W' and (Q − W') H of the present state, once asked for.
+        objective: see ``SolverResult``.
+        seconds: step → wall time.
+    """
+
+    scales: Tensor | None = None
+    zeros: Tensor | None = None
+    offsets: Tensor | None = None
+    tables: Tensor | None = None
+    codes: Tensor | None = None
+    sparse: Tensor | None = None
+    outliers: Outliers | None = None
+    residual: tuple[Tensor, Tensor] | None = None
+    objective: dict[str, Tensor] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def grids(self, layer: Layer) -> tuple[Tensor, Tensor]:
+        """Scales and zero points."""
+        if self.scales is None or self.zeros is None:
+            raise StateError(f"{layer.name}: there are no scales yet; call initialize_scales() first, or run()")
+        return self.scales, self.zeros
+
+    def chosen(self, layer: Layer) -> Tensor:
+        """The codes."""
+        if self.codes is None:
+            raise StateError(f"{layer.name}: there are no codes yet; call assign_codes() first, or run()")
+        return self.codes
+
+    def reduced(self, layer: Layer, target: Tensor) -> Tensor:
+        """A target less what is added to the grid's values: W' itself, (N, K), without offsets and outliers."""
+        if self.offsets is not None:
+            target = target - offsets.spread(self.offsets, layer.group_size, target.shape[1])
+        return target if self.sparse is None else target - self.sparse
+
+    def integers(self, layer: Layer) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int, int]:
+        """What the steps on codes start from: codes, target, metric and grids."""
+        scales, zeros = self.grids(layer)
+        target = self.reduced(layer, layer.known.refine_target)
+        return (
+            self.chosen(layer), target, layer.known.hessian, scales, zeros, layer.config.bits, layer.group_size
+        )  # fmt: skip
+
+    def nearest(self, layer: Layer, target: Tensor) -> Tensor:
+        """The codes of the present grids or tables that are nearest to a target, uint8 (N, K)."""
+        if self.tables is not None:
+            return codebook.nearest(target, self.tables, layer.group_size)
+        scales, zeros = self.grids(layer)
+        return grid.quantize(self.reduced(layer, target), scales, zeros, layer.config.bits, layer.group_size)
+
+    def dequantized(self, layer: Layer) -> Tensor:
+        """Q (N, K); of the nearest codes, if there are none yet."""
+        if self.tables is None:
+            self.grids(layer)
+        codes = self.codes
+        if codes is None:
+            codes = self.nearest(layer, layer.known.grid_target)
+        if self.tables is not None:
+            return codebook.dequantize(codes, self.tables, layer.group_size)
+        values = grid.dequantize(codes, *self.grids(layer), layer.group_size)
+        if self.offsets is not None:
+            values += offsets.spread(self.offsets, layer.group_size, values.shape[1])
+        return values if self.sparse is None else values + self.sparse
+
+    def errors(self, layer: Layer) -> tuple[Tensor, Tensor]:
+        """Q − W' and (Q − W') H, H damped; computed once for each state."""
+        if self.residual is None:
+            difference = self.dequantized(layer) - layer.known.refine_target
+            self.residual = difference, product(difference, layer.known.hessian)
+        return self.residual
+
+    def stored(self, layer: Layer) -> QuantizedWeight:
+        """The present codes and grids, or tables, as they are stored."""
+        dtype, config = layer.config.torch_scale_dtype, layer.config
+        if self.tables is None:
+            scales, zeros = self.grids(layer)
+        else:
+            scales = zeros = self.tables.new_empty(len(self.tables), 0)
+        return QuantizedWeight(
+            codes=self.chosen(layer),
+            scales=scales.to(dtype),
+            zeros=zeros.to(torch.uint8),
+            bits=config.bits,
+            group_size=layer.group_size,
+            symmetric=config.symmetric,
+            offsets=None if self.offsets is None else self.offsets.to(dtype),
+            tables=None if self.tables is None else self.tables.to(dtype),
+            outliers=self.outliers,
+        )

@@ -1,0 +1,93 @@
+"""Integer zero points by steps of one, with the codes and the scale that fit them, group after group.
+
+A zero point that moves shifts the levels of its group: those at one end are given up for others at the other end.
+Each row tries z − 1, z and z + 1 for a group while all other groups stay as they are: the codes are
+those nearest to the best value of each column alone, as in clipping.py, and with their integers n the
+scale is closed-form. With q the present weights of the group and P = (Q − W') H,
+
+    s = nᵀ (H_ii q − P_i) / nᵀ H_ii n
+
+and the change δ = s n − q of the group's weights changes the loss by δᵀ H_ii δ + 2 P_iᵀ δ. The row takes the least.
+"""
+
+import torch
+from torch import Tensor
+
+from tsq_layers import grid
+from tsq_layers.solver import clipping
+from tsq_layers.solver.blocks import product
+
+_STEPS = (-1, 0, 1)
+
+
+def descend(
+    codes: Tensor,
+    target: Tensor,
+    hessian: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    bits: int,
+    group_size: int,
+    *,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One pass over the groups.
+
+    Args:
+        codes: where to start, uint8 (N, K).
+        target: W' float (N, K).
+        hessian: damped H, (K, K), or (B, K, K) for blocks of rows.
+        scales: float (N, G), made of values that ``dtype`` holds.
+        zeros: integers in 0 … 2^bits − 1, float (N, G).
+        dtype: what scales are stored in; losses are compared after that rounding.
+
+    Returns:
+        codes uint8 (N, K), scales and zero points (N, G); no row has a larger loss than at the start.
+
+    Example:
+        >>> w, x = torch.randn(8, 32).exp(), torch.randn(100, 32) @ torch.randn(32, 32)
+        >>> scales, zeros = grid.minmax(w, 2, 16, symmetric=False)
+        >>> codes = grid.quantize(w, scales, zeros, 2, 16)
+        >>> states = (codes, scales, zeros), descend(codes, w, x.T @ x, scales, zeros, 2, 16, dtype=torch.float32)
+        >>> before, after = ((x @ (grid.dequantize(*state, 16) - w).T).norm() for state in states)
+        >>> bool(after < before)
+        True
+    """
+    steps, scales, zeros = grid.centered(codes, zeros, group_size, target.dtype), scales.clone(), zeros.clone()
+    pulled = product(grid.scaled(steps, scales, group_size) - target, hessian)
+    for group in range(scales.shape[1]):
+        part = slice(group * group_size, min((group + 1) * group_size, target.shape[1]))
+        metric, own = hessian[..., part, part], slice(group, group + 1)
+        values = steps[:, part] * scales[:, own]
+        present = (scales[:, own], zeros[:, own], steps[:, part])
+        scale, zero, new = _best(values, pulled[:, part], metric, present, bits, dtype)
+        pulled[:, part.stop :] += product(new * scale - values, hessian[..., part, part.stop :])
+        steps[:, part], scales[:, own], zeros[:, own] = new, scale, zero
+    return grid.recoded(steps, zeros, group_size), scales, zeros
+
+
+def _best(
+    values: Tensor,
+    pulled: Tensor,
+    metric: Tensor,
+    present: tuple[Tensor, Tensor, Tensor],
+    bits: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scale and zero point (N, 1) and steps (N, g) of a group with the least loss of each row."""
+    scale, zero, steps = present
+    old_scale, old_zero, least = scale, zero, torch.zeros_like(scale)
+    goal = values - clipping.divided(pulled, metric)
+    force = product(values, metric) - pulled
+    for step in _STEPS:
+        tried = (old_zero + step).clamp(0, grid.code_max(bits))
+        integers = grid.steps(goal, old_scale, tried, bits)
+        best = (integers * force).sum(1, keepdim=True) / (product(integers, metric) * integers).sum(1, keepdim=True)
+        best = grid.storable(torch.where((best > 0) & torch.isfinite(best), best, old_scale), dtype)
+        moved = integers * best - values
+        loss = ((product(moved, metric) + 2 * pulled) * moved).sum(1, keepdim=True)
+        lower = loss < least
+        least = torch.where(lower, loss, least)
+        scale, zero = torch.where(lower, best, scale), torch.where(lower, tried, zero)
+        steps = torch.where(lower, integers, steps)
+    return scale, zero, steps
