@@ -42,6 +42,8 @@ RICH = {
     "rotation": 64,
     "channel_scaling": True,
     "activation_bits": 8,
+    "distill_epochs": 2,
+    "distill_rate": 0.01,
     "scale_dtype": "bfloat16",
     "min_expert_tokens": 64,
     "embeddings": True,

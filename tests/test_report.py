@@ -233,6 +233,7 @@ def test_json_keys_are_pinned() -> None:
         "seconds",
         "versions",
         "parameters",
+        "distances",
     ]
     assert values["schema_version"] == 1
     assert " ".join(values["parameters"][0]) == "name shape dtype quantized reason layers"

@@ -49,7 +49,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 }
 _DEFAULT_SKIP = ("lm_head",)
 _WIDEST_TABLE = 4
-_MODEL_WIDE = ("embeddings", "skip", "overrides")
+_MODEL_WIDE = ("embeddings", "distill_epochs", "distill_rate", "skip", "overrides")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +105,9 @@ class QuantConfig:
             ``None`` is off. The input is rotated at run time.
         channel_scaling: scale input columns so that those with large inputs are rounded more finely
             (AWQ, arXiv 2306.00978). The input is scaled at run time, or by what stands before the layer.
+        distill_epochs: how often, after all layers are solved, the scales of all layers together are trained on
+            the calibration batches for the quantised model's output to be that of the full-precision one.
+        distill_rate: learning rate of that, relative to the size of a scale.
         activation_bits: 8 quantises the layer's input too, symmetrically, by token, at run time.
         scale_dtype: dtype in which scales are stored; the solver accounts for its rounding.
         min_expert_tokens: experts that saw fewer calibration tokens than this are quantised with the
@@ -159,6 +162,8 @@ class QuantConfig:
     rotation: int | None = None
     channel_scaling: bool = False
     activation_bits: int | None = None
+    distill_epochs: int = 0
+    distill_rate: float = 3e-3
     scale_dtype: ScaleDtype = "float16"
     min_expert_tokens: int | None = None
     embeddings: bool = False
@@ -184,7 +189,7 @@ class QuantConfig:
             _check_integer("group_size", self.group_size, 1, None, "a positive integer, or None for one group per row")
         for name in ("descent_sweeps", "refine_sweeps", "joint_sweeps", "codebook_rounds", "codebook_sweeps"):
             _check_integer(name, getattr(self, name), 1, None)
-        for name in ("joint_rounds", "outlier_columns", "guidance"):
+        for name in ("joint_rounds", "outlier_columns", "guidance", "distill_epochs"):
             _check_integer(name, getattr(self, name), 0, None)
         if self.min_expert_tokens is not None:
             _check_integer("min_expert_tokens", self.min_expert_tokens, 0, None, "an integer of at least 0, or None")
@@ -200,6 +205,7 @@ class QuantConfig:
         _check_float("greedy_steps", self.greedy_steps, 0.0, None, open_low=True)
         _check_float("refine_ridge", self.refine_ridge, 0.0, None)
         _check_float("outliers", self.outliers, 0.0, 1.0)
+        _check_float("distill_rate", self.distill_rate, 0.0, 1.0, open_low=True)
 
     def _check_table(self) -> None:
         if self.method == "lnq" and self.bits > _WIDEST_TABLE:

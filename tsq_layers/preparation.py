@@ -119,6 +119,7 @@ class Preparation:
         parameters: of the float model, each once, with the layers that they belong to.
         observers: of the targets, by name.
         solved: what :func:`tsq_layers.calibrate` found.
+        distances: of the two models' outputs, for each epoch of distillation.
     """
 
     config: QuantConfig
@@ -132,6 +133,7 @@ class Preparation:
     solved: dict[str, Solved] | None = None
     paired: bool = False
     seconds: float = 0.0
+    distances: tuple[float, ...] = ()
 
     def attach(self) -> None:
         """Hook the observers to their layers, and to those that share their weight."""

@@ -17,6 +17,7 @@ from tsq_layers.calibration import (
     Forward,
     PaddingMask,
     attention_mask,
+    callers_of,
     checked_batches,
     default_forward,
     evaluating,
@@ -24,6 +25,7 @@ from tsq_layers.calibration import (
 )
 from tsq_layers.config import QuantConfig
 from tsq_layers.coverage import check_coverage, check_share, parameter_reports
+from tsq_layers.distillation import Distance, Student, distil
 from tsq_layers.errors import CalibrationError, SkippedLayerWarning, StateError
 from tsq_layers.guidance import Loss, TokenWeights, Watched, model_loss, token_weights
 from tsq_layers.journal import Fingerprint, Journal, fingerprint_weights
@@ -96,6 +98,7 @@ def calibrate(
     forward: Forward = default_forward,
     padding_mask: PaddingMask = attention_mask,
     loss: Loss | None = None,
+    distance: Distance | None = None,
     offload: torch.device | str | None = None,
     checkpoint_dir: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
@@ -121,6 +124,9 @@ def calibrate(
         loss: ``loss(model, batch)`` is the scalar that the model is trained for; used where the
             configuration asks for ``guidance``, which takes one forward and one backward pass of every batch,
             all of which are then held at once. ``None``: the ``loss`` of the model's own output.
+        distance: ``distance(output, wanted, batch)`` is the scalar that is lowered where the configuration has
+            ``distill_epochs``, between outputs of the quantised and the full-precision model; ``None``:
+            divergence of logits, or squared error. All batches are then held at once.
         offload: a device, usually ``"cpu"``, to which the activations of waiting passes are moved:
             the device of the model then holds those of one batch at a time.
         checkpoint_dir: a directory in which every layer is kept as soon as it is solved. A calibration that
@@ -151,7 +157,8 @@ def calibrate(
     fitted = checked_batches(batches, "batches")
     others = [] if held_out is None else checked_batches(held_out, "held_out")
     parking = None if offload is None else Parking(offload, model)
-    if guided := guided_layers(preparation):
+    config, guided = preparation.config, guided_layers(preparation)
+    if guided or config.distill_epochs:
         fitted = list(fitted)
     started = time.perf_counter()
     preparation.detach()
@@ -165,6 +172,8 @@ def calibrate(
             solved = Calibration(
                 model, preparation, fitted, others, paired, forward, padding_mask, progress, journal, parking, guidance
             ).run()
+        if config.distill_epochs:
+            preparation.distances = _distilled(model, preparation, solved, fitted, forward, distance, progress)
         warn_few_tokens(solved)
         _warn_never_called(preparation, solved)
     except BaseException:
@@ -213,6 +222,7 @@ def convert(model: nn.Module, *, min_coverage: float = 0.0) -> nn.Module:
     model.tsq_report = Report(  # type: ignore[assignment]
         layers=layers,
         parameters=parameters,
+        distances=preparation.distances,
         config=preparation.config,
         size_before=before,
         size_after=model_bytes(model),
@@ -233,6 +243,7 @@ def quantize(
     forward: Forward = default_forward,
     padding_mask: PaddingMask = attention_mask,
     loss: Loss | None = None,
+    distance: Distance | None = None,
     offload: torch.device | str | None = None,
     checkpoint_dir: str | os.PathLike[str] | None = None,
     min_coverage: float = 0.0,
@@ -264,6 +275,7 @@ def quantize(
                 forward=forward,
                 padding_mask=padding_mask,
                 loss=loss,
+                distance=distance,
                 offload=offload,
                 checkpoint_dir=checkpoint_dir,
                 progress=progress,
@@ -288,6 +300,32 @@ def _guidance(
     given = loss or (lambda model, batch: model_loss(model, batch, forward))
     with evaluating(model):
         return token_weights(model, guided, [moved_to(batch, device) for batch in batches], given)
+
+
+def _distilled(
+    model: nn.Module,
+    preparation: Preparation,
+    solved: Mapping[str, Solved],
+    batches: Iterable[Batch],
+    forward: Forward,
+    distance: Distance | None,
+    progress: bool | None,
+) -> tuple[float, ...]:
+    """Refine the grids of all solved layers together."""
+    config, device = preparation.config, entry_device(model)
+    students = [
+        Student(preparation.modules[name], layer.matrix, target.kind.from_matrix, target.rounded)
+        for target, layer in ((preparation.targets[name], layer) for name, layer in solved.items())
+        for name in callers_of(target, preparation)
+    ]
+    with evaluating(model):
+        given = [moved_to(batch, device) for batch in batches]
+        return tuple(
+            distil(
+                model, students, given, forward, epochs=config.distill_epochs, rate=config.distill_rate,
+                distance=distance, progress=progress,
+            )
+        )  # fmt: skip
 
 
 def _journal(

@@ -72,7 +72,7 @@ def _measured(run: Run, cache: Path, options: argparse.Namespace) -> Run:
     model = load_causal_lm(directory)
     if run == records.FLOAT:
         return dataclasses.replace(run, perplexity=_perplexities(model, cache))
-    config = tsq.QuantConfig(bits=run.bits, group_size=run.group_size, **ROWS[run.name])
+    config = tsq.QuantConfig(**{"bits": run.bits, "group_size": run.group_size, **ROWS[run.name]})
     started, cpu_started = time.perf_counter(), time.process_time()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FewTokensWarning)  # one axis is how few they are

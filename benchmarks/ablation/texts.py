@@ -16,7 +16,7 @@ from tsq_layers.integrations.transformers import load_tokenizer, read_tokens, wi
 WINDOW = 1024
 EVALUATION_WINDOWS = 8
 HELD_OUT_WINDOWS = 4
-BATCH = 4  # windows
+BATCH = 1  # windows
 
 _NOVELS = Archive(
     name="r-cran-janeaustenr",

@@ -31,6 +31,8 @@ class Report:
         versions: package → version; see :func:`library_versions`.
         parameters: one entry for every parameter of the float model, in model order; empty in
             reports of versions that did not list them.
+        distances: mean distance between the outputs of the two models in each epoch of distillation, in the
+            unit of its distance function; empty without one.
 
     Example:
         >>> layer = LayerReport(name="fc", kind="Linear", rows=8, columns=16, status="quantized", bits=2, bits_per_weight=2.5)
@@ -47,10 +49,12 @@ class Report:
     seconds: float
     versions: Mapping[str, str] = field(default_factory=dict)
     parameters: tuple[ParameterReport, ...] = ()
+    distances: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
         object.__setattr__(self, "parameters", tuple(self.parameters))
+        object.__setattr__(self, "distances", tuple(self.distances))
         object.__setattr__(self, "versions", dict(self.versions))
 
     @property
@@ -95,6 +99,7 @@ class Report:
             "config": self.config.to_dict(),
             "versions": dict(self.versions),
             "parameters": [parameter.to_dict() for parameter in self.parameters],
+            "distances": list(self.distances),
         }
         return {"schema_version": SCHEMA_VERSION, **values}
 
