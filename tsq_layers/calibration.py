@@ -197,8 +197,8 @@ class Calibration:
             if paired:
                 reference = x if other is None else first.rows(other.input)
                 if reference.shape != x.shape:
-                    reference = x  # the streams took different ways: no deviation here
-            observer.observe(x, reference, self.padding_mask(role.batch, first.name, x))
+                    reference = x  # the streams took different ways: no deviation here but that of rounding
+            observer.observe(first.rounded(x), reference, self.padding_mask(role.batch, first.name, x))
 
     def _stream(self, arrival: lockstep.Arrival) -> str:
         return self._roles[arrival.pass_index].stream
@@ -290,6 +290,7 @@ class Calibration:
             self._check_input(name, index, args)
             if self._roles[index].stream != "quantised":
                 return forward(*args, **kwargs)
+            args, kwargs = with_input(self.solved[target.name].matrix.rounded_input, args, kwargs)
             return run_with_weight(module, forward, self._dense_weight(target), args, kwargs)
 
         if "forward" in attributes:
@@ -332,7 +333,24 @@ def callers_of(target: Target, preparation: Preparation) -> list[str]:
 def share_rows(first: Target, other: Target) -> bool:
     """Whether two layers that were given the same tensor see the same rows."""
     plain = first.kind.inputs is rows_of and other.kind.inputs is rows_of
+    roundings = [target.config.activation_bits and (8, target.config.rotation) for target in (first, other)]
+    plain = plain and roundings[0] == roundings[1]
     return first is other or (plain and first.pool is None and other.pool is None and not (first.tied or other.tied))
+
+
+def with_input(
+    change: Callable[[Tensor], Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call with its first tensor changed, positional ones before keywords.
+
+    Example:
+        >>> with_input(lambda x: 2 * x, (), {"input": torch.ones(2)})
+        ((), {'input': tensor([2., 2.])})
+    """
+    named = [*enumerate(args), *kwargs.items()]
+    first = next((key for key, value in named if isinstance(value, Tensor)), None)
+    changed = {key: change(value) if key == first else value for key, value in named}
+    return tuple(changed[index] for index in range(len(args))), {key: changed[key] for key in kwargs}
 
 
 def _peeked(batches: Iterable[Batch]) -> tuple[Batch, Iterable[Batch]]:

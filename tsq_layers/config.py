@@ -231,7 +231,7 @@ class QuantConfig:
     @property
     def needs_calibration(self) -> bool:
         """Whether the method of this configuration needs statistics of the layer's inputs."""
-        return self.method != "rtn"
+        return self.method != "rtn" or self.channel_scaling
 
     @property
     def torch_scale_dtype(self) -> torch.dtype:

@@ -6,9 +6,10 @@ Shapes: N out_features, K in_features, G groups a row, W words a row.
 import torch
 from torch import Tensor, nn
 
-from tsq_layers import grid, kernels, packing
+from tsq_layers import grid, kernels, packing, running
+from tsq_layers.basis import Basis
 from tsq_layers.errors import LayerError
-from tsq_layers.records import SCALE_DTYPES, QuantizedWeight
+from tsq_layers.records import SCALE_DTYPES, Outliers, QuantizedWeight
 
 
 class QuantLinear(nn.Module):
@@ -28,6 +29,12 @@ class QuantLinear(nn.Module):
         bias: whether there is a bias. It is a parameter and, as in ``nn.Linear``, trainable.
         scale_dtype: float16, bfloat16 or float32. The state dict holds the scales' raw bits, so
             it must be loaded into a layer of the same ``scale_dtype``.
+        rotation: largest block of input columns that is rotated, a power of two; ``None`` is no rotation.
+        channel_scaling: input columns are scaled. The codes are for the input in the changed basis, see
+            :mod:`tsq_layers.basis`; :attr:`weight` is for the layer's own.
+        outliers: entries of the sparse part, which is added to what the codes stand for.
+        outlier_columns: whole columns of the sparse part instead; 0 is none.
+        activation_bits: 8 rounds inputs too, in the changed basis, see :mod:`tsq_layers.activations`.
         device: of all tensors.
         dtype: of ``bias`` and of :attr:`weight`.
 
@@ -56,6 +63,10 @@ class QuantLinear(nn.Module):
     zero_words: Tensor | None
     bias: nn.Parameter | None
     dtype_marker: Tensor
+    rotation_signs: Tensor | None
+    column_scale_bits: Tensor | None
+    outlier_bits: Tensor | None
+    outlier_places: Tensor | None
 
     def __init__(
         self,
@@ -67,11 +78,17 @@ class QuantLinear(nn.Module):
         symmetric: bool = False,
         bias: bool = True,
         scale_dtype: torch.dtype = torch.float16,
+        rotation: int | None = None,
+        channel_scaling: bool = False,
+        outliers: int = 0,
+        outlier_columns: int = 0,
+        activation_bits: int | None = None,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         _check(in_features, out_features, bits, group_size, scale_dtype)
+        _check_additions(rotation, outliers, outlier_columns, activation_bits)
         self.in_features, self.out_features = in_features, out_features
         self.bits, self.group_size, self.symmetric = bits, group_size or in_features, symmetric
         self.scale_dtype = scale_dtype
@@ -86,13 +103,36 @@ class QuantLinear(nn.Module):
             torch.zeros(out_features, groups, dtype=scale_dtype, device=device).view(_bits_dtype(scale_dtype)),
         )
         self.register_buffer("zero_words", None if symmetric else words(groups))
+        self.rotation, self.activation_bits = rotation, activation_bits
+        shape = (outliers,) if outliers else (out_features, outlier_columns)
+        self._register_additions(shape if shape[-1] else None, channel_scaling, device)
         # Empty, and not saved: it only follows .to(dtype), as a weight would.
         self.register_buffer("dtype_marker", torch.empty(0, dtype=dtype, device=device), persistent=False)
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
+        self._absent_last()
+
+    def _register_additions(
+        self, outliers: tuple[int, ...] | None, channel_scaling: bool, device: torch.device | str | int | None
+    ) -> None:
+        """Buffers of the basis and of the sparse part, empty: no scaling, and places that are all 0."""
+        columns, bits = self.in_features, _bits_dtype(self.scale_dtype)
+        signs = None if self.rotation is None else torch.ones(columns, dtype=torch.int8, device=device)
+        scaling = torch.ones(columns, device=device, dtype=torch.float32).view(torch.int32) if channel_scaling else None
+        self.register_buffer("rotation_signs", signs)
+        self.register_buffer("column_scale_bits", scaling)
+        values = None if outliers is None else torch.zeros(outliers, dtype=bits, device=device)
+        places = None if outliers is None else torch.zeros(outliers[-1], dtype=torch.int32, device=device)
+        self.register_buffer("outlier_bits", values)
+        self.register_buffer("outlier_places", places)
 
     @classmethod
     def from_quantized(
-        cls, weight: QuantizedWeight, bias: Tensor | None = None, *, dtype: torch.dtype | None = None
+        cls,
+        weight: QuantizedWeight,
+        bias: Tensor | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        activation_bits: int | None = None,
     ) -> "QuantLinear":
         """Pack a quantised weight, on its device.
 
@@ -101,6 +141,7 @@ class QuantLinear(nn.Module):
             bias: (N,), copied. A parameter keeps its ``requires_grad``; of a plain tensor a
                 trainable parameter is made.
             dtype: of ``bias`` and :attr:`weight`; by default that of ``bias``, or torch's default.
+            activation_bits: 8 rounds inputs too.
 
         Raises:
             LayerError: ``bias`` has another shape than (N,).
@@ -112,7 +153,7 @@ class QuantLinear(nn.Module):
         # Made on meta: every tensor is replaced below.
         layer = cls(
             columns, rows, bits=weight.bits, group_size=weight.group_size, symmetric=weight.symmetric,
-            bias=False, scale_dtype=weight.scales.dtype, device="meta", dtype=dtype,
+            bias=False, scale_dtype=weight.scales.dtype, activation_bits=activation_bits, device="meta", dtype=dtype,
         )  # fmt: skip
         layer.words = packing.pack(weight.codes, weight.bits)
         layer.scale_bits = (
@@ -120,6 +161,7 @@ class QuantLinear(nn.Module):
         )
         layer.zero_words = None if weight.symmetric else packing.pack(weight.zeros, weight.bits)
         layer.dtype_marker = torch.empty(0, dtype=dtype, device=weight.codes.device)
+        layer._take_additions(weight)
         if bias is not None:
             trainable = bias.requires_grad if isinstance(bias, nn.Parameter) else True
             copy = bias.detach().to(weight.codes.device, dtype, copy=True)
@@ -144,6 +186,59 @@ class QuantLinear(nn.Module):
         layer = cls.from_quantized(weight, linear.bias, dtype=linear.weight.dtype)
         return layer.to(linear.weight.device).train(linear.training)
 
+    def _take_additions(self, weight: QuantizedWeight) -> None:
+        """Copies of the basis and of the sparse part of a weight."""
+        if weight.basis is not None:
+            signs, scaling = weight.basis.signs, weight.basis.scaling
+            self.rotation = weight.basis.rotation
+            self.rotation_signs = None if signs is None else signs.detach().clone()
+            self.column_scale_bits = None if scaling is None else scaling.detach().clone().view(torch.int32)
+        if weight.outliers is not None and len(weight.outliers.places):
+            values = weight.outliers.values.detach().clone(memory_format=torch.contiguous_format)
+            self.outlier_bits = values.view(_bits_dtype(values.dtype))
+            self.outlier_places = weight.outliers.places.detach().clone()
+        self._absent_last()
+
+    def _absent_last(self) -> None:
+        """Put buffers that are ``None`` behind the others: torch.export numbers them as if they were there."""
+        for name in [name for name, buffer in self._buffers.items() if buffer is None]:
+            self._buffers[name] = self._buffers.pop(name)
+
+    @property
+    def basis(self) -> Basis | None:
+        """The basis of the input that the codes are in; ``None`` is the layer's own."""
+        parts = self.parts
+        if parts.signs is None and parts.scaling is None:
+            return None
+        return Basis(self.rotation, parts.signs, parts.scaling)
+
+    @property
+    def outliers(self) -> Outliers | None:
+        """The sparse part, in the basis of the codes; ``None`` if there is none."""
+        values, places = self.parts.values, self.outlier_places
+        if values is None:
+            return None
+        return Outliers(values, places) if values.dim() == 1 else Outliers(values, columns=places)
+
+    @property
+    def parts(self) -> running.Parts:
+        """The tensors, as they are run: views of the buffers."""
+        scaling = None if self.column_scale_bits is None else self.column_scale_bits.view(torch.float32)
+        values = None if self.outlier_bits is None else self.outlier_bits.view(self.scale_dtype)
+        return running.Parts(
+            self.words, self.scales, self.zero_words, self.rotation_signs, scaling, values, self.outlier_places
+        )
+
+    @property
+    def form(self) -> running.Form:
+        """What the tensors do not say."""
+        return running.Form(self.bits, self.group_size, self.in_features, self.rotation)
+
+    @property
+    def _is_plain(self) -> bool:
+        additions = (self.rotation_signs, self.column_scale_bits, self.outlier_bits, self.activation_bits)
+        return all(addition is None for addition in additions)
+
     @property
     def scales(self) -> Tensor:
         """Scales (N, G) in ``scale_dtype``: a view of ``scale_bits``."""
@@ -161,8 +256,8 @@ class QuantLinear(nn.Module):
 
     @property
     def bits_per_weight(self) -> float:
-        """All stored bits of the weight (words, scales, zero words) for each of its N·K entries."""
-        stored = [tensor for tensor in (self.words, self.scale_bits, self.zero_words) if tensor is not None]
+        """All stored bits of the weight (words, scales, zero words, …) for each of its N·K entries."""
+        stored = list(self.buffers(recurse=False))  # one of them is empty
         return (
             sum(tensor.numel() * tensor.element_size() for tensor in stored)
             * 8
@@ -171,12 +266,10 @@ class QuantLinear(nn.Module):
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight (N, K) in any floating dtype, its products taken in float32 (float64) and rounded once."""
-        return kernels.dequantize(
-            self.words, self.scales, self.zero_words, self.bits, self.group_size, self.in_features, dtype
-        )
+        return running.dequantize(self.parts, self.form, dtype)
 
     def rows(self, ids: Tensor) -> Tensor:
-        """Some rows of :attr:`weight`, bit-equal to ``weight[ids]``; only these are dequantised.
+        """Some rows of :attr:`weight`, bit-equal to ``weight[ids]`` (if not rotated); only these are dequantised.
 
         Args:
             ids: int32 or int64 of any shape (…), in 0 … N − 1, on the layer's device; they may repeat.
@@ -195,17 +288,29 @@ class QuantLinear(nn.Module):
             raise LayerError(
                 f"ids are {ids.dtype}; give int32 or int64, numbers of rows in 0 … {self.out_features - 1}"
             )
-        flat = ids.reshape(-1)
-        words, scales = self.words.index_select(0, flat), self.scales.index_select(0, flat)
-        zero_words = None if self.zero_words is None else self.zero_words.index_select(0, flat)
-        rows = kernels.dequantize(words, scales, zero_words, self.bits, self.group_size, self.in_features, self.dtype)
+        rows = running.rows(ids.reshape(-1), self.parts, self.form, self.dtype)
         return rows.reshape(*ids.shape, self.in_features)
 
     def quantized_weight(self) -> QuantizedWeight:
-        """Codes, scales and zero points; exact inverse of :meth:`from_quantized`."""
+        """Codes, scales and zero points, sparse part and basis; exact inverse of :meth:`from_quantized`."""
         codes = packing.unpack(self.words, self.bits, self.in_features)
         zeros = kernels.zero_points(self.scale_bits, self.zero_words, self.bits)
-        return QuantizedWeight(codes, self.scales.clone(), zeros, self.bits, self.group_size, self.symmetric)
+        return QuantizedWeight(
+            codes, self.scales.clone(), zeros, self.bits, self.group_size, self.symmetric, self.outliers, self.basis
+        )
+
+    def rounded_input(self, x: Tensor) -> Tensor:
+        """What is left of an input once it is rounded to ``activation_bits``, for use with :attr:`weight`.
+
+        Args:
+            x: floating point (…, K), on any device.
+
+        Returns:
+            (…, K) in the dtype of ``x``; ``x`` itself if inputs are not rounded.
+        """
+        if self.activation_bits is None:
+            return x
+        return running.round_input(x, self.parts, self.form).to(x.dtype)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (so it is called in nn.Linear)
         """``x Wᵀ + b``: (…, K) → (…, N) in the dtype of ``input``, or in that of autocast.
@@ -213,6 +318,8 @@ class QuantLinear(nn.Module):
         Raises:
             LayerError: the last dimension of ``input`` is not K, or it is not floating point.
         """
+        if not self._is_plain:
+            return running.linear(input, self.bias, self.parts, self.form, self.activation_bits)
         return kernels.linear(
             input, self.words, self.scales, self.zero_words, self.bias, self.bits, self.group_size, self.in_features
         )
@@ -221,7 +328,19 @@ class QuantLinear(nn.Module):
         """What the layer is, for ``repr``."""
         shape = f"in_features={self.in_features}, out_features={self.out_features}"
         grids = f"bits={self.bits}, group_size={self.group_size}, symmetric={self.symmetric}"
-        return f"{shape}, {grids}, bias={self.bias is not None}, bits_per_weight={self.bits_per_weight:.2f}"
+        more = "".join(f", {name}={value}" for name, value in self.additions().items() if value)
+        return f"{shape}, {grids}, bias={self.bias is not None}{more}, bits_per_weight={self.bits_per_weight:.2f}"
+
+    def additions(self) -> dict[str, int | bool | None]:
+        """What the layer has beside codes and grids, by the names of the constructor's arguments."""
+        shape = () if self.outlier_bits is None else self.outlier_bits.shape
+        return {
+            "rotation": self.rotation,
+            "channel_scaling": self.column_scale_bits is not None,
+            "outliers": shape[0] if len(shape) == 1 else 0,
+            "outlier_columns": shape[1] if len(shape) == 2 else 0,
+            "activation_bits": self.activation_bits,
+        }
 
 
 def _bits_dtype(scale_dtype: torch.dtype) -> torch.dtype:
@@ -240,3 +359,12 @@ def _check(in_features: int, out_features: int, bits: int, group_size: int | Non
         raise LayerError(f"bits={bits}: give 1 to 8")
     if scale_dtype not in SCALE_DTYPES:
         raise LayerError(f"scale_dtype={scale_dtype}: give float16, bfloat16 or float32")
+
+
+def _check_additions(rotation: int | None, outliers: int, outlier_columns: int, activation_bits: int | None) -> None:
+    if rotation is not None and (rotation < 1 or rotation & (rotation - 1)):
+        raise LayerError(f"rotation={rotation}: give a power of two, or None")
+    if outliers < 0 or outlier_columns < 0 or (outliers and outlier_columns):
+        raise LayerError(f"outliers={outliers}, outlier_columns={outlier_columns}: give one of them, the other 0")
+    if activation_bits not in (None, 8):
+        raise LayerError(f"activation_bits={activation_bits}: give 8, or None")

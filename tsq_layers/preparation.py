@@ -21,6 +21,7 @@ from tsq_layers.layers import (
     kind_of,
     packed,
     replace,
+    rows_of,
     split_of,
     unsupported,
     why_not,
@@ -29,6 +30,7 @@ from tsq_layers.layers.offloading import is_offloaded, present
 from tsq_layers.layers.pools import Pool, expert_pool
 from tsq_layers.linear import QuantLinear
 from tsq_layers.observer import HessianObserver
+from tsq_layers.rebasing import rounded_rows
 from tsq_layers.report import LayerReport, memory_extent
 from tsq_layers.sync import to_host
 
@@ -81,6 +83,29 @@ class Target:
         """The inputs of a call as rows (…, K), or (T, B, K)."""
         assert self.kind.inputs is not None
         return self.kind.inputs(self.module, x)
+
+    @property
+    def additions(self) -> dict[str, Any]:
+        """What its packed matrix has beside codes and grids, by the names of ``QuantLinear``."""
+        config, (rows, columns) = self.config, self.shape
+        if self.kind.inputs is None:
+            return {}
+        found: dict[str, Any] = {"rotation": config.rotation, "channel_scaling": config.channel_scaling}
+        if config.method == "quantease":
+            found["outlier_columns"] = min(config.outlier_columns, columns)
+            found["outliers"] = 0 if config.outlier_columns else round(config.outliers * rows * columns)
+        return found | {"activation_bits": config.activation_bits}
+
+    def rounded(self, rows: Tensor) -> Tensor:
+        """Rows of inputs as the layer will see them: what 8 bits leave of them, if ``activation_bits`` says so.
+
+        They are rounded in the rotated basis, where the quantised layer will round them, in at least float32.
+        Column scales are chosen when the layer is solved: until then they are taken to be 1, which makes
+        the error that statistics see an estimate (large, as a rule: scaled inputs have fewer outliers).
+        """
+        if self.config.activation_bits is None or self.kind.inputs is None:
+            return rows
+        return rounded_rows(rows, self.config.rotation)
 
     def observer(self) -> HessianObserver:
         """An empty observer of the layer's inputs."""
@@ -141,7 +166,7 @@ def _observe_call(
     target: Target, observer: HessianObserver, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
     # The layers have one argument, by position or by name.
-    observer(module, (target.rows((args or tuple(kwargs.values()))[0]),))
+    observer(module, (target.rounded(target.rows((args or tuple(kwargs.values()))[0])),))
 
 
 def inspect(model: nn.Module, config: QuantConfig) -> Preparation:
@@ -190,6 +215,7 @@ def inspect(model: nn.Module, config: QuantConfig) -> Preparation:
             f"nothing to quantise: {type(model).__name__} has no layer of a known kind that skip={config.skip!r} leaves; change skip"
         )
     _check_weights(targets)
+    _check_inputs(targets)
     chosen = {target.module for target in targets.values()}
     used = {original: split for original, split in splits.items() if _is_used(split, chosen)}
     if model in used:
@@ -360,6 +386,17 @@ def _warn_unmatched(config: QuantConfig, names: list[str]) -> None:
                 f"pattern {pattern!r} matches none of the {len(names)} layers ({shown}, …); correct or remove it",
                 UnmatchedPatternWarning,
                 stacklevel=4,
+            )
+
+
+def _check_inputs(targets: Mapping[str, Target]) -> None:
+    """Inputs can be rounded where the layer is given rows, not where it makes them, as a convolution does its patches."""
+    for name, target in targets.items():
+        inputs = target.kind.inputs
+        if target.config.activation_bits is not None and inputs is not None and inputs is not rows_of:
+            raise LayerError(
+                f"{name}: inputs of a {target.kind.name} cannot be rounded to {target.config.activation_bits} bits by token; "
+                f"give it overrides={{{name!r}: {{'activation_bits': None}}}}, or add it to skip"
             )
 
 

@@ -1,12 +1,15 @@
 """The frozen values that cross borders; each is checked once, when it is made."""
 
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from tsq_layers import grid
+from tsq_layers.basis import Basis
 from tsq_layers.errors import LayerError
+from tsq_layers.sync import to_host
 
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -74,6 +77,74 @@ class LayerStatistics:
 
 
 @dataclass(frozen=True, eq=False)
+class Outliers:
+    """The sparse part of a weight matrix (N, K), added to what its codes stand for.
+
+    Single entries, or whole columns: exactly one of ``indices`` and ``columns`` is given.
+
+    Args:
+        values: float16, bfloat16 or float32; (E,) of entries, (N, C) of columns.
+        indices: int32 (E,), the places row·K + column, ascending, none twice.
+        columns: int32 (C,), ascending, none twice.
+
+    Raises:
+        LayerError: shapes or dtypes that do not fit together.
+
+    Example:
+        >>> outliers = Outliers(torch.tensor([1.5, -2.0]), indices=torch.tensor([1, 5], dtype=torch.int32))
+        >>> outliers.added_to(torch.zeros(2, 3))
+        tensor([[ 0.0000,  1.5000,  0.0000],
+                [ 0.0000,  0.0000, -2.0000]])
+    """
+
+    values: Tensor
+    indices: Tensor | None = None
+    columns: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if (self.indices is None) == (self.columns is None):
+            raise LayerError("outliers have indices and columns, or neither; give one of them")
+        if self.values.dtype not in SCALE_DTYPES:
+            raise LayerError(f"values of outliers are {self.values.dtype}; give float16, bfloat16 or float32")
+        if self.places.dtype != torch.int32 or self.places.dim() != 1:
+            raise LayerError(
+                f"places of outliers are {self.places.dtype} of shape {tuple(self.places.shape)}; give int32 of one dimension"
+            )
+        dimensions = 1 if self.columns is None else 2
+        if self.values.dim() != dimensions or self.values.shape[-1] != len(self.places):
+            raise LayerError(
+                f"values of outliers have shape {tuple(self.values.shape)} for {len(self.places)} places; "
+                "give (E,) for E entries, (N, C) for C columns"
+            )
+
+    @property
+    def places(self) -> Tensor:
+        """The indices or columns."""
+        found = self.indices if self.indices is not None else self.columns
+        assert found is not None
+        return found
+
+    def added_to(self, weight: Tensor) -> Tensor:
+        """The sum of a dense weight (N, K) and these, a new tensor in the dtype of ``weight``."""
+        values = self.values.to(weight.dtype)
+        if self.columns is not None:
+            return weight.index_add(1, self.columns, values)
+        return weight.reshape(-1).index_add(0, self.places, values).view(weight.shape)
+
+    def split(self, rows: list[int], columns: int) -> list["Outliers"]:
+        """Cut those of a stack of layers of K = ``columns`` columns into those of its layers."""
+        if self.columns is not None:
+            return [Outliers(values, columns=self.columns) for values in self.values.split(rows)]
+        ends = list(itertools.accumulate(rows))
+        counts = to_host(*((self.places < end * columns).sum() for end in ends))
+        limits = [0, *map(int, counts)]
+        return [
+            Outliers(self.values[low:high], self.places[low:high] - (end - height) * columns)
+            for low, high, end, height in zip(limits, limits[1:], ends, rows, strict=False)
+        ]
+
+
+@dataclass(frozen=True, eq=False)
 class QuantizedWeight:
     """A weight matrix as integers and grids: ``weight = scales · (codes − zeros)`` per group.
 
@@ -84,6 +155,8 @@ class QuantizedWeight:
         bits: width of a code, 1 to 8.
         group_size: columns that share a scale; G = ceil(K / group_size).
         symmetric: whether the zero points are the constant 2^(bits−1) and need not be stored.
+        outliers: a sparse part that is added, its values in the dtype of the scales; ``None`` if there is none.
+        basis: the basis of the input that codes and outliers are in; ``None`` is the layer's own.
 
     Raises:
         LayerError: shapes or dtypes that do not fit together.
@@ -95,6 +168,8 @@ class QuantizedWeight:
     bits: int
     group_size: int
     symmetric: bool
+    outliers: Outliers | None = None
+    basis: Basis | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 8:
@@ -114,21 +189,51 @@ class QuantizedWeight:
             raise LayerError(f"scales are {self.scales.dtype}; give float16, bfloat16 or float32")
         if self.zeros.dtype != torch.uint8:
             raise LayerError(f"zeros are {self.zeros.dtype}; give uint8")
+        self._check_additions()
+
+    def _check_additions(self) -> None:
+        rows, columns = self.codes.shape
+        if self.basis is not None and self.basis.columns != columns:
+            raise LayerError(f"the basis is of {self.basis.columns} columns, the weight has {columns}")
+        if self.outliers is None:
+            return
+        values = self.outliers.values
+        if values.dtype != self.scales.dtype:
+            raise LayerError(f"outliers are {values.dtype} and scales {self.scales.dtype}; give both in one dtype")
+        if self.outliers.columns is not None and values.shape[0] != rows:
+            raise LayerError(f"columns of outliers have {values.shape[0]} rows, the weight has {rows}")
+        if self.outliers.indices is not None and rows * columns >= 2**31:
+            raise LayerError(
+                f"{rows}×{columns} entries are too many for 32-bit indices of outliers; give whole columns"
+            )
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight matrix that the codes stand for, (N, K) in ``dtype``."""
-        return grid.dequantize(self.codes, self.scales, self.zeros, self.group_size, dtype)
+        """The weight matrix that is stood for, (N, K) in ``dtype``, for the layer's own inputs."""
+        if self.outliers is None and self.basis is None:
+            return grid.dequantize(self.codes, self.scales, self.zeros, self.group_size, dtype)
+        working = torch.float64 if dtype == torch.float64 else torch.float32
+        weight = grid.dequantize(self.codes, self.scales, self.zeros, self.group_size, working)
+        weight = weight if self.outliers is None else self.outliers.added_to(weight)
+        return (weight if self.basis is None else self.basis.restore(weight)).to(dtype)
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits per entry of the matrix: codes, scales and zero points."""
-        overhead = self.scales.element_size() * 8 + (0 if self.symmetric else self.bits)
-        return self.bits + overhead * self.scales.numel() / self.codes.numel()
+        """Stored bits per entry of the matrix: codes, scales and zero points, sparse part and basis."""
+        overhead = self.scales.numel() * (self.scales.element_size() * 8 + (0 if self.symmetric else self.bits))
+        if self.outliers is not None:
+            overhead += 8 * sum(v.numel() * v.element_size() for v in (self.outliers.values, self.outliers.places))
+        if self.basis is not None:
+            parts = [v for v in (self.basis.signs, self.basis.scaling) if v is not None]
+            overhead += 8 * sum(v.numel() * v.element_size() for v in parts)
+        return self.bits + overhead / self.codes.numel()
 
     def split(self, rows: list[int]) -> list["QuantizedWeight"]:
         """Cut a stack of layers into its layers of ``rows`` rows each."""
-        parts = zip(self.codes.split(rows), self.scales.split(rows), self.zeros.split(rows), strict=True)
+        sparse: list[Outliers | None] = [None] * len(rows)
+        if self.outliers is not None:
+            sparse = [*self.outliers.split(rows, self.codes.shape[1])]
+        parts = zip(self.codes.split(rows), self.scales.split(rows), self.zeros.split(rows), sparse, strict=True)
         return [
-            QuantizedWeight(codes, scales, zeros, self.bits, self.group_size, self.symmetric)
-            for codes, scales, zeros in parts
+            replace(self, codes=codes, scales=scales, zeros=zeros, outliers=outliers)
+            for codes, scales, zeros, outliers in parts
         ]

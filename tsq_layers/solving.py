@@ -14,6 +14,7 @@ from tsq_layers.errors import FewTokensWarning
 from tsq_layers.layers.offloading import present
 from tsq_layers.linear import QuantLinear
 from tsq_layers.preparation import Solved, Target
+from tsq_layers.rebasing import rebase
 from tsq_layers.records import LayerStatistics
 from tsq_layers.report import LayerReport
 from tsq_layers.solver import SolverResult, TwoStageGroupQuantizer
@@ -79,7 +80,12 @@ def _solve_alike(
         needed = held_out = None
     else:
         needed = statistics
+    changed = rebase(weight, needed, held_out, config) if targets[0].kind.inputs is not None else None
+    if changed is not None:
+        weight, needed, held_out = changed.weight, changed.statistics, changed.held_out
     result = TwoStageGroupQuantizer(weight, needed, config, name=name).run(held_out)
+    if changed is not None:
+        result = dataclasses.replace(result, weight=dataclasses.replace(result.weight, basis=changed.basis))
     return _split(targets, result, statistics, shortfall)
 
 
@@ -143,7 +149,9 @@ def _split(
             **cast("dict[str, Any]", found),
         )
         others = tuple(other.name for other in stack if other is not target)
-        matrix = QuantLinear.from_quantized(weight, dtype=target.weight.dtype)
+        matrix = QuantLinear.from_quantized(
+            weight, dtype=target.weight.dtype, activation_bits=target.additions.get("activation_bits")
+        )
         solved[target.name] = Solved(
             matrix, dataclasses.replace(report, bits_per_weight=matrix.bits_per_weight, shared_with=others)
         )

@@ -1,7 +1,7 @@
 """How to build an empty quantised layer: what every file that holds packed layers says of each."""
 
-from dataclasses import dataclass
-from typing import Self
+from dataclasses import dataclass, fields
+from typing import Any, Self
 
 import torch
 
@@ -27,6 +27,11 @@ class LayerSpec:
     bias: bool
     scale_dtype: str
     dtype: str
+    rotation: int | None = None
+    channel_scaling: bool = False
+    outliers: int = 0
+    outlier_columns: int = 0
+    activation_bits: int | None = None
 
     @classmethod
     def of(cls, layer: QuantLinear) -> Self:
@@ -39,7 +44,12 @@ class LayerSpec:
             bias=layer.bias is not None,
             scale_dtype=dtype_name(layer.scale_dtype),
             dtype=dtype_name(layer.dtype),
+            **layer.additions(),  # type: ignore[arg-type]
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The specification as plain JSON values; what a layer does not have is left out."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
 
     def build(self, name: str, file: str = "tsq.json") -> QuantLinear:
         """The layer on the meta device: shapes and dtypes, no values.
@@ -60,6 +70,11 @@ class LayerSpec:
                 symmetric=self.symmetric,
                 bias=self.bias,
                 scale_dtype=dtype_of(self.scale_dtype),
+                rotation=self.rotation,
+                channel_scaling=self.channel_scaling,
+                outliers=self.outliers,
+                outlier_columns=self.outlier_columns,
+                activation_bits=self.activation_bits,
                 device="meta",
                 dtype=dtype_of(self.dtype),
             )

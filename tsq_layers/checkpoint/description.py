@@ -125,7 +125,7 @@ class Description:
             "schema_version": SCHEMA_VERSION,
             "library_version": self.library_version,
             "header_sha256": self.header_sha256,
-            "layers": {name: dataclasses.asdict(spec) for name, spec in self.layers.items()},
+            "layers": {name: spec.to_dict() for name, spec in self.layers.items()},
             "composites": list(self.composites),
             "aliases": dict(self.aliases),
             "tensors": {key: {"dtype": spec.dtype, "shape": list(spec.shape)} for key, spec in self.tensors.items()},

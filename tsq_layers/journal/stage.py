@@ -26,7 +26,6 @@ from tsq_layers.specification import LayerSpec
 
 _NAME = re.compile(r"stage-(\d{6,})-([0-9a-f]{64})\.safetensors")
 _METADATA = "tsq_journal"
-_BUFFERS = ("words", "scale_bits", "zero_words")
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def encode(solved: Mapping[str, tuple[QuantLinear, LayerReport]], number: int, r
     layers = []
     for index, (name, (layer, report)) in enumerate(solved.items()):
         spec = dataclasses.replace(LayerSpec.of(layer), bias=False)
-        layers.append({"name": name, "spec": dataclasses.asdict(spec), "report": report.to_dict()})
+        layers.append({"name": name, "spec": spec.to_dict(), "report": report.to_dict()})
         for buffer in _stored(layer):
             # Copied: layers of a stack may be slices of one tensor, which safetensors refuses.
             tensors[f"{index}.{buffer}"] = getattr(layer, buffer).detach().to("cpu", copy=True).contiguous()
@@ -123,7 +122,7 @@ def _entry(path: Path, index: int, values: Mapping[str, Any]) -> Entry:
 
 def _stored(layer: QuantLinear) -> list[str]:
     """The buffers that a file holds of a layer."""
-    return [buffer for buffer in _BUFFERS if getattr(layer, buffer) is not None]
+    return [name for name, _ in layer.named_buffers() if name not in layer._non_persistent_buffers_set]
 
 
 def _fitting(tensor: Tensor, empty: Tensor) -> Tensor:

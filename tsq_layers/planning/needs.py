@@ -52,7 +52,7 @@ class Needs:
     def dense(self, target: Target) -> Need:
         """To have the quantised weight of a layer as a dense one."""
         config, weight = target.config, target.weight
-        layout = config.bits, config.group_size, config.symmetric, config.scale_dtype
+        layout = config.bits, config.group_size, config.symmetric, config.scale_dtype, str(target.additions)
         key = "dense", target.kind.name, target.kind.to_matrix is as_it_is, target.shape, weight.dtype, layout
         if key not in self._known:
             self._known[key] = self._dense(target)
@@ -65,7 +65,7 @@ class Needs:
 
         def observe() -> int:
             rows = target.rows(x)
-            observer.observe(rows, target.rows(other) if paired else None, mask)
+            observer.observe(target.rounded(rows), target.rows(other) if paired else None, mask)
             return rows.shape[: -1 if target.blocks == 1 else -2].numel()
 
         return self._watched(observe)
@@ -99,6 +99,7 @@ def packed_matrix(target: Target, device: torch.device | str | None = None) -> Q
         symmetric=config.symmetric,
         bias=False,
         scale_dtype=config.torch_scale_dtype,
+        **target.additions,
         device=device or weight.device,
         dtype=weight.dtype,
     )
