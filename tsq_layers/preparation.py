@@ -100,8 +100,8 @@ class Target:
         """Rows of inputs as the layer will see them: what 8 bits leave of them, if ``activation_bits`` says so.
 
         They are rounded in the rotated basis, where the quantised layer will round them, in at least float32.
-        Column scales are chosen when the layer is solved: until then they are taken to be 1, which makes
-        the error that statistics see an estimate (large, as a rule: scaled inputs have fewer outliers).
+        Column scales are chosen only when the layer is solved. Until then they are taken to be 1: the error that
+        the statistics contain is that of inputs which are rotated but not scaled, usually the larger one.
         """
         if self.config.activation_bits is None or self.kind.inputs is None:
             return rows

@@ -44,7 +44,8 @@ class Needs:
     def observing(self, target: Target, given: Input, *, paired: bool) -> Need:
         """To see the first call of a layer."""
         alike = None if target.kind.inputs is rows_of else target.name  # others go by the module
-        key = "observing", alike, target.shape, given, paired
+        rounding = target.config.activation_bits and (target.config.activation_bits, target.config.rotation)
+        key = "observing", alike, target.shape, given, paired, rounding
         if key not in self._known:
             self._known[key] = self._observing(target, given, paired)
         return self._known[key]
