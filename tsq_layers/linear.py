@@ -199,6 +199,11 @@ class QuantLinear(nn.Module):
             self.outlier_places = weight.outliers.places.detach().clone()
         self._absent_last()
 
+    def drop_scaling(self) -> None:
+        """Forget the column scales, once whatever gives the layer its input applies them; changes :attr:`weight`."""
+        self.column_scale_bits = None
+        self._absent_last()
+
     def _absent_last(self) -> None:
         """Put buffers that are ``None`` behind the others: torch.export numbers them as if they were there."""
         for name in [name for name, buffer in self._buffers.items() if buffer is None]:
