@@ -6,8 +6,10 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tsq_layers as tsq
+from tsq_layers import running
 from tsq_layers.basis import Basis
 from tsq_layers.errors import LayerError
 from tsq_layers.records import Outliers
@@ -170,25 +172,28 @@ def test_no_dense_weight_is_kept_for_the_gradient(kind):
     assert max(saved) < 200 * 192 / 2
 
 
-def test_few_rows_allocate_no_dense_weight(kind):
-    from torch.utils._python_dispatch import TorchDispatchMode
+class Largest(TorchDispatchMode):
+    """The most entries of a tensor that an operation makes."""
 
-    class Largest(TorchDispatchMode):
-        size = 0
+    size = 0
 
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor):
-                self.size = max(self.size, out.numel())
-            return out
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.size = max(self.size, out.numel())
+        return out
 
-    from tsq_layers import running
 
-    weight, _ = quantised(kind, rows=256, columns=256, share=0.01)
-    layer = tsq.QuantLinear.from_quantized(weight)
+def test_few_rows_make_no_dense_sparse_part():
+    weight, sparse = quantised("entries", rows=256, columns=256, share=0.01)
+    parts, x = tsq.QuantLinear.from_quantized(weight).parts, torch.randn(4, 256)
     with Largest() as largest:
-        running._sparse_product(torch.randn(4, 256), *layer.parts[-2:], 256) if kind == "entries" else None
-    assert largest.size <= 8 * 256 * 2
+        found = running._sparse_product(x, parts.values, parts.places, 256)
+    assert largest.size < 256 * 256 / 8
+    torch.testing.assert_close(found.double(), x.double() @ sparse.T, rtol=1e-4, atol=1e-4)
+    with Largest() as largest:
+        running.dequantize(parts, running.Form(4, 16, 256), torch.float32)
+    assert largest.size >= 256 * 256
 
 
 @pytest.mark.parametrize("make", BASES.values(), ids=BASES)

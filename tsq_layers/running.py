@@ -165,11 +165,11 @@ def _sparse_product(x: Tensor, values: Tensor, places: Tensor, outputs: int) -> 
     """S x, in at least float32: (…, K) → (…, N)."""
     columns = x.shape[-1]
     working = torch.float64 if x.dtype == torch.float64 else torch.float32
-    x_KM = x.reshape(-1, columns).mT.to(working)
     row, column = places // columns, places % columns
-    terms_EM = x_KM.index_select(0, column) * values.to(working).unsqueeze(1)
-    y_NM = terms_EM.new_zeros(outputs, x_KM.shape[1]).index_add(0, row, terms_EM)
-    return y_NM.mT.reshape(*x.shape[:-1], outputs)
+    terms_ME = x.reshape(-1, columns).to(working).index_select(1, column) * values.to(working)
+    # Not index_add, which takes 3 to 8 times as long on a CPU.
+    y_MN = terms_ME.new_zeros(len(terms_ME), outputs).scatter_add(1, row.long().expand(len(terms_ME), -1), terms_ME)
+    return y_MN.reshape(*x.shape[:-1], outputs)
 
 
 class _Dense(torch.autograd.Function):
