@@ -249,7 +249,7 @@ def test_a_stage_file_holds_what_it_should(tmp_path):
         values = json.loads(file.metadata().pop("tsq_journal"))
     assert (values["run"], values["stage"]) == (run.digest(), 0)
     assert [layer["name"] for layer in values["layers"]] == ["q", "k"]
-    assert values["layers"][0]["spec"] == dataclasses.asdict(LayerSpec.of(packed()))
+    assert values["layers"][0]["spec"] == LayerSpec.of(packed()).to_dict()
     assert values["layers"][0]["report"] == report("q").to_dict()
 
 
