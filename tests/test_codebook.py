@@ -74,7 +74,7 @@ def test_tables_equal_the_oracle(N: int, K: int, g: int, bits: int, dtype: torch
 
 @both
 def test_results_differ_from_the_oracle_when_it_is_given_another_metric(per_group: bool) -> None:
-    c = case(N=4, K=20, bits=3)
+    c = case(N=4, K=20, g=10, bits=2)
     codes, tables = start(c, per_group)
     found = codebook.fit(codes, c.target, c.H, tables, c.g, torch.float32)[0]
     other = c.H.diagonal().diag()

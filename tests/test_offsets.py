@@ -68,8 +68,7 @@ def test_loss_of_the_small_problem_is_the_loss() -> None:
 
 @pytest.mark.parametrize(("K", "g"), [(16, 16), (14, 4), (9, 1), (1, 1), (30, 7)], ids=str)
 @pytest.mark.parametrize("kind", ["blocks", "diagonal"])
-def test_refitted_grid_is_the_least_for_its_codes(K: int, g: int, kind: str) -> None:
-    # No scale or offset nearby is better for the codes that it rounds to.
+def test_fitted_grids_lose_no_more_than_those_with_integer_zero_points(K: int, g: int, kind: str) -> None:
     c = case(4, K, g, bits=2)
     metric = c.H if kind == "blocks" else c.H.diagonal()
     scales, added = offsets.fit_grids(c.target, metric, 2, g)
@@ -80,7 +79,21 @@ def test_refitted_grid_is_the_least_for_its_codes(K: int, g: int, kind: str) -> 
     least = loss(own, codes, scales, added)
     integer = stage1.fit_grids(c.target, metric, 2, g, False)
     rounded = grid.quantize(c.target, *integer, 2, g)
-    assert least.sum() <= loss(own, rounded, integer[0], -integer[0] * integer[1]).sum() * 1.05
+    # Both are scans of a few clipping factors: a group may be unlucky.
+    assert least.sum() <= loss(own, rounded, integer[0], -integer[0] * integer[1]).sum() * 1.05 + 1e-20
+
+
+def test_refitted_grid_is_the_least_squares_for_its_codes() -> None:
+    c = case(5, 12, 12, bits=3)
+    scales, added = (values.T for values in grids(c)[1:])  # (1 group, 5 rows)
+    weight, metric = c.target.unsqueeze(0), c.H.unsqueeze(0)
+    centre = added + 3.5 * scales
+    found = offsets._refitted(weight, scales, centre, metric, 3)
+    codes = offsets._rounded(weight, scales, centre, 3)[0]
+    for row in range(5):
+        B = torch.stack([codes[row], torch.ones(12, dtype=torch.float64)], 1)
+        wanted = torch.linalg.solve(B.T @ c.H @ B, B.T @ c.H @ c.target[row])
+        assert_close(torch.stack([values[0, row] for values in found]), wanted, rtol=1e-9, atol=1e-12)
 
 
 def test_fit_of_two_stages_beats_integer_zero_points() -> None:

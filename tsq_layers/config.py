@@ -171,9 +171,7 @@ class QuantConfig:
             _check_integer(name, getattr(self, name), 1, None)
         for name in ("joint_rounds", "outlier_columns", "guidance"):
             _check_integer(name, getattr(self, name), 0, None)
-        self._check_rotation()
-        if self.activation_bits not in (None, 8):
-            raise ConfigError(f"activation_bits={self.activation_bits!r}: give 8, or None")
+        self._check_input()
         if self.min_expert_tokens is not None:
             _check_integer("min_expert_tokens", self.min_expert_tokens, 0, None, "an integer of at least 0, or None")
         for name in ("symmetric", "act_order", "descent_relax", "greedy_pairs", "embeddings", "channel_scaling"):
@@ -194,7 +192,9 @@ class QuantConfig:
         object.__setattr__(self, "skip", _checked_skip(self.skip))
         object.__setattr__(self, "overrides", self._checked_overrides())
 
-    def _check_rotation(self) -> None:
+    def _check_input(self) -> None:
+        if self.activation_bits not in (None, 8):
+            raise ConfigError(f"activation_bits={self.activation_bits!r}: give 8, or None")
         rotation = self.rotation
         if rotation is not None and (not isinstance(rotation, int) or rotation < 2 or rotation & (rotation - 1)):
             raise ConfigError(f"rotation={rotation!r}: give a power of two of at least 2, or None")
