@@ -1,6 +1,7 @@
 """`TwoStageGroupQuantizer` with tables, offsets and outliers: the steps together, and what is handed over."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 import pytest
@@ -112,7 +113,7 @@ def test_steps_follow_each_other_and_the_last_lose_less(way: str) -> None:
     assert list(losses) == ["initialize", "assign", *last]
     order = [losses[step] for step in ("assign", *last)]
     if changes.get("deviation") != "refine":  # codes and grids are then for another target
-        assert all(after < before * 1.02 for before, after in zip(order, order[1:], strict=False))
+        assert all(after < before * 1.02 for before, after in itertools.pairwise(order))
     assert order[-1] < losses["initialize"]
 
 
