@@ -5,16 +5,18 @@ GPU, and so does every read of a value (``.item()``, ``bool(tensor)``), which on
 deliberate reads go through ``sync.to_host``; here they are counted, and answered with what the code hopes for.
 """
 
+import copy
 import ctypes
 from pathlib import Path
 
 import pytest
 import torch
+from grid_kinds import KINDS, made
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 
 import tsq_layers as tsq
-from tsq_layers import basis, experts, grid, preparation, records, solving
+from tsq_layers import basis, experts, few_rows, grid, preparation, records, solving
 from tsq_layers.solver import gptq, objective, rows, stage1
 
 CUDA = "cuda:0"
@@ -228,6 +230,34 @@ def test_other_bases_and_inputs_stay_on_the_device_and_read_no_more(fake, reads,
     assert total(reads) == READS_AT_PREPARE + 3 * a_stage
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bits", range(1, 5))
+@pytest.mark.parametrize(("rows", "dtype"), [(1, torch.bfloat16), (3, torch.float16), (200, torch.float32)])
+def test_offsets_and_tables_stay_on_the_device_and_read_nothing(fake, reads, kind, bits, rows, dtype):
+    codes = torch.zeros(24, 64, dtype=torch.uint8, device=CUDA)
+    floats = torch.ones(24, 4, dtype=torch.bfloat16, device=CUDA)
+    if kind == "offsets":
+        given = {"scales": floats, "offsets": floats}
+    else:
+        tables = torch.ones(24, 1 if kind == "row tables" else 4, 1 << bits, dtype=torch.bfloat16, device=CUDA)
+        given = {"scales": floats[:, :0], "tables": tables}
+    zeros = given["scales"].to(torch.uint8)
+    quantized = tsq.QuantizedWeight(codes=codes, zeros=zeros, bits=bits, group_size=16, symmetric=False, **given)
+    layer = tsq.QuantLinear.from_quantized(quantized, torch.zeros(24, device=CUDA), dtype=dtype)
+    assert_on_cuda(layer)
+    x = torch.randn(rows, 64, device=CUDA, dtype=dtype)
+    y = layer(x)
+    assert (y.device.type, y.dtype, tuple(y.shape)) == ("cuda", dtype, (rows, 24))
+    form = few_rows.Format(bits, 64 if kind == "row tables" else 16, 64)
+    if few_rows.one_pass(*form):  # what is compiled on a GPU
+        y = few_rows.few_rows(x, layer.words, layer.grids, layer.shifts, None, form)
+        assert (y.device.type, tuple(y.shape)) == ("cuda", (rows, 24))
+    assert layer.weight.device.type == layer.rows(torch.zeros(3, dtype=torch.int64, device=CUDA)).device.type == "cuda"
+    again = layer.quantized_weight()
+    assert {value.device.type for value in vars(again).values() if isinstance(value, torch.Tensor)} == {"cuda"}
+    assert total(reads) == 0
+
+
 # --- the whole -----------------------------------------------------------------------------------
 
 
@@ -393,6 +423,16 @@ class TestOnGpu:
         for one, two in zip(cpu.tsq_report.quantized, gpu.tsq_report.quantized, strict=True):
             for step, loss in one.losses.items():
                 assert two.losses[step] == pytest.approx(loss, rel=0.05)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("bits", [2, 3, 4])
+    @pytest.mark.parametrize("rows", [1, 3, 200])
+    def test_offsets_and_tables_give_what_they_give_on_the_cpu(self, kind, bits, rows):
+        layer, x = tsq.QuantLinear.from_quantized(made(kind, 24, 64, bits, 16), torch.randn(24)), torch.randn(rows, 64)
+        exact = layer.double()(x.double()).detach()
+        assert torch.equal(layer.float().weight, copy.deepcopy(layer).cuda().weight.cpu())
+        found = layer.cuda()(x.cuda()).cpu().double().detach()
+        assert (found - exact).norm() < 1e-5 * exact.norm()
 
     @pytest.mark.parametrize("bits", [2, 3, 4, 8])
     @pytest.mark.parametrize(("rows", "dtype"), [(1, torch.bfloat16), (3, torch.float32), (200, torch.float32)])

@@ -188,6 +188,9 @@ class QuantizedWeight:
             raise LayerError(f"codes are {self.codes.dtype} of shape {tuple(self.codes.shape)}; give uint8 (N, K)")
         if self.group_size < 1:
             raise LayerError(f"group_size={self.group_size}: give a positive integer")
+        check_kind(
+            self.bits, symmetric=self.symmetric, offsets=self.offsets is not None, tables=self.tables is not None
+        )
         rows, columns = self.codes.shape
         groups = grid.group_count(columns, self.group_size)
         expected = (rows, groups if self.tables is None else 0)
@@ -201,9 +204,6 @@ class QuantizedWeight:
             raise LayerError(f"scales are {self.scales.dtype}; give float16, bfloat16 or float32")
         if self.zeros.dtype != torch.uint8:
             raise LayerError(f"zeros are {self.zeros.dtype}; give uint8")
-        check_kind(
-            self.bits, symmetric=self.symmetric, offsets=self.offsets is not None, tables=self.tables is not None
-        )
         if self.offsets is not None:
             self._check_like_scales("offsets", self.offsets, [expected])
         if self.tables is not None:
