@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from grid_kinds import KINDS, made
+from grid_kinds import assert_same as assert_same_weight
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -85,6 +87,16 @@ def quantized_net(dtype: torch.dtype = torch.float32) -> Net:
 TOKENS = torch.tensor([0, 3, 6])
 
 
+def kinds_net(kind: str | None = None, scales: torch.dtype = torch.float16) -> nn.Sequential:
+    """Two layers with float offsets or look-up tables; float layers if no kind is given."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(10, 6), nn.ReLU(), nn.Linear(6, 10))
+    for layer in (0, 2) if kind else ():
+        weight = made(kind, *model[layer].weight.shape, 3, 4, scale_dtype=scales, seed=layer)
+        model[layer] = QuantLinear.from_float(model[layer], weight)
+    return model
+
+
 def values(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
 
@@ -154,6 +166,73 @@ def test_a_model_that_is_a_layer_comes_back_as_a_layer(
     assert_same(loaded, original)
     x = torch.randn(3, 10)
     assert torch.equal(loaded(x), original(x))
+    assert snapshot(fresh) == before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scales", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_offsets_and_tables_come_back_bit_equal(tmp_path: Path, kind: str, scales: torch.dtype, device: str) -> None:
+    original = kinds_net(kind, scales)
+    save(original, tmp_path)
+    with torch.device(device):
+        fresh = kinds_net()
+    loaded = load(tmp_path, fresh)
+    for name in ("0", "2"):
+        assert_same_weight(
+            loaded.get_submodule(name).quantized_weight(), original.get_submodule(name).quantized_weight()
+        )
+    assert_same(loaded, original)
+    x = torch.randn(3, 10)
+    assert torch.equal(loaded(x), original(x))
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("offsets", {"offsets": True}),
+        ("row tables", {"tables": "row"}),
+        ("group tables", {"tables": "group"}),
+    ],
+)
+def test_description_of_offsets_and_tables_is_pinned(tmp_path: Path, kind: str, fields: dict[str, Any]) -> None:
+    save(kinds_net(kind), tmp_path)
+    content = json.loads((tmp_path / "tsq.json").read_text(encoding="utf-8"))["layers"]["0"]
+    assert content == {
+        "in_features": 10, "out_features": 6, "bits": 3, "group_size": 4, "symmetric": False, "bias": True,
+        "scale_dtype": "float16", "dtype": "float32", **fields,
+    }  # fmt: skip
+    buffers = {"offsets": {"scale_bits", "offset_bits"}}.get(kind, {"table_bits"})
+    stored = load_file(tmp_path / "model.safetensors")
+    assert {key for key in stored if key.startswith("0.")} == {f"0.{name}" for name in {"words", "bias"} | buffers}
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value", "message"),
+    [
+        ("row tables", "tables", "column", r"layer '0': tables='column' is not "),
+        ("row tables", "tables", 1, r"layer '0': tables=1 is not "),
+        ("offsets", "offsets", "yes", r"layer '0': offsets='yes' is not bool"),
+        ("row tables", "tables", "group", r"tensor '0.table_bits' is int16 \[6, 1, 8\] .* needs int16 \[6, 3, 8\]"),
+        ("row tables", "tables", None, r"lacks '0.scale_bits', '0.zero_words', which the model has"),
+        ("row tables", "bits", 5, r"layer '0' in tsq.json: bits=5: look-up tables are of codes of 1 to 4 bits"),
+        ("row tables", "bits", 2, r"tensor '0.\w+' is int.* in the checkpoint; its layer, .* needs int"),
+        ("row tables", "offsets", True, r"layer '0' in tsq.json: .* not both; give one of them; the file is damaged"),
+        ("offsets", "offsets", False, r"lacks '0.zero_words', which the model has"),
+        ("offsets", "symmetric", True, r"layer '0' in tsq.json: .*float offsets has no zero points"),
+        ("offsets", "tables", "row", r"layer '0' in tsq.json: .* not both"),
+        ("offsets", "scale_dtype", "float32", r"tensor '0.\w+' is int16 .* needs int32"),
+    ],
+)
+def test_damage_to_offsets_and_tables_is_named(
+    tmp_path: Path, kind: str, field: str, value: object, message: str
+) -> None:
+    save(kinds_net(kind), tmp_path)
+    edit(tmp_path, lambda content: content["layers"]["0"].update({field: value}))
+    fresh = kinds_net()
+    before = snapshot(fresh)
+    with pytest.raises(CheckpointError, match=message):
+        load(tmp_path, fresh)
     assert snapshot(fresh) == before
 
 

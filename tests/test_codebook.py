@@ -74,16 +74,16 @@ def test_tables_equal_the_oracle(N: int, K: int, g: int, bits: int, dtype: torch
 
 @both
 def test_results_differ_from_the_oracle_when_it_is_given_another_metric(per_group: bool) -> None:
-    c = case(N=4, K=20, bits=3)
+    c = case(N=4, K=20, g=10, bits=2)
     codes, tables = start(c, per_group)
     found = codebook.fit(codes, c.target, c.H, tables, c.g, torch.float32)[0]
     other = c.H.diagonal().diag()
-    wanted = oracle.fitted(codes[0], tables[0], c.target[0], other, width(c, per_group), torch.float32)
-    assert not torch.allclose(found[0], wanted.sort(-1).values, rtol=1e-4)
+    rows = list(zip(codes, tables, c.target, strict=True))
+    wanted = torch.stack([oracle.fitted(*row, other, width(c, per_group), torch.float32) for row in rows])
+    assert not torch.allclose(found, wanted.sort(-1).values, rtol=1e-4)
     swept = codebook.descend(codes, c.target, c.H, tables, c.g, 1)
-    assert not torch.equal(
-        swept[0].long(), oracle.cyclic(codes[0], tables[0], c.target[0], other, width(c, per_group), 1)
-    )
+    wanted = torch.stack([oracle.cyclic(*row, other, width(c, per_group), 1) for row in rows])
+    assert not torch.equal(swept.long(), wanted)
 
 
 @pytest.mark.parametrize("count", [2, 4, 16])

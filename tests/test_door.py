@@ -24,6 +24,7 @@ PUBLIC = [
     "TwoStageGroupQuantizer",
     "calibrate",
     "convert",
+    "fold_scaling",
     "load",
     "perplexity",
     "plan",

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from export_models import TOKENS, llama, quantised, tensors_of
+from export_models import TOKENS, UP, llama, quantised, tensors_of
+from grid_kinds import made
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -22,6 +23,7 @@ import tsq_layers as tsq
 from tsq_layers.errors import StateError
 from tsq_layers.export import ExportError, ExportWarning, directory, export, exporting
 from tsq_layers.export.engines import SERVICES
+from tsq_layers.linear import QuantLinear
 from tsq_layers.report import library_versions
 
 FORMATS = ["gptq", "gptq-v1", "compressed-tensors", "gguf"]
@@ -46,6 +48,25 @@ def tokenizer():
     plain = Tokenizer(models.BPE(vocab={"a": 0, "b": 1, "ab": 2}, merges=[("a", "b")]))
     plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     return PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="ab")
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("offsets", r"has float offsets, and {} holds scales with integer .* only: quantise it with zero_points='integer', or"),
+        ("row tables", r"has look-up tables, and {} holds .* quantise it with a method other than 'lnq', or add it to skip"),
+        ("group tables", r"has look-up tables, and {} holds .*"),
+    ],
+)  # fmt: skip
+def test_offsets_and_tables_are_refused_by_name(tmp_path, form, kind, message):
+    model = quantised()
+    weight = made(kind, 96, 64, 4, 32)
+    model.set_submodule(UP, QuantLinear.from_quantized(weight, dtype=torch.float32))
+    model.get_submodule(UP).bias = None
+    with pytest.raises(ExportError, match=f"layer '{UP}' " + message.format(form.removesuffix("-v1"))):
+        export(model, tmp_path / "out", format=form)
+    assert not any(tmp_path.iterdir())
 
 
 # --- the directory -----------------------------------------------------------------------------

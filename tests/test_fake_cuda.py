@@ -5,16 +5,18 @@ GPU, and so does every read of a value (``.item()``, ``bool(tensor)``), which on
 deliberate reads go through ``sync.to_host``; here they are counted, and answered with what the code hopes for.
 """
 
+import copy
 import ctypes
 from pathlib import Path
 
 import pytest
 import torch
+from grid_kinds import KINDS, made
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 
 import tsq_layers as tsq
-from tsq_layers import experts, grid, preparation, solving
+from tsq_layers import basis, experts, few_rows, grid, preparation, records, solving
 from tsq_layers.solver import gptq, objective, rows, stage1
 
 CUDA = "cuda:0"
@@ -45,6 +47,12 @@ VARIANTS = {
     "cdquant": {"method": "cdquant"},
     "cdquant with pairs": {"method": "cdquant", "greedy_pairs": True, "bits": 2},
     "joint": {"joint_rounds": 2},
+}
+ADDITIONS = {
+    "rotation": {"rotation": 8},
+    "scaling": {"channel_scaling": True},
+    "8-bit inputs": {"activation_bits": 8},
+    "all": {"rotation": 16, "channel_scaling": True, "activation_bits": 8},
 }
 
 
@@ -178,6 +186,75 @@ def test_quant_linear_stays_on_the_device_and_reads_nothing(fake, reads, bits, s
     y = layer(torch.randn(rows, 64, device=CUDA, dtype=dtype))
     assert (y.device.type, y.dtype, tuple(y.shape)) == ("cuda", dtype, (rows, 24))
     assert layer.weight.device.type == layer.quantized_weight().codes.device.type == "cuda"
+    assert total(reads) == 0
+
+
+@pytest.mark.parametrize("rows", [1, 3, 200])
+@pytest.mark.parametrize("sparse", ["entries", "columns", None])
+@pytest.mark.parametrize("activation_bits", [8, None])
+@pytest.mark.parametrize("group_size", [16, 64])
+def test_additions_of_a_layer_stay_on_the_device_and_read_nothing(
+    fake, reads, rows, sparse, activation_bits, group_size
+):
+    codes = torch.zeros(24, 64, dtype=torch.uint8, device=CUDA)
+    scales = torch.ones(24, 64 // group_size, dtype=torch.bfloat16, device=CUDA)
+    places = torch.zeros(5, dtype=torch.int32, device=CUDA)
+    outliers = {
+        "entries": lambda: records.Outliers(scales.new_ones(5), places),
+        "columns": lambda: records.Outliers(scales.new_ones(24, 5), columns=places),
+        None: lambda: None,
+    }[sparse]()
+    signs, scaling = basis.fixed_signs(64, torch.device(CUDA)), torch.ones(64, device=CUDA)
+    quantized = tsq.QuantizedWeight(
+        codes, scales, scales.to(torch.uint8), 4, group_size, False,
+        outliers=outliers, basis=basis.Basis(8, signs, scaling),
+    )  # fmt: skip
+    layer = tsq.QuantLinear.from_quantized(quantized, torch.zeros(24, device=CUDA), activation_bits=activation_bits)
+    assert_on_cuda(layer)
+    x = torch.randn(rows, 64, device=CUDA)
+    ids = torch.zeros(2, dtype=torch.int64, device=CUDA)
+    for y in (layer(x), layer.weight, layer.rows(ids), layer.rounded_input(x), layer.quantized_weight().codes):
+        assert y.device.type == "cuda"
+    assert total(reads) == 0
+
+
+@pytest.mark.parametrize("additions", ADDITIONS.values(), ids=ADDITIONS)
+@pytest.mark.parametrize("method", ["two-stage", "rtn"])
+def test_other_bases_and_inputs_stay_on_the_device_and_read_no_more(fake, reads, additions, method):
+    config = tsq.QuantConfig(group_size=8, method=method, **additions)
+    batches = [on_cuda(lambda: torch.randn(100, 20)) for _ in range(2)]
+    model = tsq.quantize(on_cuda(net), config, batches, held_out=batches[:1])
+    assert_on_cuda(model)
+    assert model(batches[0]).device.type == "cuda"
+    a_stage = READS_A_STAGE if config.needs_calibration else READS_WITHOUT_CALIBRATION
+    assert total(reads) == READS_AT_PREPARE + 3 * a_stage
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bits", range(1, 5))
+@pytest.mark.parametrize(("rows", "dtype"), [(1, torch.bfloat16), (3, torch.float16), (200, torch.float32)])
+def test_offsets_and_tables_stay_on_the_device_and_read_nothing(fake, reads, kind, bits, rows, dtype):
+    codes = torch.zeros(24, 64, dtype=torch.uint8, device=CUDA)
+    floats = torch.ones(24, 4, dtype=torch.bfloat16, device=CUDA)
+    if kind == "offsets":
+        given = {"scales": floats, "offsets": floats}
+    else:
+        tables = torch.ones(24, 1 if kind == "row tables" else 4, 1 << bits, dtype=torch.bfloat16, device=CUDA)
+        given = {"scales": floats[:, :0], "tables": tables}
+    zeros = given["scales"].to(torch.uint8)
+    quantized = tsq.QuantizedWeight(codes=codes, zeros=zeros, bits=bits, group_size=16, symmetric=False, **given)
+    layer = tsq.QuantLinear.from_quantized(quantized, torch.zeros(24, device=CUDA), dtype=dtype)
+    assert_on_cuda(layer)
+    x = torch.randn(rows, 64, device=CUDA, dtype=dtype)
+    y = layer(x)
+    assert (y.device.type, y.dtype, tuple(y.shape)) == ("cuda", dtype, (rows, 24))
+    form = few_rows.Format(bits, 64 if kind == "row tables" else 16, 64)
+    if few_rows.one_pass(*form):  # what is compiled on a GPU
+        y = few_rows.few_rows(x, layer.words, layer.grids, layer.shifts, None, form)
+        assert (y.device.type, tuple(y.shape)) == ("cuda", (rows, 24))
+    assert layer.weight.device.type == layer.rows(torch.zeros(3, dtype=torch.int64, device=CUDA)).device.type == "cuda"
+    again = layer.quantized_weight()
+    assert {value.device.type for value in vars(again).values() if isinstance(value, torch.Tensor)} == {"cuda"}
     assert total(reads) == 0
 
 
@@ -346,6 +423,16 @@ class TestOnGpu:
         for one, two in zip(cpu.tsq_report.quantized, gpu.tsq_report.quantized, strict=True):
             for step, loss in one.losses.items():
                 assert two.losses[step] == pytest.approx(loss, rel=0.05)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("bits", [2, 3, 4])
+    @pytest.mark.parametrize("rows", [1, 3, 200])
+    def test_offsets_and_tables_give_what_they_give_on_the_cpu(self, kind, bits, rows):
+        layer, x = tsq.QuantLinear.from_quantized(made(kind, 24, 64, bits, 16), torch.randn(24)), torch.randn(rows, 64)
+        exact = layer.double()(x.double()).detach()
+        assert torch.equal(layer.float().weight, copy.deepcopy(layer).cuda().weight.cpu())
+        found = layer.cuda()(x.cuda()).cpu().double().detach()
+        assert (found - exact).norm() < 1e-5 * exact.norm()
 
     @pytest.mark.parametrize("bits", [2, 3, 4, 8])
     @pytest.mark.parametrize(("rows", "dtype"), [(1, torch.bfloat16), (3, torch.float32), (200, torch.float32)])

@@ -84,6 +84,39 @@ def test_dequantize_differs_from_the_oracle_when_group_borders_are_shifted() -> 
         assert_close(grid.dequantize(codes, scales, zeros, 4, torch.float64), shifted, **CLOSE)
 
 
+@pytest.mark.parametrize(("columns", "group_size"), SHAPES)
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_offsets_equal_the_oracle(bits: int, columns: int, group_size: int) -> None:
+    codes, groups = some_codes(5, columns, bits), grid.group_count(columns, group_size)
+    scales, offsets = normal(5, groups), normal(5, groups, seed=1)
+    values = grid.with_offsets(codes, scales, offsets, group_size, torch.float64)
+    expected = oracle.with_offsets(codes, scales, offsets, group_size)
+    assert_close(values, expected, **CLOSE)
+    if groups > 1:
+        with pytest.raises(AssertionError):
+            assert_close(values, oracle.with_offsets(codes, scales, offsets.roll(1, dims=1), group_size), **CLOSE)
+
+
+@pytest.mark.parametrize("one_a_row", [True, False], ids=["one a row", "one a group"])
+@pytest.mark.parametrize(("columns", "group_size"), SHAPES)
+@pytest.mark.parametrize("bits", range(1, 5))
+def test_tables_equal_the_oracle(bits: int, columns: int, group_size: int, one_a_row: bool) -> None:
+    codes = some_codes(5, columns, bits)
+    tables = normal(5, 1 if one_a_row else grid.group_count(columns, group_size), 2**bits)
+    values = grid.look_up(codes, tables, group_size, torch.float64)
+    assert torch.equal(values, oracle.look_up(codes, tables, group_size))
+    assert not torch.equal(values, oracle.look_up(codes, tables.roll(1, dims=2), group_size))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_products_and_sums_are_rounded_once(dtype: torch.dtype) -> None:
+    codes, scales, offsets = some_codes(50, 64, 4), normal(50, 4).to(dtype), normal(50, 4, seed=1).to(dtype)
+    exact = grid.with_offsets(codes, scales, offsets, 16)
+    assert torch.equal(grid.with_offsets(codes, scales, offsets, 16, dtype), exact.to(dtype))
+    twice = (codes * scales.repeat_interleave(16, 1)) + offsets.repeat_interleave(16, 1)
+    assert not torch.equal(twice, exact.to(dtype))
+
+
 # ---- groups ----------------------------------------------------------------------------------------------------------
 
 

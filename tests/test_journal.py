@@ -53,7 +53,7 @@ def packed(rows=6, columns=20, seed=0, bias=False, **options):
     options = {"bits": 3, "group_size": 8, **options}
     layer = QuantLinear(columns, rows, bias=bias, **options)
     generator = torch.Generator().manual_seed(seed)
-    for buffer in (layer.words, layer.scale_bits, layer.zero_words):
+    for buffer in (layer.words, layer.scale_bits, layer.zero_words, layer.offset_bits, layer.table_bits):
         if buffer is not None:
             bits = torch.iinfo(buffer.dtype).bits
             buffer.copy_(torch.randint(-(1 << bits - 1), (1 << bits - 1) - 1, buffer.shape, generator=generator))
@@ -146,6 +146,17 @@ def test_the_comparison_sees_a_single_bit():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_kind_of_matrix_is_restored(tmp_path, bits, symmetric, scales, dtype):
     layer = packed(bits=bits, symmetric=symmetric, scale_dtype=scales, dtype=dtype)
+    with Journal(tmp_path, RUN) as journal:
+        journal.write({"q": (layer, report("q"))})
+    with Journal(tmp_path, RUN) as journal:
+        assert_same(journal.restored["q"][0], layer)
+
+
+@pytest.mark.parametrize(
+    "kind", [{"offsets": True}, {"tables": "row"}, {"tables": "group"}, {"tables": "row", "scale_dtype": torch.float32}]
+)
+def test_offsets_and_tables_are_restored(tmp_path, kind):
+    layer = packed(**kind)
     with Journal(tmp_path, RUN) as journal:
         journal.write({"q": (layer, report("q"))})
     with Journal(tmp_path, RUN) as journal:
@@ -249,7 +260,7 @@ def test_a_stage_file_holds_what_it_should(tmp_path):
         values = json.loads(file.metadata().pop("tsq_journal"))
     assert (values["run"], values["stage"]) == (run.digest(), 0)
     assert [layer["name"] for layer in values["layers"]] == ["q", "k"]
-    assert values["layers"][0]["spec"] == dataclasses.asdict(LayerSpec.of(packed()))
+    assert values["layers"][0]["spec"] == LayerSpec.of(packed()).to_dict()
     assert values["layers"][0]["report"] == report("q").to_dict()
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from grid_kinds import made
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
@@ -280,6 +281,26 @@ def test_sizes_of_other_layouts(changes, tmp_path):
     tsq.save(tsq.quantize(model, config), tmp_path)
     assert found.size_after == stored_bytes(tmp_path)
     assert found.size_after != other.size_after
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("row tables", {"method": "lnq"}),
+        ("group tables", {"method": "lnq", "codebook": "group", "bits": 3, "group_size": 20}),
+        ("offsets", {"zero_points": "float", "scale_dtype": "bfloat16"}),
+    ],
+)
+def test_sizes_of_offsets_and_tables(kind, changes, tmp_path):
+    config, model = dataclasses.replace(CONFIG, **changes), perceptron()
+    found = plan(model, config, torch.randn(2, 64), 2)
+    for layer in found.layers:
+        linear = model.get_submodule(layer.name)
+        weight = made(kind, *linear.weight.shape, config.bits, config.group_size, scale_dtype=config.torch_scale_dtype)
+        model.set_submodule(layer.name, tsq.QuantLinear.from_float(linear, weight))
+        assert layer.bits_per_weight == model.get_submodule(layer.name).bits_per_weight
+    tsq.save(model, tmp_path)
+    assert found.size_after == stored_bytes(tmp_path)
 
 
 def test_padding_is_not_counted_as_tokens():

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from grid_kinds import KINDS, made, parts_of
 from oracles import grid as oracle
 from torch import Tensor
 from torch.testing import assert_close
@@ -146,6 +147,72 @@ BAD_WEIGHTS = [
 def test_weight_refuses(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(LayerError, match=message):
         QuantizedWeight(**fields(**wrong))
+
+
+BAD_KINDS = [
+    pytest.param(
+        "offsets", {"offsets": torch.ones(4, 2)}, r"offsets have shape \(4, 2\); .* need \(4, 3\)", id="shape"
+    ),
+    pytest.param(
+        "offsets",
+        {"offsets": torch.ones(4, 3)},
+        "offsets are torch.float32 and scales torch.float16; give both in one dtype",
+        id="dtype",
+    ),
+    pytest.param("offsets", {"symmetric": True}, "float offsets has no zero points", id="symmetric-offsets"),
+    pytest.param("offsets", {"tables": torch.ones(4, 1, 8).half()}, "not both", id="both"),
+    pytest.param(
+        "row tables",
+        {"tables": torch.ones(4, 2, 8).half()},
+        r"tables have shape \(4, 2, 8\); 4×7 codes of 3 bits in groups of 3 need \(4, 1, 8\) or \(4, 3, 8\)",
+        id="number-of-tables",
+    ),
+    pytest.param("row tables", {"tables": torch.ones(4, 1, 4).half()}, r"shape \(4, 1, 4\)", id="number-of-levels"),
+    pytest.param(
+        "row tables", {"tables": torch.ones(4, 1, 8)}, "tables are torch.float32 and scales", id="tables-dtype"
+    ),
+    pytest.param(
+        "group tables", {"scales": torch.ones(4, 3).half()}, r"scales have shape .* need \(4, 0\) beside", id="scales"
+    ),
+    pytest.param(
+        "group tables", {"zeros": torch.ones(4, 3).byte()}, r"zeros have shape .* need \(4, 0\) beside", id="zeros"
+    ),
+    pytest.param("group tables", {"symmetric": True}, "look-up tables has no zero points", id="symmetric-tables"),
+    pytest.param("group tables", {"bits": 5}, "bits=5: look-up tables are of codes of 1 to 4 bits", id="five-bits"),
+]
+
+
+@pytest.mark.parametrize(("kind", "wrong", "message"), BAD_KINDS)
+def test_weight_with_offsets_or_tables_refuses(kind: str, wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(LayerError, match=message):
+        dataclasses.replace(made(kind, 4, 7, 3, 3), **wrong)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weight_with_offsets_or_tables_dequantizes_as_the_oracle(kind: str) -> None:
+    weight = made(kind, 4, 7, 3, 3)
+    if kind == "offsets":
+        expected = oracle.with_offsets(weight.codes, weight.scales, weight.offsets, 3)
+    else:
+        expected = oracle.look_up(weight.codes, weight.tables, 3)
+    assert_close(weight.dequantize(torch.float64), expected, rtol=1e-10, atol=0)
+    assert weight.dequantize(torch.bfloat16).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [("offsets", 3 + 2 * 16 * 12 / 28), ("row tables", 3 + 16 * 8 * 4 / 28), ("group tables", 3 + 16 * 8 * 12 / 28)],
+)
+def test_weight_counts_the_bits_of_offsets_and_tables(kind: str, expected: float) -> None:
+    assert made(kind, 4, 7, 3, 3).bits_per_weight == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weight_with_offsets_or_tables_is_split(kind: str) -> None:
+    weight = made(kind, 4, 7, 3, 3)
+    first, second = weight.split([1, 3])
+    assert torch.equal(torch.cat([first.dequantize(), second.dequantize()]), weight.dequantize())
+    assert parts_of(first).keys() == parts_of(weight).keys()
 
 
 @pytest.mark.parametrize("bits", range(1, 9))

@@ -2,6 +2,7 @@
 
 from tsq_layers.checkpoint import load, save
 from tsq_layers.config import QuantConfig
+from tsq_layers.folding import fold_scaling
 from tsq_layers.layers import Composite, LayerKind, register, unregister
 from tsq_layers.linear import QuantLinear
 from tsq_layers.observer import HessianObserver
@@ -27,6 +28,7 @@ __all__ = [
     "TwoStageGroupQuantizer",
     "calibrate",
     "convert",
+    "fold_scaling",
     "load",
     "perplexity",
     "plan",

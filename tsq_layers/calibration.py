@@ -201,8 +201,9 @@ class Calibration:
             if paired:
                 reference = x if other is None else first.rows(other.input)
                 if reference.shape != x.shape:
-                    reference = x  # the streams took different ways: no deviation here
+                    reference = x  # the streams took different ways: no deviation here but that of rounding
             mask = self.padding_mask(role.batch, first.name, x)
+            x = first.rounded(x)
             if role.held_out:
                 observed = self._held_out_observers.setdefault(first.name, first.observer())
                 observed.observe(x, reference, mask)
@@ -318,6 +319,7 @@ class Calibration:
             self._check_input(name, index, args)
             if self._roles[index].stream != "quantised":
                 return forward(*args, **kwargs)
+            args, kwargs = with_input(self.solved[target.name].matrix.rounded_input, args, kwargs)
             return run_with_weight(module, forward, self._dense_weight(target), args, kwargs)
 
         if "forward" in attributes:
@@ -361,7 +363,23 @@ def share_rows(first: Target, other: Target) -> bool:
     """Whether two layers that were given the same tensor see the same rows."""
     plain = first.kind.inputs is rows_of and other.kind.inputs is rows_of
     alone = first.pool or other.pool or first.tied or other.tied or first.guidance or other.guidance
-    return first is other or (plain and not alone)
+    roundings = [target.config.activation_bits and (8, target.config.rotation) for target in (first, other)]
+    return first is other or (plain and not alone and roundings[0] == roundings[1])
+
+
+def with_input(
+    change: Callable[[Tensor], Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call with its first tensor changed, positional ones before keywords.
+
+    Example:
+        >>> with_input(lambda x: 2 * x, (), {"input": torch.ones(2)})
+        ((), {'input': tensor([2., 2.])})
+    """
+    named = [*enumerate(args), *kwargs.items()]
+    first = next((key for key, value in named if isinstance(value, Tensor)), None)
+    changed = {key: change(value) if key == first else value for key, value in named}
+    return tuple(changed[index] for index in range(len(args))), {key: changed[key] for key in kwargs}
 
 
 def _peeked(batches: Iterable[Batch]) -> tuple[Batch, Iterable[Batch]]:

@@ -212,6 +212,8 @@ class QuantConfig:
             raise ConfigError(
                 f"bits={self.bits} with method='lnq': give 1 to {_WIDEST_TABLE}; a table has 2^bits levels"
             )
+        if self.method == "lnq" and self.symmetric:
+            raise ConfigError("symmetric=True with method='lnq': give False; a table has no zero point")
 
     def _checked_overrides(self) -> dict[str, dict[str, Any]]:
         if not isinstance(self.overrides, Mapping):
@@ -270,9 +272,19 @@ class QuantConfig:
         return damping, strength
 
     @property
+    def has_offsets(self) -> bool:
+        """Whether grids are scales and offsets that are any number, and not scales and zero points."""
+        return self.method == "two-stage" and self.zero_points == "float" and not self.symmetric
+
+    @property
+    def tables(self) -> Codebook | None:
+        """Whose look-up tables there are, where these take the place of grids; ``None`` where there are grids."""
+        return self.codebook if self.method == "lnq" else None
+
+    @property
     def needs_calibration(self) -> bool:
         """Whether the method of this configuration needs statistics of the layer's inputs."""
-        return self.method != "rtn"
+        return self.method != "rtn" or self.channel_scaling
 
     @property
     def torch_scale_dtype(self) -> torch.dtype:

@@ -149,10 +149,7 @@ def linear(
         >>> linear(torch.ones(4), words, torch.tensor([[0.5]]), None, None, 2, 4, 4)
         tensor([-1.])
     """
-    if x.dim() == 0 or x.shape[-1] != columns or not x.is_floating_point():
-        raise LayerError(
-            f"input is {x.dtype} of shape {tuple(x.shape)}; this layer takes floating point of shape (..., {columns}) and has {words.shape[0]} outputs"
-        )
+    check_input(x, columns, words.shape[0])
     x = autocast(x)
     bias = None if bias is None else bias.to(x.dtype)
     form = _format(grids, bits, group_size, columns)
@@ -161,6 +158,14 @@ def linear(
         output: Tensor = _Linear.apply(x, words, grids, shifts, bias, form)
         return output
     return _forward(x, words, grids, shifts, bias, form)
+
+
+def check_input(x: Tensor, columns: int, rows: int) -> None:
+    """Refuse what is not floating point (…, K); ``rows`` is N, for the message."""
+    if x.dim() == 0 or x.shape[-1] != columns or not x.is_floating_point():
+        raise LayerError(
+            f"input is {x.dtype} of shape {tuple(x.shape)}; this layer takes floating point of shape (..., {columns}) and has {rows} outputs"
+        )
 
 
 def autocast(x: Tensor) -> Tensor:

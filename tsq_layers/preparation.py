@@ -22,15 +22,16 @@ from tsq_layers.layers import (
     kind_of,
     packed,
     replace,
+    rows_of,
     split_of,
     unsupported,
     why_not,
 )
-from tsq_layers.layers.kinds import rows_of
 from tsq_layers.layers.offloading import is_offloaded, present
 from tsq_layers.layers.pools import Pool, expert_pool
 from tsq_layers.linear import QuantLinear
 from tsq_layers.observer import HessianObserver
+from tsq_layers.rebasing import rounded_rows
 from tsq_layers.report import LayerReport, memory_extent
 from tsq_layers.sync import to_host
 
@@ -93,6 +94,31 @@ class Target:
         plain = self.kind.inputs is rows_of and self.pool is None and not self.tied
         return groups_of(self.shape[0], self.config.guidance) if plain and self.config.guidance else 0
 
+    @property
+    def additions(self) -> dict[str, Any]:
+        """What its packed matrix has beside codes, scales and zero points, by the names of ``QuantLinear``."""
+        config, (rows, columns) = self.config, self.shape
+        found: dict[str, Any] = {"offsets": config.has_offsets, "tables": config.tables}
+        if config.method == "quantease" and config.outlier_columns:
+            found["outlier_columns"] = min(config.outlier_columns, columns)
+        elif config.method == "quantease" and config.outliers:
+            found["outliers"] = max(1, round(config.outliers * rows * columns))
+        if self.kind.inputs is None:
+            return found
+        basis = {"rotation": config.rotation, "channel_scaling": config.channel_scaling}
+        return found | basis | {"activation_bits": config.activation_bits}
+
+    def rounded(self, rows: Tensor) -> Tensor:
+        """Rows of inputs as the layer will see them: what 8 bits leave of them, if ``activation_bits`` says so.
+
+        They are rounded in the rotated basis, where the quantised layer will round them, in at least float32.
+        Column scales are chosen only when the layer is solved. Until then they are taken to be 1: the error that
+        the statistics contain is that of inputs which are rotated but not scaled, usually the larger one.
+        """
+        if self.config.activation_bits is None or self.kind.inputs is None:
+            return rows
+        return rounded_rows(rows, self.config.rotation)
+
     def observer(self, *, guided: bool = False) -> HessianObserver:
         """An empty observer of the layer's inputs."""
         return HessianObserver(self.shape[1], blocks=self.guidance or self.blocks if guided else self.blocks)
@@ -154,7 +180,7 @@ def _observe_call(
     target: Target, observer: HessianObserver, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
     # The layers have one argument, by position or by name.
-    observer(module, (target.rows((args or tuple(kwargs.values()))[0]),))
+    observer(module, (target.rounded(target.rows((args or tuple(kwargs.values()))[0])),))
 
 
 def inspect(model: nn.Module, config: QuantConfig) -> Preparation:
@@ -203,6 +229,7 @@ def inspect(model: nn.Module, config: QuantConfig) -> Preparation:
             f"nothing to quantise: {type(model).__name__} has no layer of a known kind that skip={config.skip!r} leaves; change skip"
         )
     _check_weights(targets)
+    _check_inputs(targets)
     chosen = {target.module for target in targets.values()}
     used = {original: split for original, split in splits.items() if _is_used(split, chosen)}
     if model in used:
@@ -373,6 +400,17 @@ def _warn_unmatched(config: QuantConfig, names: list[str]) -> None:
                 f"pattern {pattern!r} matches none of the {len(names)} layers ({shown}, …); correct or remove it",
                 UnmatchedPatternWarning,
                 stacklevel=4,
+            )
+
+
+def _check_inputs(targets: Mapping[str, Target]) -> None:
+    """Inputs can be rounded where the layer is given rows, not where it makes them, as a convolution does its patches."""
+    for name, target in targets.items():
+        inputs = target.kind.inputs
+        if target.config.activation_bits is not None and inputs is not None and inputs is not rows_of:
+            raise LayerError(
+                f"{name}: inputs of a {target.kind.name} cannot be rounded to {target.config.activation_bits} bits by token; "
+                f"give it overrides={{{name!r}: {{'activation_bits': None}}}}, or add it to skip"
             )
 
 

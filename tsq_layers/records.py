@@ -1,13 +1,16 @@
 """The frozen values that cross borders; each is checked once, when it is made."""
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from tsq_layers import grid
+from tsq_layers.basis import Basis
 from tsq_layers.errors import LayerError
+from tsq_layers.sync import to_host
 
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 TABLE_BITS = 4
@@ -78,27 +81,70 @@ class LayerStatistics:
 
 @dataclass(frozen=True, eq=False)
 class Outliers:
-    """Entries of a weight matrix (N, K) that are kept apart and added to what the codes stand for.
+    """The sparse part of a weight matrix (N, K), added to what its codes stand for.
+
+    Single entries, or whole columns: exactly one of ``indices`` and ``columns`` is given.
 
     Args:
-        values: float16, bfloat16 or float32; (nnz,) with ``indices``, (N, C) with ``columns``.
-        indices: where single entries are, row·K + column, ascending, int32 (nnz,).
-        columns: which whole columns they are, ascending, int32 (C,).
+        values: float16, bfloat16 or float32; (E,) of entries, (N, C) of columns.
+        indices: int32 (E,), the places row·K + column, ascending, none twice.
+        columns: int32 (C,), ascending, none twice.
+
+    Raises:
+        LayerError: shapes or dtypes that do not fit together.
+
+    Example:
+        >>> outliers = Outliers(torch.tensor([1.5, -2.0]), indices=torch.tensor([1, 5], dtype=torch.int32))
+        >>> outliers.added_to(torch.zeros(2, 3))
+        tensor([[ 0.0000,  1.5000,  0.0000],
+                [ 0.0000,  0.0000, -2.0000]])
     """
 
     values: Tensor
     indices: Tensor | None = None
     columns: Tensor | None = None
 
-    def dense(self, rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The matrix (N, K) of these entries and zeros."""
-        found = torch.zeros(rows, columns, dtype=dtype, device=self.values.device)
-        if self.columns is not None:
-            return found.index_copy_(1, self.columns.long(), self.values.to(dtype))
-        if self.indices is None:
-            raise LayerError("outliers have neither indices nor columns; give one of them")
-        found.view(-1).index_copy_(0, self.indices.long(), self.values.to(dtype))
+    def __post_init__(self) -> None:
+        if (self.indices is None) == (self.columns is None):
+            raise LayerError("outliers have indices and columns, or neither; give one of them")
+        if self.values.dtype not in SCALE_DTYPES:
+            raise LayerError(f"values of outliers are {self.values.dtype}; give float16, bfloat16 or float32")
+        if self.places.dtype != torch.int32 or self.places.dim() != 1:
+            raise LayerError(
+                f"places of outliers are {self.places.dtype} of shape {tuple(self.places.shape)}; give int32 of one dimension"
+            )
+        dimensions = 1 if self.columns is None else 2
+        if self.values.dim() != dimensions or self.values.shape[-1] != len(self.places):
+            raise LayerError(
+                f"values of outliers have shape {tuple(self.values.shape)} for {len(self.places)} places; "
+                "give (E,) for E entries, (N, C) for C columns"
+            )
+
+    @property
+    def places(self) -> Tensor:
+        """The indices or columns."""
+        found = self.indices if self.indices is not None else self.columns
+        assert found is not None
         return found
+
+    def added_to(self, weight: Tensor) -> Tensor:
+        """The sum of a dense weight (N, K) and these, a new tensor in the dtype of ``weight``."""
+        values = self.values.to(weight.dtype)
+        if self.columns is not None:
+            return weight.index_add(1, self.columns, values)
+        return weight.reshape(-1).index_add(0, self.places, values).view(weight.shape)
+
+    def split(self, rows: list[int], columns: int) -> list["Outliers"]:
+        """Cut those of a stack of layers of K = ``columns`` columns into those of its layers."""
+        if self.columns is not None:
+            return [Outliers(values, columns=self.columns) for values in self.values.split(rows)]
+        ends = list(itertools.accumulate(rows))
+        counts = to_host(*((self.places < end * columns).sum() for end in ends))
+        limits = [0, *map(int, counts)]
+        return [
+            Outliers(self.values[low:high], self.places[low:high] - (end - height) * columns)
+            for low, high, end, height in zip(limits, limits[1:], ends, rows, strict=False)
+        ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +163,8 @@ class QuantizedWeight:
         offsets: (N, G) in the dtype of ``scales``; zero points are then not used, make them 0.
         tables: (N, T, 2^bits) in the dtype of ``scales``: a table for each row (T = 1) or each group
             (T = G), of codes of at most 4 bits. ``scales`` and ``zeros`` are then empty, (N, 0).
-        outliers: entries that are added.
+        outliers: a sparse part that is added, its values in the dtype of the scales; ``None`` if there is none.
+        basis: the basis of the input that codes and outliers are in; ``None`` is the layer's own.
 
     Raises:
         LayerError: shapes or dtypes that do not fit together.
@@ -132,6 +179,7 @@ class QuantizedWeight:
     offsets: Tensor | None = None
     tables: Tensor | None = None
     outliers: Outliers | None = None
+    basis: Basis | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 8:
@@ -140,6 +188,9 @@ class QuantizedWeight:
             raise LayerError(f"codes are {self.codes.dtype} of shape {tuple(self.codes.shape)}; give uint8 (N, K)")
         if self.group_size < 1:
             raise LayerError(f"group_size={self.group_size}: give a positive integer")
+        check_kind(
+            self.bits, symmetric=self.symmetric, offsets=self.offsets is not None, tables=self.tables is not None
+        )
         rows, columns = self.codes.shape
         groups = grid.group_count(columns, self.group_size)
         expected = (rows, groups if self.tables is None else 0)
@@ -153,14 +204,12 @@ class QuantizedWeight:
             raise LayerError(f"scales are {self.scales.dtype}; give float16, bfloat16 or float32")
         if self.zeros.dtype != torch.uint8:
             raise LayerError(f"zeros are {self.zeros.dtype}; give uint8")
-        check_kind(
-            self.bits, symmetric=self.symmetric, offsets=self.offsets is not None, tables=self.tables is not None
-        )
         if self.offsets is not None:
             self._check_like_scales("offsets", self.offsets, [expected])
         if self.tables is not None:
             shapes = [(rows, count, 1 << self.bits) for count in dict.fromkeys((1, groups))]
             self._check_like_scales("tables", self.tables, shapes)
+        self._check_additions()
 
     def _check_like_scales(self, name: str, given: Tensor, shapes: Sequence[tuple[int, ...]]) -> None:
         if tuple(given.shape) not in shapes:
@@ -172,8 +221,31 @@ class QuantizedWeight:
         if given.dtype != self.scales.dtype:
             raise LayerError(f"{name} are {given.dtype} and scales {self.scales.dtype}; give both in one dtype")
 
+    def _check_additions(self) -> None:
+        rows, columns = self.codes.shape
+        if self.basis is not None and self.basis.columns != columns:
+            raise LayerError(f"the basis is of {self.basis.columns} columns, the weight has {columns}")
+        if self.outliers is None:
+            return
+        values = self.outliers.values
+        if values.dtype != self.scales.dtype:
+            raise LayerError(f"outliers are {values.dtype} and scales {self.scales.dtype}; give both in one dtype")
+        if self.outliers.columns is not None and values.shape[0] != rows:
+            raise LayerError(f"columns of outliers have {values.shape[0]} rows, the weight has {rows}")
+        if self.outliers.indices is not None and rows * columns >= 2**31:
+            raise LayerError(
+                f"{rows}×{columns} entries are too many for 32-bit indices of outliers; give whole columns"
+            )
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight matrix that the codes stand for, (N, K) in ``dtype``."""
+        """The weight matrix that is stood for, (N, K) in ``dtype``, for the layer's own inputs."""
+        if self.outliers is None and self.basis is None:
+            return self._of_codes(dtype)
+        weight = self._of_codes(torch.float64 if dtype == torch.float64 else torch.float32)
+        weight = weight if self.outliers is None else self.outliers.added_to(weight)
+        return (weight if self.basis is None else self.basis.restore(weight)).to(dtype)
+
+    def _of_codes(self, dtype: torch.dtype) -> Tensor:
         if self.tables is not None:
             return grid.look_up(self.codes, self.tables, self.group_size, dtype)
         if self.offsets is not None:
@@ -182,9 +254,11 @@ class QuantizedWeight:
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits per entry of the matrix: codes and scales; zero points, offsets or tables."""
-        floats = [values for values in (self.scales, self.offsets, self.tables) if values is not None]
-        overhead = self.scales.element_size() * 8 * sum(values.numel() for values in floats)
+        """Stored bits per entry of the matrix: codes and grids, sparse part and basis."""
+        stored = [self.scales, self.offsets, self.tables]
+        stored += [] if self.outliers is None else [self.outliers.values, self.outliers.places]
+        stored += [] if self.basis is None else [self.basis.signs, self.basis.scaling]
+        overhead = 8 * sum(values.numel() * values.element_size() for values in stored if values is not None)
         if not self.symmetric and self.offsets is None:
             overhead += self.bits * self.zeros.numel()
         return self.bits + overhead / self.codes.numel()
@@ -195,11 +269,14 @@ class QuantizedWeight:
         def parts(values: Tensor | None) -> Sequence[Tensor | None]:
             return [None] * len(rows) if values is None else values.split(rows)
 
-        grids = zip(parts(self.offsets), parts(self.tables), strict=True)
+        sparse: Sequence[Outliers | None] = [None] * len(rows)
+        if self.outliers is not None:
+            sparse = self.outliers.split(rows, self.codes.shape[1])
         always = zip(self.codes.split(rows), self.scales.split(rows), self.zeros.split(rows), strict=True)
+        grids = zip(parts(self.offsets), parts(self.tables), sparse, strict=True)
         return [
-            QuantizedWeight(codes, scales, zeros, self.bits, self.group_size, self.symmetric, offsets, tables)
-            for (codes, scales, zeros), (offsets, tables) in zip(always, grids, strict=True)
+            replace(self, codes=codes, scales=scales, zeros=zeros, offsets=offsets, tables=tables, outliers=outliers)
+            for (codes, scales, zeros), (offsets, tables, outliers) in zip(always, grids, strict=True)
         ]
 
 

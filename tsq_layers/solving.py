@@ -15,6 +15,7 @@ from tsq_layers.errors import FewTokensWarning
 from tsq_layers.layers.offloading import present
 from tsq_layers.linear import QuantLinear
 from tsq_layers.preparation import Solved, Target
+from tsq_layers.rebasing import rebase
 from tsq_layers.records import LayerStatistics
 from tsq_layers.report import LayerReport
 from tsq_layers.solver import SolverResult, TwoStageGroupQuantizer, selection
@@ -79,16 +80,22 @@ def _solve_alike(
     weights = [target.weight for target in targets]
     weight = torch.cat([part.to(torch.float32) for part in weights]) if len(weights) > 1 else weights[0]
     if targets[0].kind.inputs is None:
-        statistics, held_out = _no_information(weight), None
-    if not config.needs_calibration:
-        needed = held_out = None
-    else:
-        needed = statistics
+        statistics, held_out, validation = _no_information(weight), None, None
+    seen = [part.count for part in (statistics, validation) if part is not None]
+    needed = statistics if config.needs_calibration else None
+    if needed is None:
+        held_out = validation = None
+    changed = rebase(weight, needed, held_out, config, validation) if targets[0].kind.inputs is not None else None
+    if changed is not None:
+        weight, needed, held_out, validation = changed.weight, changed.statistics, changed.held_out, changed.validation
     if needed is not None:
         config = selection.settle(config, weight, needed, validation, name)
-        statistics = needed = needed if validation is None else needed + validation
+        needed = needed if validation is None else needed + validation
     result = TwoStageGroupQuantizer(weight, needed, config, name=name).run(held_out)
-    return _split(targets, result, statistics, shortfall, config)
+    if changed is not None:
+        result = dataclasses.replace(result, weight=dataclasses.replace(result.weight, basis=changed.basis))
+    tokens = int(sum(to_host(*seen))) if seen and targets[0].kind.inputs is not None else None
+    return _split(targets, result, tokens, shortfall, config)
 
 
 def _no_information(weight: Tensor) -> LayerStatistics:
@@ -128,7 +135,7 @@ def warn_few_tokens(solved: Mapping[str, Solved]) -> None:
 def _split(
     stack: Sequence[Target],
     result: SolverResult,
-    statistics: LayerStatistics | None,
+    tokens: int | None,
     shortfall: Shortfall | None,
     settled: QuantConfig,
 ) -> dict[str, Solved]:
@@ -138,8 +145,6 @@ def _split(
     numbers = [(table, step, values) for table, steps in tables.items() for step, values in steps.items()]
     sums = _sums([values for _, _, values in numbers], rows)
     signal = _sums([result.signal], rows)[0] if result.signal is not None else [1.0] * len(stack)
-    counted = statistics is not None and stack[0].kind.inputs is not None
-    tokens = int(to_host(statistics.count)[0]) if counted else None  # type: ignore[union-attr]
     solved: dict[str, Solved] = {}
     for index, (target, weight) in enumerate(zip(stack, weights, strict=True)):
         found: dict[str, dict[str, float]] = {table: {} for table in tables}  # what each step did to this layer
@@ -156,7 +161,9 @@ def _split(
             **cast("dict[str, Any]", found),
         )
         others = tuple(other.name for other in stack if other is not target)
-        matrix = QuantLinear.from_quantized(weight, dtype=target.weight.dtype)
+        matrix = QuantLinear.from_quantized(
+            weight, dtype=target.weight.dtype, activation_bits=target.additions.get("activation_bits")
+        )
         solved[target.name] = Solved(
             matrix, dataclasses.replace(report, bits_per_weight=matrix.bits_per_weight, shared_with=others)
         )

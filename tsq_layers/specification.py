@@ -1,7 +1,6 @@
 """How to build an empty quantised layer: what every file that holds packed layers says of each."""
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, Self
 
 import torch
@@ -30,6 +29,11 @@ class LayerSpec:
     dtype: str
     offsets: bool = False
     tables: Literal["row", "group"] | None = None
+    rotation: int | None = None
+    channel_scaling: bool = False
+    outliers: int = 0
+    outlier_columns: int = 0
+    activation_bits: int | None = None
 
     @classmethod
     def of(cls, layer: QuantLinear) -> Self:
@@ -42,8 +46,7 @@ class LayerSpec:
             bias=layer.bias is not None,
             scale_dtype=dtype_name(layer.scale_dtype),
             dtype=dtype_name(layer.dtype),
-            offsets=layer.offset_bits is not None,
-            tables=layer.codebook,
+            **layer.additions(),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -54,8 +57,7 @@ class LayerSpec:
             >>> LayerSpec(**spec.to_dict()) == spec, "tables" in spec.to_dict(), "offsets" in spec.to_dict()
             (True, True, False)
         """
-        fields = [(f.name, f.default, getattr(self, f.name)) for f in dataclasses.fields(self)]
-        return {name: value for name, default, value in fields if value != default}
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
 
     def build(self, name: str, file: str = "tsq.json") -> QuantLinear:
         """The layer on the meta device: shapes and dtypes, no values.
@@ -76,10 +78,15 @@ class LayerSpec:
                 symmetric=self.symmetric,
                 bias=self.bias,
                 scale_dtype=dtype_of(self.scale_dtype),
-                device="meta",
-                dtype=dtype_of(self.dtype),
                 offsets=self.offsets,
                 tables=self.tables,
+                rotation=self.rotation,
+                channel_scaling=self.channel_scaling,
+                outliers=self.outliers,
+                outlier_columns=self.outlier_columns,
+                activation_bits=self.activation_bits,
+                device="meta",
+                dtype=dtype_of(self.dtype),
             )
         except (TSQError, TypeError, RuntimeError) as error:
             raise CheckpointError(

@@ -48,6 +48,28 @@ def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor, g: int) -> Tensor:
     return W_hat
 
 
+def with_offsets(codes: Tensor, scales: Tensor, offsets: Tensor, g: int) -> Tensor:
+    """Weights that run (N, K), float64, of grids with a float offset o for each group: w_hat = s c + o."""
+    N, K = codes.shape
+    W_hat = torch.zeros(N, K, dtype=torch.float64)
+    for r in range(N):
+        for k in range(K):
+            i = group_of(k, g)
+            W_hat[r, k] = float(scales[r, i]) * int(codes[r, k]) + float(offsets[r, i])
+    return W_hat
+
+
+def look_up(codes: Tensor, tables: Tensor, g: int) -> Tensor:
+    """Weights that run (N, K), float64, of look-up tables (N, T, 2^b), T = 1 or G: w_hat = t[c]."""
+    N, K = codes.shape
+    W_hat = torch.zeros(N, K, dtype=torch.float64)
+    for r in range(N):
+        for k in range(K):
+            i = 0 if tables.shape[1] == 1 else group_of(k, g)
+            W_hat[r, k] = float(tables[r, i, int(codes[r, k])])
+    return W_hat
+
+
 def asymmetric_grid(lo: float, hi: float, bits: int) -> tuple[float, int]:
     """Grid of lo <= 0 <= hi: s = (hi - lo) / (2^b - 1), z = clip(round(-lo / s), 0, 2^b - 1); (1, 0) if empty."""
     if lo == hi:

@@ -93,6 +93,7 @@ def read(
     if not held:
         raise ExportError(f"{format_name} can hold no quantised layer of this {type(model).__name__} packed")
     _check_values(layers)
+    check_additions(held, format_name)
     return Contents(model, config, held, float_tensors(model, held, _turned(others)), _unquantised(model))
 
 
@@ -141,6 +142,26 @@ def _turned(others: Sequence[Layer]) -> dict[str, bool]:
 def _named(others: Sequence[Layer]) -> str:
     shown = ", ".join(f"{layer.name!r} ({layer.kind})" for layer in others[:3])
     return shown if len(others) <= 3 else f"{shown} and {len(others) - 3} more"
+
+
+def check_additions(held: Mapping[str, QuantLinear], format_name: str) -> None:
+    """Refuse packed layers that do more than multiply by codes on grids.
+
+    Raises:
+        ExportError: the first such layer, and what to do.
+    """
+    cures = {
+        "rotation": "a rotation of its input: quantise with rotation=None",
+        "channel_scaling": "column scales: fold them into the norm before it with tsq.fold_scaling, or quantise with channel_scaling=False",
+        "activation_bits": "8-bit inputs: quantise with activation_bits=None",
+        "outliers": "a sparse part: quantise with outliers=0",
+        "outlier_columns": "a sparse part: quantise with outlier_columns=0",
+    }
+    for name, layer in held.items():
+        additions = layer.additions()
+        found = next((cure for addition, cure in cures.items() if additions[addition]), None)
+        if found is not None:
+            raise ExportError(f"layer {name!r} has {found}; {format_name} holds only codes, scales and zero points")
 
 
 def _check_values(layers: Sequence[Layer]) -> None:

@@ -26,7 +26,6 @@ from tsq_layers.specification import LayerSpec
 
 _NAME = re.compile(r"stage-(\d{6,})-([0-9a-f]{64})\.safetensors")
 _METADATA = "tsq_journal"
-_BUFFERS = ("words", "scale_bits", "zero_words", "offset_bits", "table_bits")
 
 
 @dataclass(frozen=True)
@@ -123,7 +122,7 @@ def _entry(path: Path, index: int, values: Mapping[str, Any]) -> Entry:
 
 def _stored(layer: QuantLinear) -> list[str]:
     """The buffers that a file holds of a layer."""
-    return [buffer for buffer in _BUFFERS if getattr(layer, buffer) is not None]
+    return [name for name, _ in layer.named_buffers() if name not in layer._non_persistent_buffers_set]
 
 
 def _fitting(tensor: Tensor, empty: Tensor) -> Tensor:

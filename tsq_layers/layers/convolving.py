@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tsq_layers import kernels
+from tsq_layers import kernels, running
 from tsq_layers.linear import QuantLinear
+from tsq_layers.running import Form, Parts
 
 CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 """By the number of spatial dimensions."""
@@ -63,12 +64,6 @@ class Geometry(NamedTuple):
         return F.pad(batch, flat, mode="constant" if self.mode == "zeros" else self.mode)
 
 
-class _Form(NamedTuple):
-    bits: int
-    group_size: int
-    columns: int
-
-
 def convolve(x: Tensor, matrix: QuantLinear, geometry: Geometry) -> Tensor:
     """Convolve with a packed weight and its bias, in the dtype of ``x`` (that of autocast, if it is on).
 
@@ -89,8 +84,7 @@ def convolve(x: Tensor, matrix: QuantLinear, geometry: Geometry) -> Tensor:
     """
     padded = geometry.pad(kernels.autocast(x), done=geometry.own_padding)
     bias = None if matrix.bias is None else matrix.bias.to(padded.dtype)
-    form = _Form(matrix.bits, matrix.group_size, matrix.in_features)
-    arguments = (padded, bias, matrix.words, matrix.grids, matrix.shifts, form, geometry)
+    arguments = (padded, bias, matrix.form, geometry, *matrix.parts)
     differentiable = torch.is_grad_enabled() and (padded.requires_grad or (bias is not None and bias.requires_grad))
     if differentiable and not torch.compiler.is_exporting() and not torch._C._are_functorch_transforms_active():
         output: Tensor = _Convolution.apply(*arguments)
@@ -98,24 +92,14 @@ def convolve(x: Tensor, matrix: QuantLinear, geometry: Geometry) -> Tensor:
     return _forward(*arguments)
 
 
-def _forward(
-    x: Tensor,
-    bias: Tensor | None,
-    words: Tensor,
-    grids: Tensor,
-    shifts: Tensor | None,
-    form: _Form,
-    geometry: Geometry,
-) -> Tensor:
-    weight = _weight(words, grids, shifts, form, geometry, x.dtype)
+def _forward(x: Tensor, bias: Tensor | None, form: Form, geometry: Geometry, *parts: Tensor | None) -> Tensor:
+    weight = _weight(parts, form, geometry, x.dtype)
     convolution = CONVOLUTIONS[len(geometry.kernel_size)]
     return convolution(x, weight, bias, geometry.stride, geometry.own_padding, geometry.dilation, geometry.groups)
 
 
-def _weight(
-    words: Tensor, grids: Tensor, shifts: Tensor | None, form: _Form, geometry: Geometry, dtype: torch.dtype
-) -> Tensor:
-    weight_NK = kernels.dequantize(words, grids, shifts, form.bits, form.group_size, form.columns, dtype)
+def _weight(parts: Sequence[Tensor | None], form: Form, geometry: Geometry, dtype: torch.dtype) -> Tensor:
+    weight_NK = running.dequantize(Parts(*parts), form, dtype)  # type: ignore[arg-type]
     return weight_NK.view(weight_NK.shape[0], -1, *geometry.kernel_size)
 
 
@@ -123,21 +107,13 @@ class _Convolution(torch.autograd.Function):
     """Keeps the packed weight, neither the dequantised one nor the input, for the gradient of the input."""
 
     @staticmethod
-    def forward(
-        x: Tensor,
-        bias: Tensor | None,
-        words: Tensor,
-        grids: Tensor,
-        shifts: Tensor | None,
-        form: _Form,
-        geometry: Geometry,
-    ) -> Tensor:
-        return _forward(x, bias, words, grids, shifts, form, geometry)
+    def forward(x: Tensor, bias: Tensor | None, form: Form, geometry: Geometry, *parts: Tensor | None) -> Tensor:
+        return _forward(x, bias, form, geometry, *parts)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
-        x, _, words, grids, shifts, ctx.form, ctx.geometry = inputs
-        ctx.save_for_backward(words, grids, shifts)
+        x, _, ctx.form, ctx.geometry, *parts = inputs
+        ctx.save_for_backward(*parts)
         ctx.shape = x.shape
 
     @staticmethod
@@ -145,8 +121,7 @@ class _Convolution(torch.autograd.Function):
         to_x = to_bias = None
         if ctx.needs_input_grad[0]:
             geometry: Geometry = ctx.geometry
-            words, grids, shifts = ctx.saved_tensors
-            weight = _weight(words, grids, shifts, ctx.form, geometry, gradient.dtype)
+            weight = _weight(ctx.saved_tensors, ctx.form, geometry, gradient.dtype)
             x = gradient.new_empty(1).expand(ctx.shape)  # only its shape is used
             to_x, _, _ = torch.ops.aten.convolution_backward(
                 gradient, x, weight, None, geometry.stride, geometry.own_padding, geometry.dilation,
@@ -154,4 +129,4 @@ class _Convolution(torch.autograd.Function):
             )  # fmt: skip
         if ctx.needs_input_grad[1]:
             to_bias = gradient.sum((0, *range(2, gradient.dim())))
-        return to_x, to_bias, None, None, None, None, None
+        return to_x, to_bias, None, None, *(None for _ in ctx.saved_tensors)

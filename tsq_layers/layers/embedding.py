@@ -1,7 +1,7 @@
 """Embeddings: a table of rows that are looked up by number.
 
 No data says which entries of a row matter, so H is the identity. A row of zeros stays exactly zero
-(padding): zero is a level of every grid, so its codes equal the zero point, and 0 · scale is 0.
+(padding): zero is a level of every grid with a zero point, so its codes equal that, and 0 · scale is 0.
 
 Shapes: V rows (num_embeddings), D columns (embedding_dim).
 """

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tsq_layers.config import Codebook, QuantConfig
 from tsq_layers.layers.kinds import as_it_is, rows_of
 from tsq_layers.linear import QuantLinear
 from tsq_layers.planning.ledger import Ledger, Work
@@ -45,7 +44,8 @@ class Needs:
     def observing(self, target: Target, given: Input, *, paired: bool) -> Need:
         """To see the first call of a layer."""
         alike = None if target.kind.inputs is rows_of else target.name  # others go by the module
-        key = "observing", alike, target.shape, given, paired
+        rounding = target.config.activation_bits and (target.config.activation_bits, target.config.rotation)
+        key = "observing", alike, target.shape, given, paired, rounding
         if key not in self._known:
             self._known[key] = self._observing(target, given, paired)
         return self._known[key]
@@ -53,7 +53,7 @@ class Needs:
     def dense(self, target: Target) -> Need:
         """To have the quantised weight of a layer as a dense one."""
         config, weight = target.config, target.weight
-        layout = config.bits, config.group_size, config.symmetric, config.scale_dtype, *_kind(config)
+        layout = config.bits, config.group_size, config.symmetric, config.scale_dtype, str(target.additions)
         key = "dense", target.kind.name, target.kind.to_matrix is as_it_is, target.shape, weight.dtype, layout
         if key not in self._known:
             self._known[key] = self._dense(target)
@@ -66,7 +66,7 @@ class Needs:
 
         def observe() -> int:
             rows = target.rows(x)
-            observer.observe(rows, target.rows(other) if paired else None, mask)
+            observer.observe(target.rounded(rows), target.rows(other) if paired else None, mask)
             return rows.shape[: -1 if target.blocks == 1 else -2].numel()
 
         return self._watched(observe)
@@ -92,26 +92,18 @@ class Needs:
 def packed_matrix(target: Target, device: torch.device | str | None = None) -> QuantLinear:
     """The packed matrix of a layer, empty, without bias; on the device of its weight unless another is given."""
     config, weight, (rows, columns) = target.config, target.weight, target.shape
-    offsets, tables = _kind(config)
     return QuantLinear(
         columns,
         rows,
         bits=config.bits,
         group_size=min(config.group_size or columns, columns),
-        symmetric=config.symmetric and not offsets and tables is None,
+        symmetric=config.symmetric,
         bias=False,
         scale_dtype=config.torch_scale_dtype,
+        **target.additions,
         device=device or weight.device,
         dtype=weight.dtype,
-        offsets=offsets,
-        tables=tables,
     )
-
-
-def _kind(config: QuantConfig) -> tuple[bool, Codebook | None]:
-    """Whether grids have float offsets; and whose look-up tables they are, if they are tables."""
-    tables = config.codebook if config.method == "lnq" else None
-    return config.zero_points == "float" and tables is None, tables
 
 
 def packed_bytes(target: Target) -> int:

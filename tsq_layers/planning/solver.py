@@ -50,7 +50,12 @@ def solver_bytes(
         "assign": problem + 2 * w + h + 7.75 * part,
         "refine": (problem + 3.25 * w + max(2.25 * w, 3.1 * q)) * _refines(config),
     }
-    return round(_SIZE * max(phases.values()))
+    changed = 0.0
+    if config.rotation is not None or config.channel_scaling:
+        changed = w + h * (1 + shifted + held_out)  # the weight and all statistics in the other basis
+        choice = (3 * w + h) * config.channel_scaling
+        phases = {"change": max(2 * w, 3 * h, choice)} | phases
+    return round(_SIZE * (changed + max(phases.values())))
 
 
 def solver_flops(shape: tuple[int, int], blocks: int, config: QuantConfig, *, shifted: bool) -> float:

@@ -37,7 +37,12 @@ def how(report: "Report") -> str:
     """The configuration in a line."""
     config = report.config
     group = f"groups of {config.group_size}" if config.group_size is not None else "one group per row"
-    kind = "symmetric" if config.symmetric else "with zero points"
+    if config.tables is not None:
+        kind = "with look-up tables"
+    elif config.has_offsets:
+        kind = "with float offsets"
+    else:
+        kind = "symmetric" if config.symmetric else "with zero points"
     exceptions = f"{len(config.overrides)} overrides" if len(config.overrides) != 1 else "1 override"
     parts = [config.method, f"{config.bits} bits", group, kind, *([exceptions] if config.overrides else [])]
     return " · ".join(parts)

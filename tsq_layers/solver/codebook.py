@@ -214,5 +214,5 @@ def _descend(hessian: Tensor, target: Tensor, values: Tensor, tables: Tensor, *,
 
 
 def _nearest_level(best: Tensor, middle: Tensor, table: Tensor, out: Tensor) -> None:
-    chosen = torch.searchsorted(middle, best.unsqueeze(-1))
+    chosen = torch.searchsorted(middle, best.unsqueeze(-1).contiguous())
     out.copy_(table.gather(-1, chosen).squeeze(-1))

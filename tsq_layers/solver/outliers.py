@@ -125,7 +125,7 @@ def solve(
         >>> options = {"sparse": start(w, budget), "budget": budget, "sweeps": 3, "dtype": torch.float16}
         >>> new_codes, sparse, stored = solve(codes, w, x.T @ x, scales, zeros, 2, 16, **options)
         >>> first = grid.dequantize(codes, scales, zeros, 16) + start(w, budget)
-        >>> last = grid.dequantize(new_codes, scales, zeros, 16) + stored.dense(8, 32)
+        >>> last = grid.dequantize(new_codes, scales, zeros, 16) + sparse
         >>> bool((x @ (last - w).T).norm() < (x @ (first - w).T).norm())
         True
     """

@@ -41,12 +41,6 @@ class Layer:
             )
         return self.problem
 
-    @property
-    def has_offsets(self) -> bool:
-        """Whether grids are scales and offsets that are any number, and not scales and zero points."""
-        config = self.config
-        return config.method == "two-stage" and config.zero_points == "float" and not config.symmetric
-
 
 @dataclass(eq=False)
 class State:

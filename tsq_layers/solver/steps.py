@@ -58,7 +58,7 @@ def initialize(layer: Layer, state: State) -> None:
             problem.grid_target, problem.hessian, config.bits, layer.group_size, per_group=per_group, dtype=dtype
         )
         return
-    if layer.has_offsets:
+    if config.has_offsets:
         scales, added = offsets.fit_grids(layer.known.grid_target, _metric(layer), config.bits, layer.group_size)
         state.offsets, zeros = offsets.storable(added, dtype), torch.zeros_like(scales)
     elif config.method == "two-stage":

@@ -99,7 +99,7 @@ class Sweeper:
 
     def _columns(self, leaf: _Leaf, choose: Choice, best: Tensor, change: Tensor) -> None:
         group, width = leaf.group, leaf.stop - leaf.start
-        scale, low, high = (values[:, group] for values in (self.scale, *self.levels))
+        scale, low, high = (values[:, group].contiguous() for values in (self.scale, *self.levels))
         before = self.steps[:, leaf.start : leaf.stop]
         chosen = torch.empty_like(before)
         coupling = self.coupling[:, leaf.start : leaf.stop, leaf.start : leaf.stop].unsqueeze(-1)

@@ -37,7 +37,8 @@ class TwoStageGroupQuantizer:
     Args:
         weight: W, any float dtype (N, K).
         statistics: sums over the calibration tokens; may be ``None`` for ``method="rtn"``.
-        config: how; ``skip`` and ``overrides`` are not looked at.
+        config: how; ``skip`` and ``overrides`` are not looked at, nor what a layer does to its input
+            (``rotation``, ``channel_scaling``, ``activation_bits``): give weight and statistics in that basis.
         name: how messages call the layer.
 
     Raises:
