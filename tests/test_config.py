@@ -22,6 +22,7 @@ RICH = {
     "grid_metric": "blocks",
     "deviation": "refine",
     "deviation_strength": 1.0,
+    "deviation_damping": 0.3,
     "descent_start": "nearest",
     "descent_sweeps": 7,
     "descent_relax": True,

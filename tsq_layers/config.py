@@ -77,6 +77,8 @@ class QuantConfig:
             cdquant and lnq): ``"target"`` in every step, ``"refine"`` in stage 2 (the two-stage paper) or the
             descent only, ``"none"``.
         deviation_strength: share of R that is used, 0 to 1, or ``"auto"``, as with ``damping``.
+        deviation_damping: as ``damping``, where R is brought into the target. It is the ridge of a regression of
+            the full-precision outputs on the inputs, which needs more of it than GPTQ does.
         descent_start: codes from which quantease and cdquant start: those of GPTQ, or the nearest.
         descent_sweeps: passes of quantease over the columns.
         descent_relax: leave some sweeps of quantease unrounded, as its authors do, and keep the best
@@ -142,6 +144,7 @@ class QuantConfig:
     grid_metric: GridMetric = "feedback"
     deviation: Deviation = "target"
     deviation_strength: float | Auto = 0.5
+    deviation_damping: float = 0.01
     descent_start: DescentStart = "gptq"
     descent_sweeps: int = 5
     descent_relax: bool = False
@@ -202,6 +205,7 @@ class QuantConfig:
     def _check_floats(self) -> None:
         _check_float("damping", self.damping, 0.0, 1.0, open_low=True, other="auto")
         _check_float("deviation_strength", self.deviation_strength, 0.0, 1.0, other="auto")
+        _check_float("deviation_damping", self.deviation_damping, 0.0, 10.0, open_low=True)
         _check_float("greedy_steps", self.greedy_steps, 0.0, None, open_low=True)
         _check_float("refine_ridge", self.refine_ridge, 0.0, None)
         _check_float("outliers", self.outliers, 0.0, 1.0)

@@ -91,7 +91,11 @@ def build(weight: Tensor, statistics: LayerStatistics, config: QuantConfig, name
     shifted = weight
     if config.uses_deviation and statistics.deviation is not None:
         deviation = (statistics.deviation / count).to(torch.float32)
-        shifted = shift_target(weight, deviation, factor, order, strength)
+        if config.deviation_damping != wanted:
+            _, shifting, _, _ = factorise(hessian, order, config.deviation_damping, name)
+        else:
+            shifting = factor
+        shifted = shift_target(weight, deviation, shifting, order, strength)
     return Problem(
         weight=weight,
         grid_target=shifted if config.deviation == "target" else weight,
