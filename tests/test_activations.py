@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from grid_kinds import KINDS, made
 from torch import nn
 
 import tsq_layers as tsq
@@ -111,6 +112,9 @@ def test_integers_are_not_used_where_they_do_not_pay_or_fit(monkeypatch):
         assert not pays(Elsewhere(8))
         assert not pays(Elsewhere(), group_size=32)
         assert not pays(Elsewhere(), rows=12)
+        for kind in KINDS:
+            layer = tsq.QuantLinear.from_quantized(made(kind, 16, 64, 4, 64), activation_bits=8)
+            assert not running._integers_pay(Elsewhere(), None, layer.parts, layer.form)
 
 
 def test_gradients_flow_through_the_layer():

@@ -14,6 +14,7 @@ from tsq_layers.layers import packed
 from tsq_layers.linear import QuantLinear
 from tsq_layers.planning.needs import packed_matrix
 from tsq_layers.preparation import Target, inspect
+from tsq_layers.solver import selection
 
 WIDTH, HIDDEN = 48, 40  # groups of 16: the last one of 40 columns is short
 BOTH = {"rotation": 16, "channel_scaling": True}
@@ -209,6 +210,39 @@ def test_gradients_are_those_of_the_dense_weights(way: str) -> None:
         (found,) = torch.autograd.grad(matrix(x).square().sum(), x)
         dense = nn.functional.linear(matrix.rounded_input(x.detach()), matrix.weight, matrix.bias)
         assert_close(found, 2 * dense @ matrix.weight, rtol=1e-3, atol=1e-3 * float(found.detach().abs().max()))
+
+
+@every_way
+def test_absent_buffers_are_behind_the_others(way: str) -> None:
+    for _, _, matrix in packed(of_mlp(way)):
+        absent = [buffer is None for buffer in matrix._buffers.values()]
+        assert absent == sorted(absent)
+
+
+@pytest.mark.parametrize("way", ["tables and all", "outliers and all", "offsets in another basis"])
+def test_exported_it_does_the_same(way: str) -> None:
+    model, x = of_mlp(way), inputs(20, WIDTH, seed=9)
+    rows = torch.export.Dim("rows", min=2, max=64)
+    program = torch.export.export(model, (x[:4],), dynamic_shapes=({0: rows},))
+    assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("way", ["guidance, scaling, what is open", "strength, scaling", "tables and all"])
+def test_what_is_open_is_chosen_in_the_basis_of_the_codes(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+    original = selection.settle
+
+    def settle(*arguments: Any) -> tsq.QuantConfig:
+        given.append(arguments)
+        return original(*arguments)
+
+    monkeypatch.setattr(selection, "settle", settle)
+    model, floats = quantized(way, mlp(), (300, WIDTH)), mlp()
+    for (_, weight, fitted, other, name), (_, _, matrix) in zip(given, packed(model), strict=True):
+        assert_close(weight, matrix.basis.change(floats.get_submodule(name).weight.detach()))
+        assert (int(fitted.count), int(other.count)) == (720, 180)
+        ratio = fitted.hessian.diagonal(dim1=-2, dim2=-1) / 720 / (other.hessian.diagonal(dim1=-2, dim2=-1) / 180)
+        assert 0.3 < float(ratio.min()) <= float(ratio.max()) < 3  # in one basis, of the same kind of tokens
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,19 @@ def test_blocks_are_changed_one_by_one(options):
     assert changed.basis.columns == 40
 
 
+@pytest.mark.parametrize("options", BASES.values(), ids=BASES)
+def test_other_tokens_are_changed_alike_and_the_scales_are_those_of_all(options):
+    weight, statistics = problem()
+    other = problem(seed=5, spread=0.5)[1]
+    config = tsq.QuantConfig(bits=3, group_size=10, **options)
+    changed = rebasing.rebase(weight, statistics, None, config, other)
+    both = rebasing.rebase(weight, statistics + other, None, config)
+    assert torch.equal(changed.weight, both.weight)
+    total = changed.statistics + changed.validation
+    torch.testing.assert_close(total.hessian, both.statistics.hessian, rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(total.deviation, both.statistics.deviation, rtol=1e-4, atol=1e-2)
+
+
 # --- the choice of scales ------------------------------------------------------------------------
 
 
