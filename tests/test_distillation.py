@@ -81,9 +81,9 @@ def test_gradients_are_those_of_the_dequantised_weight() -> None:
     value = output_distance(model[1:](F.linear(data[0], weight, model[0].bias)), wanted, data[0])
     (gradient,) = torch.autograd.grad(value, delta)
     matrix = copy.deepcopy(packed)
-    student = Student(model[0], matrix, lambda module, w: w)  # noqa: ARG005
+    student = Student(model[0], matrix, lambda module, w: w)
     (found,) = distil(model, [student], data, lambda m, x: m(x), epochs=1, rate=1e-3, progress=False)
-    assert found == pytest.approx(float(value), rel=1e-5)
+    assert found == pytest.approx(value.item(), rel=1e-5)
     moved = matrix.scales / packed.scales - 1
     big = gradient.abs() > gradient.abs().max() * 1e-4
     assert_close(moved[big], (-1e-3 * gradient.sign())[big], rtol=1e-2, atol=1e-6)  # Adam's first step
@@ -95,7 +95,7 @@ def test_the_model_is_as_it_was_before_and_after_an_error() -> None:
     state = {name: value.clone() for name, value in model.state_dict().items()}
     keys = [set(vars(module)) for module in model.modules()]
 
-    def broken(found: object, wanted: object, batch: Tensor) -> Tensor:  # noqa: ARG001
+    def broken(found: object, wanted: object, batch: Tensor) -> Tensor:
         raise RuntimeError("mine")
 
     tsq.prepare(model, config(distill_epochs=1))
@@ -108,7 +108,7 @@ def test_the_model_is_as_it_was_before_and_after_an_error() -> None:
 
 
 def test_a_distance_of_ones_own_is_lowered() -> None:
-    def last_output(found: Tensor, wanted: Tensor, batch: Tensor) -> Tensor:  # noqa: ARG001
+    def last_output(found: Tensor, wanted: Tensor, batch: Tensor) -> Tensor:
         return (found - wanted)[:, -1].square().mean()
 
     settings = config(distill_epochs=6, distill_rate=0.02)

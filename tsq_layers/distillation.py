@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
 from tsq_layers import grid, running
+from tsq_layers.calibration import with_input
 from tsq_layers.errors import CalibrationError
 from tsq_layers.linear import QuantLinear
 from tsq_layers.sync import to_host
@@ -43,13 +44,11 @@ class Student:
         module: the full-precision layer, which has a ``weight``.
         matrix: its packed matrix; its grids are trained.
         shape: ``shape(module, W)`` gives a matrix (N, K) the form of the layer's ``weight``.
-        enter: what the quantised layer does to its input first, if anything.
     """
 
     module: nn.Module
     matrix: QuantLinear
     shape: Callable[[nn.Module, Tensor], Tensor]
-    enter: Callable[[Tensor], Tensor] | None = None
 
 
 def distil(
@@ -200,8 +199,8 @@ def _forward(student: Student, trained: _Grids) -> Callable[..., Any]:
             return forward(*args, **kwargs)
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        if student.enter is not None:
-            args, kwargs = with_input(student.enter, args, kwargs)
+        if student.matrix.activation_bits is not None:
+            args, kwargs = with_input(student.matrix.rounded_input, args, kwargs)
         return checkpoint(run, *args, use_reentrant=False, **kwargs)
 
     return call
@@ -242,13 +241,15 @@ def output_distance(quantised: object, wanted: object, batch: Batch) -> Tensor:
 
 
 def _first_tensor(output: object) -> Tensor:
-    if isinstance(output, Tensor):
-        return output
-    values = output.values() if isinstance(output, Mapping) else output
-    if isinstance(values, Sequence) or isinstance(output, Mapping):
-        for value in values:  # type: ignore[union-attr]
-            if isinstance(value, Tensor) and value.is_floating_point():
-                return value
+    """The output itself, or the first floating-point tensor of a tuple, list or mapping."""
+    values: Sequence[object] = [output]
+    if isinstance(output, Mapping):
+        values = list(output.values())
+    elif isinstance(output, Sequence):
+        values = output
+    for value in values:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value
     raise CalibrationError(
         f"distillation: the model's output is a {type(output).__name__} without a tensor; give distance=f(quantised output, full-precision output, batch)"
     )

@@ -314,7 +314,7 @@ def _distilled(
     """Refine the grids of all solved layers together."""
     config, device = preparation.config, entry_device(model)
     students = [
-        Student(preparation.modules[name], layer.matrix, target.kind.from_matrix, target.rounded)
+        Student(preparation.modules[name], layer.matrix, target.kind.from_matrix)
         for target, layer in ((preparation.targets[name], layer) for name, layer in solved.items())
         for name in callers_of(target, preparation)
     ]
