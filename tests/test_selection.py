@@ -49,6 +49,28 @@ def test_strength_is_the_best_of_the_list_by_brute_force(fitted_tokens: int) -> 
     assert chosen.deviation_strength == min(errors, key=errors.__getitem__)
 
 
+def test_damping_of_the_deviation_is_the_best_of_the_list_by_brute_force() -> None:
+    fitted, (x, reference) = statistics(*tokens(16, 1, 0.2)), tokens(100, 2, 0.2)
+    config = QuantConfig(bits=3, group_size=4, deviation_strength=1.0, deviation_damping="auto")
+    chosen = selection.settle(config, weight(), fitted, statistics(x, reference))
+    errors = {}
+    for damping in selection.DEVIATION_DAMPINGS:
+        problem = objective.build(weight(), fitted, dataclasses.replace(config, deviation_damping=damping))
+        errors[damping] = (x @ problem.refine_target.T - reference @ weight().T).square().mean().item()
+    assert chosen.deviation_damping == min(errors, key=errors.__getitem__)
+    assert chosen.deviation_strength == 1.0
+
+
+def test_damping_of_the_deviation_regresses_the_wanted_outputs_by_hand() -> None:
+    x, reference = (values.double() for values in tokens(40, 1, 0.2))
+    given = statistics(x.float(), reference.float())
+    config = QuantConfig(bits=3, group_size=4, deviation_strength=1.0, deviation_damping=0.3)
+    w, ridge = weight().double(), 0.3 * (x**2).mean()
+    grams = x.T @ x / len(x) + ridge * torch.eye(K)
+    expected = torch.linalg.solve(grams, (x.T @ (reference @ w.T) / len(x) + ridge * w.T)).T
+    assert_close(objective.build(weight(), given, config).refine_target.double(), expected, rtol=1e-3, atol=1e-3)
+
+
 def test_error_is_the_output_error_but_for_a_constant() -> None:
     x, reference = tokens(50, 3, 0.1)
     differences = [torch.randn(N, K, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]

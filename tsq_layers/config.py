@@ -78,7 +78,8 @@ class QuantConfig:
             descent only, ``"none"``.
         deviation_strength: share of R that is used, 0 to 1, or ``"auto"``, as with ``damping``.
         deviation_damping: as ``damping``, where R is brought into the target. It is the ridge of a regression of
-            the full-precision outputs on the inputs, which needs more of it than GPTQ does.
+            the full-precision outputs on the inputs, which needs more of it than GPTQ does, and how much
+            differs from layer to layer: ``"auto"`` chooses.
         descent_start: codes from which quantease and cdquant start: those of GPTQ, or the nearest.
         descent_sweeps: passes of quantease over the columns.
         descent_relax: leave some sweeps of quantease unrounded, as its authors do, and keep the best
@@ -144,7 +145,7 @@ class QuantConfig:
     grid_metric: GridMetric = "feedback"
     deviation: Deviation = "target"
     deviation_strength: float | Auto = 0.5
-    deviation_damping: float = 0.01
+    deviation_damping: float | Auto = 0.01
     descent_start: DescentStart = "gptq"
     descent_sweeps: int = 5
     descent_relax: bool = False
@@ -205,7 +206,7 @@ class QuantConfig:
     def _check_floats(self) -> None:
         _check_float("damping", self.damping, 0.0, 1.0, open_low=True, other="auto")
         _check_float("deviation_strength", self.deviation_strength, 0.0, 1.0, other="auto")
-        _check_float("deviation_damping", self.deviation_damping, 0.0, 10.0, open_low=True)
+        _check_float("deviation_damping", self.deviation_damping, 0.0, 10.0, open_low=True, other="auto")
         _check_float("greedy_steps", self.greedy_steps, 0.0, None, open_low=True)
         _check_float("refine_ridge", self.refine_ridge, 0.0, None)
         _check_float("outliers", self.outliers, 0.0, 1.0)
@@ -260,20 +261,20 @@ class QuantConfig:
     @property
     def is_settled(self) -> bool:
         """Whether nothing is left to be chosen on held-out tokens."""
-        return "auto" not in (self.damping, self.deviation_strength)
+        return "auto" not in (self.damping, self.deviation_strength, self.deviation_damping)
 
-    def settled(self) -> tuple[float, float]:
-        """Damping and deviation strength as numbers.
+    def settled(self) -> tuple[float, float, float]:
+        """Damping, strength and damping of the deviation, as numbers.
 
         Raises:
             ConfigError: one is still to be chosen.
         """
-        damping, strength = self.damping, self.deviation_strength
-        if isinstance(damping, str) or isinstance(strength, str):
+        damping, strength, ridge = self.damping, self.deviation_strength, self.deviation_damping
+        if isinstance(damping, str) or isinstance(strength, str) or isinstance(ridge, str):
             raise ConfigError(
-                f"damping={damping!r}, deviation_strength={strength!r}: calibrate() chooses what is 'auto'; give numbers here"
+                f"damping={damping!r}, deviation_strength={strength!r}, deviation_damping={ridge!r}: calibrate() chooses what is 'auto'; give numbers here"
             )
-        return damping, strength
+        return damping, strength, ridge
 
     @property
     def has_offsets(self) -> bool:

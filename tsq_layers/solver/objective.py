@@ -86,15 +86,12 @@ def build(weight: Tensor, statistics: LayerStatistics, config: QuantConfig, name
         if config.act_order
         else torch.arange(diagonal.shape[-1], device=diagonal.device).expand_as(diagonal)
     )
-    wanted, strength = config.settled()
+    wanted, strength, ridged = config.settled()
     damped, factor, damping, ridge = factorise(hessian, order, wanted, name)
     shifted = weight
     if config.uses_deviation and statistics.deviation is not None:
         deviation = (statistics.deviation / count).to(torch.float32)
-        if config.deviation_damping != wanted:
-            _, shifting, _, _ = factorise(hessian, order, config.deviation_damping, name)
-        else:
-            shifting = factor
+        shifting = factor if ridged == wanted else factorise(hessian, order, ridged, name)[1]
         shifted = shift_target(weight, deviation, shifting, order, strength)
     return Problem(
         weight=weight,

@@ -4,9 +4,9 @@ With H_b, R_b of other tokens, the output error of weights Q is, but for a const
 
     (Q − W) H_b (Q − W)ᵀ + 2 W R_b (Q − W)ᵀ.
 
-The strength α of the deviation is chosen for the weights before they are rounded, Q = W − α W R H⁻¹: then
-the error is a parabola in α, and the best of a few strengths costs two products. The damping is chosen by
-GPTQ itself, run once with each.
+The strength α of the deviation and its damping are chosen for the weights before they are rounded,
+Q = W − α W R H⁻¹: for one damping of H the error is a parabola in α, and the best of a few strengths costs two
+products. The damping of GPTQ is chosen by GPTQ itself, run once with each.
 """
 
 import dataclasses
@@ -24,7 +24,8 @@ from tsq_layers.sync import to_host
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 DAMPINGS = (0.003, 0.01, 0.03, 0.1)
-_STRENGTH, _DAMPING = 0.5, 0.01  # where there are no other tokens
+DEVIATION_DAMPINGS = (0.01, 0.03, 0.1, 0.3, 1.0)
+_USUAL = {"deviation_strength": 0.5, "damping": 0.01, "deviation_damping": 0.1}  # where there are no other tokens
 
 
 @full_precision()
@@ -53,19 +54,20 @@ def settle(
     """
     if config.is_settled:
         return config
-    strength, damping = config.deviation_strength, config.damping
-    start = dataclasses.replace(
-        config,
-        damping=_DAMPING if damping == "auto" else damping,
-        deviation_strength=_STRENGTH if strength == "auto" else strength,
-    )
     if other is None or not to_host(other.count)[0] > 0:
-        return start
-    if strength == "auto":
-        start = dataclasses.replace(start, deviation_strength=_best_strength(start, weight, fitted, other, name))
-    if damping == "auto":
-        start = dataclasses.replace(start, damping=_best_damping(start, weight, fitted, other, name))
-    return start
+        return _filled(config)
+    if "auto" in (config.deviation_strength, config.deviation_damping):
+        chosen = _best_deviation(config, weight, fitted, other, name)
+        config = dataclasses.replace(chosen, damping=config.damping)
+    if config.damping == "auto":
+        config = dataclasses.replace(config, damping=_best_damping(config, weight, fitted, other, name))
+    return config
+
+
+def _filled(config: QuantConfig) -> QuantConfig:
+    """With a usual number in the place of every ``"auto"``."""
+    changes = {name: value for name, value in _USUAL.items() if getattr(config, name) == "auto"}
+    return dataclasses.replace(config, **changes)  # type: ignore[arg-type]
 
 
 def error(difference: Tensor, weight: Tensor, statistics: LayerStatistics) -> Tensor:
@@ -77,18 +79,30 @@ def error(difference: Tensor, weight: Tensor, statistics: LayerStatistics) -> Te
     return found
 
 
-def _best_strength(
+def _best_deviation(
     config: QuantConfig, weight: Tensor, fitted: LayerStatistics, other: LayerStatistics, name: str
-) -> float:
+) -> QuantConfig:
+    """The configuration with the strength and the damping of the deviation that leave the least error."""
     if fitted.deviation is None:
-        return _STRENGTH
+        return _filled(config)
     weight = weight.detach().to(torch.float32)
-    whole = objective.build(weight, fitted, dataclasses.replace(config, deviation_strength=1.0), name)
-    shift = whole.refine_target - weight
-    quadratic = error(shift, torch.zeros_like(weight), other)
-    linear = error(shift, weight, other) - quadratic
-    values = to_host(*(strength**2 * quadratic + strength * linear for strength in STRENGTHS))
-    return STRENGTHS[min(range(len(values)), key=values.__getitem__)]
+    strengths = STRENGTHS if config.deviation_strength == "auto" else (config.deviation_strength,)
+    dampings = DEVIATION_DAMPINGS if config.deviation_damping == "auto" else (config.deviation_damping,)
+    start = dataclasses.replace(_filled(config), deviation_strength=1.0)
+    candidates = [
+        dataclasses.replace(start, deviation_strength=strength, deviation_damping=damping)
+        for damping in dampings
+        for strength in strengths
+    ]
+    errors = []
+    for damping in dampings:
+        whole = objective.build(weight, fitted, dataclasses.replace(start, deviation_damping=damping), name)
+        shift = whole.refine_target - weight
+        quadratic = error(shift, torch.zeros_like(weight), other)
+        linear = error(shift, weight, other) - quadratic
+        errors += [strength**2 * quadratic + strength * linear for strength in map(float, strengths)]
+    values = to_host(*errors)
+    return candidates[min(range(len(values)), key=values.__getitem__)]
 
 
 def _best_damping(
