@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tsq_layers.config import SCHEMA_VERSION, QuantConfig, explicit_patterns, matches
+from tsq_layers.config import BEST, SCHEMA_VERSION, QuantConfig, explicit_patterns, matches
 from tsq_layers.errors import ConfigError, TSQError
 
 RICH = {
@@ -80,7 +80,7 @@ BAD_VALUES = [
     *[("greedy_pairs", value, "give True or False") for value in (1, 0, None, "yes")],
     *[("descent_start", value, "give one of 'gptq', 'nearest'") for value in ("rtn", None, True)],
     *[
-        ("method", value, "give one of 'rtn', 'gptq', 'quantease', 'cdquant', 'lnq', 'two-stage'")
+        ("method", value, "give one of 'rtn', 'gptq', 'quantease', 'cdquant', 'lnq', 'two-stage', 'best'")
         for value in ("awq", "GPTQ", None, ["rtn"])
     ],
     *[("deviation", value, "give one of 'target', 'refine', 'none'") for value in ("stage2", None, True)],
@@ -366,3 +366,24 @@ def test_tables_of_more_than_four_bits_are_refused() -> None:
     with pytest.raises(ConfigError, match="bits=5 with method='lnq': give 1 to 4; a table has"):
         QuantConfig(method="lnq", bits=5)
     assert QuantConfig(method="lnq", bits=4).bits == 4
+
+
+# ---- the preset ------------------------------------------------------------------------------------------------------
+
+
+def test_best_is_two_stage_with_the_fields_of_its_preset() -> None:
+    best = QuantConfig(method="best", bits=2)
+    assert best == dataclasses.replace(QuantConfig(bits=2), method="best", **BEST)
+    assert best.is_two_stage
+    assert QuantConfig.from_json(best.to_json()) == best
+
+
+def test_best_leaves_fields_that_were_given() -> None:
+    given = QuantConfig(method="best", joint_rounds=1, overrides={"*.down_proj": {"bits": 4}})
+    assert given.joint_rounds == 1
+    assert given.for_layer("mlp.down_proj") == dataclasses.replace(QuantConfig(method="best", joint_rounds=1), bits=4)
+
+
+def test_the_preset_changes_something_everywhere() -> None:
+    defaults = QuantConfig()
+    assert all(getattr(defaults, name) != value for name, value in BEST.items())

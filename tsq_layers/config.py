@@ -27,7 +27,7 @@ SCHEMA_VERSION = 1
 #
 # (10 layers: four windows of 1024 tokens of each text; all layers: eight.)
 
-Method = Literal["rtn", "gptq", "quantease", "cdquant", "lnq", "two-stage"]
+Method = Literal["rtn", "gptq", "quantease", "cdquant", "lnq", "two-stage", "best"]
 GridMetric = Literal["feedback", "blocks"]
 Deviation = Literal["target", "refine", "none"]
 DescentStart = Literal["gptq", "nearest"]
@@ -38,7 +38,7 @@ Codebook = Literal["row", "group"]
 ScaleDtype = Literal["float16", "bfloat16", "float32"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "method": ("rtn", "gptq", "quantease", "cdquant", "lnq", "two-stage"),
+    "method": ("rtn", "gptq", "quantease", "cdquant", "lnq", "two-stage", "best"),
     "grid_metric": ("feedback", "blocks"),
     "deviation": ("target", "refine", "none"),
     "descent_start": ("gptq", "nearest"),
@@ -48,6 +48,15 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "scale_dtype": ("float16", "bfloat16", "float32"),
 }
 _DEFAULT_SKIP = ("lm_head",)
+
+# What the method "best" changes in "two-stage", where the user left a field at its default. benchmarks/README.md
+# has the table that decided it.
+BEST: dict[str, Any] = {
+    "deviation_strength": 1.0,
+    "deviation_damping": "auto",
+    "damping": "auto",
+    "joint_rounds": 2,
+}
 _WIDEST_TABLE = 4
 _MODEL_WIDE = ("embeddings", "distill_epochs", "distill_rate", "skip", "overrides")
 
@@ -65,7 +74,8 @@ class QuantConfig:
             ``"gptq"`` is GPTQ (arXiv 2210.17323) on static grids with weight-MSE clipping;
             ``"quantease"`` (arXiv 2309.01885) and ``"cdquant"`` (arXiv 2406.17542) are cyclic and greedy
             coordinate descent on the codes of these grids; ``"lnq"`` (arXiv 2505.07004) replaces grids by look-up
-            tables; ``"two-stage"`` is arXiv 2602.02126.
+            tables; ``"two-stage"`` is arXiv 2602.02126; ``"best"`` is two-stage with what was measured to
+            generalise best: fields of :data:`BEST` that are left at their defaults take its values.
         damping: λ; λ·mean(diag H) is added to the diagonal of H. Multiplied by ten, with a
             :class:`~tsq_layers.errors.DampingWarning`, while the factorisation fails. ``"auto"`` chooses it
             for each layer, on a fifth of the calibration tokens that is held out for that.
@@ -175,6 +185,11 @@ class QuantConfig:
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.method == "best":
+            defaults = {f.name: f.default for f in dataclasses.fields(self)}
+            for name, value in BEST.items():
+                if getattr(self, name) == defaults[name]:
+                    object.__setattr__(self, name, value)
         self._check_integers()
         self._check_floats()
         for name in ("symmetric", "act_order", "descent_relax", "greedy_pairs", "embeddings", "channel_scaling"):
@@ -254,6 +269,11 @@ class QuantConfig:
         return dataclasses.replace(self, overrides={}, **changes)
 
     @property
+    def is_two_stage(self) -> bool:
+        """Whether the steps are those of two-stage."""
+        return self.method in ("two-stage", "best")
+
+    @property
     def uses_deviation(self) -> bool:
         """Whether the method of this configuration makes use of R, that is of paired passes."""
         return self.method not in ("rtn", "gptq") and self.deviation != "none" and self.deviation_strength != 0
@@ -279,7 +299,7 @@ class QuantConfig:
     @property
     def has_offsets(self) -> bool:
         """Whether grids are scales and offsets that are any number, and not scales and zero points."""
-        return self.method == "two-stage" and self.zero_points == "float" and not self.symmetric
+        return self.is_two_stage and self.zero_points == "float" and not self.symmetric
 
     @property
     def tables(self) -> Codebook | None:

@@ -38,6 +38,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "lnq, tables of rows, guided": {"method": "lnq", "deviation": "none", "guidance": 4},
     "two-stage, strength chosen": {"deviation_strength": "auto"},
     "two-stage, strength and damping chosen": {"deviation_strength": "auto", "damping": "auto"},
+    "two-stage, deviation with its own damping": {"deviation_strength": 1.0, "deviation_damping": "auto"},
     "two-stage, float zero points": {"zero_points": "float"},
     "two-stage + joint, float zero points": {"zero_points": "float", "joint_rounds": 2},
     "two-stage, rotated": {"rotation": 64},
@@ -47,4 +48,11 @@ CHANGES: dict[str, dict[str, Any]] = {
     "two-stage + distillation": {"distill_epochs": 4},
 }
 
-ROWS: dict[str, dict[str, Any]] = {**LADDER, **DESCENTS, **CHANGES}
+BEST: dict[str, dict[str, Any]] = {
+    "best": {"method": "best"},
+    "best, float zero points": {"method": "best", "zero_points": "float"},
+    "best, float zero points of 128 columns": {"method": "best", "zero_points": "float", "group_size": 128},
+    "best + distillation": {"method": "best", "distill_epochs": 3},
+}
+
+ROWS: dict[str, dict[str, Any]] = {**LADDER, **DESCENTS, **CHANGES, **BEST}
