@@ -373,15 +373,20 @@ def test_tables_of_more_than_four_bits_are_refused() -> None:
 
 def test_best_is_two_stage_with_the_fields_of_its_preset() -> None:
     best = QuantConfig(method="best", bits=2)
-    assert best == dataclasses.replace(QuantConfig(bits=2), method="best", **BEST)
-    assert best.is_two_stage
+    assert best == QuantConfig(bits=2, **BEST)
     assert QuantConfig.from_json(best.to_json()) == best
 
 
 def test_best_leaves_fields_that_were_given() -> None:
     given = QuantConfig(method="best", joint_rounds=1, overrides={"*.down_proj": {"bits": 4}})
     assert given.joint_rounds == 1
-    assert given.for_layer("mlp.down_proj") == dataclasses.replace(QuantConfig(method="best", joint_rounds=1), bits=4)
+    assert given.for_layer("mlp.down_proj") == QuantConfig(bits=4, **{**BEST, "joint_rounds": 1})
+    assert dataclasses.replace(given, damping=0.01).damping == 0.01
+
+
+def test_one_layer_may_be_given_the_preset() -> None:
+    config = QuantConfig(method="gptq", overrides={"fc": {"method": "best"}})
+    assert config.for_layer("fc") == QuantConfig(**BEST)
 
 
 def test_the_preset_changes_something_everywhere() -> None:

@@ -75,7 +75,8 @@ class QuantConfig:
             ``"quantease"`` (arXiv 2309.01885) and ``"cdquant"`` (arXiv 2406.17542) are cyclic and greedy
             coordinate descent on the codes of these grids; ``"lnq"`` (arXiv 2505.07004) replaces grids by look-up
             tables; ``"two-stage"`` is arXiv 2602.02126; ``"best"`` is two-stage with what was measured to
-            generalise best: fields of :data:`BEST` that are left at their defaults take its values.
+            generalise best, and is replaced by that: fields of :data:`BEST` that are left at their defaults take
+            its values.
         damping: λ; λ·mean(diag H) is added to the diagonal of H. Multiplied by ten, with a
             :class:`~tsq_layers.errors.DampingWarning`, while the factorisation fails. ``"auto"`` chooses it
             for each layer, on a fifth of the calibration tokens that is held out for that.
@@ -190,6 +191,7 @@ class QuantConfig:
             for name, value in BEST.items():
                 if getattr(self, name) == defaults[name]:
                     object.__setattr__(self, name, value)
+            object.__setattr__(self, "method", "two-stage")
         self._check_integers()
         self._check_floats()
         for name in ("symmetric", "act_order", "descent_relax", "greedy_pairs", "embeddings", "channel_scaling"):
@@ -269,11 +271,6 @@ class QuantConfig:
         return dataclasses.replace(self, overrides={}, **changes)
 
     @property
-    def is_two_stage(self) -> bool:
-        """Whether the steps are those of two-stage."""
-        return self.method in ("two-stage", "best")
-
-    @property
     def uses_deviation(self) -> bool:
         """Whether the method of this configuration makes use of R, that is of paired passes."""
         return self.method not in ("rtn", "gptq") and self.deviation != "none" and self.deviation_strength != 0
@@ -299,7 +296,7 @@ class QuantConfig:
     @property
     def has_offsets(self) -> bool:
         """Whether grids are scales and offsets that are any number, and not scales and zero points."""
-        return self.is_two_stage and self.zero_points == "float" and not self.symmetric
+        return self.method == "two-stage" and self.zero_points == "float" and not self.symmetric
 
     @property
     def tables(self) -> Codebook | None:

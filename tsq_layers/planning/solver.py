@@ -74,4 +74,4 @@ def solver_flops(shape: tuple[int, int], blocks: int, config: QuantConfig, *, sh
 
 
 def _refines(config: QuantConfig) -> bool:
-    return config.is_two_stage and config.refine != "none"
+    return config.method == "two-stage" and config.refine != "none"

@@ -38,7 +38,7 @@ def asked_for(config: QuantConfig) -> dict[str, bool]:
         >>> [step for step, wanted in asked_for(QuantConfig(method="quantease")).items() if wanted]
         ['initialize', 'assign', 'descend']
     """
-    two_stage = config.is_two_stage
+    two_stage = config.method == "two-stage"
     return {
         "initialize": True,
         "assign": True,
@@ -61,7 +61,7 @@ def initialize(layer: Layer, state: State) -> None:
     if config.has_offsets:
         scales, added = offsets.fit_grids(layer.known.grid_target, _metric(layer), config.bits, layer.group_size)
         state.offsets, zeros = offsets.storable(added, dtype), torch.zeros_like(scales)
-    elif config.is_two_stage:
+    elif config.method == "two-stage":
         scales, zeros = stage1.fit_grids(
             layer.known.grid_target, _metric(layer), config.bits, layer.group_size, config.symmetric
         )
