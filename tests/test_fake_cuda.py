@@ -16,8 +16,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 
 import tsq_layers as tsq
-from tsq_layers import basis, experts, few_rows, grid, preparation, records, solving
-from tsq_layers.solver import gptq, objective, rows, stage1
+from tsq_layers import basis, distillation, experts, few_rows, grid, preparation, records, solving
+from tsq_layers.solver import gptq, objective, rows, selection, stage1
 
 CUDA = "cuda:0"
 META_INDEX, CUDA_INDEX = 14, 1  # in c10::DeviceType
@@ -273,6 +273,36 @@ def test_quantize_stays_on_the_device_and_reads_little(fake, reads, config):
     assert total(reads) == READS_AT_PREPARE + 3 * (
         READS_A_STAGE if config.needs_calibration else READS_WITHOUT_CALIBRATION
     )
+
+
+FAMILY = {
+    "best": ({"method": "best"}, {"selection": 3}),  # tokens of the held-out fifth, and one of each choice
+    "guided": ({"guidance": 4}, {}),
+    "distilled": ({"distill_epochs": 2}, {"distillation": 2}),  # the distance of each epoch
+    "lnq": ({"method": "lnq"}, {}),
+    "float zero points, joint": ({"zero_points": "float", "joint_rounds": 2}, {}),
+    "outliers": ({"method": "quantease", "outliers": 0.05}, {}),
+}
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_the_rest_of_the_family_stays_on_the_device_and_reads_little(fake, reads, monkeypatch, name):
+    settings, expected = FAMILY[name]
+    counts = {"selection": [], "distillation": []}
+    for module in (selection, distillation):
+        short = module.__name__.rpartition(".")[2]
+        monkeypatch.setattr(
+            module, "to_host", lambda *values, short=short: counts[short].append(len(values)) or [1.0] * len(values)
+        )
+    batches = [on_cuda(lambda: torch.randn(100, 20)) for _ in range(3)]
+    config = tsq.QuantConfig(bits=2, group_size=8, **settings)
+    model = tsq.quantize(on_cuda(net), config, batches, loss=lambda model, batch: model(batch).square().mean())
+    assert_on_cuda(model)
+    assert model(batches[0]).device.type == "cuda"
+    layers = 1 if name == "distilled" else 3
+    assert {key: len(value) for key, value in counts.items() if value} == {
+        key: count * layers for key, count in expected.items()
+    }
 
 
 class Kinds(nn.Module):
