@@ -16,7 +16,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 
 import tsq_layers as tsq
-from tsq_layers import basis, distillation, experts, few_rows, grid, preparation, records, solving
+from tsq_layers import basis, distillation, experts, few_rows, grid, guidance, preparation, records, solving, workflow
 from tsq_layers.solver import gptq, objective, rows, selection, stage1
 
 CUDA = "cuda:0"
@@ -276,33 +276,49 @@ def test_quantize_stays_on_the_device_and_reads_little(fake, reads, config):
 
 
 FAMILY = {
-    "best": ({"method": "best"}, {"selection": 3}),  # tokens of the held-out fifth, and one of each choice
-    "guided": ({"guidance": 4}, {}),
-    "distilled": ({"distill_epochs": 2}, {"distillation": 2}),  # the distance of each epoch
-    "lnq": ({"method": "lnq"}, {}),
-    "float zero points, joint": ({"zero_points": "float", "joint_rounds": 2}, {}),
-    "outliers": ({"method": "quantease", "outliers": 0.05}, {}),
+    "best": ({"method": "best"}, 3 * 3),  # tokens of the held-out fifth, and one of each choice
+    "guided": ({"guidance": 4}, 0),
+    "lnq": ({"method": "lnq"}, 0),
+    "float zero points, joint": ({"zero_points": "float", "joint_rounds": 2}, 0),
+    "outliers": ({"method": "quantease", "outliers": 0.05}, 3),  # which entries belong to which layer of a stack
 }
 
 
 @pytest.mark.parametrize("name", FAMILY)
 def test_the_rest_of_the_family_stays_on_the_device_and_reads_little(fake, reads, monkeypatch, name):
+    """But for the gradients of guidance: without a GPU there is no backward pass on one."""
     settings, expected = FAMILY[name]
-    counts = {"selection": [], "distillation": []}
-    for module in (selection, distillation):
-        short = module.__name__.rpartition(".")[2]
-        monkeypatch.setattr(
-            module, "to_host", lambda *values, short=short: counts[short].append(len(values)) or [1.0] * len(values)
-        )
+    read = []
+    for module in (selection, records):
+        monkeypatch.setattr(module, "to_host", lambda *values: read.append(len(values)) or [1.0] * len(values))
+    monkeypatch.setattr(workflow, "token_weights", stand_in_weights)
     batches = [on_cuda(lambda: torch.randn(100, 20)) for _ in range(3)]
     config = tsq.QuantConfig(bits=2, group_size=8, **settings)
-    model = tsq.quantize(on_cuda(net), config, batches, loss=lambda model, batch: model(batch).square().mean())
+    model = tsq.quantize(on_cuda(net), config, batches)
     assert_on_cuda(model)
     assert model(batches[0]).device.type == "cuda"
-    layers = 1 if name == "distilled" else 3
-    assert {key: len(value) for key, value in counts.items() if value} == {
-        key: count * layers for key, count in expected.items()
-    }
+    assert len(read) == expected
+
+
+def stand_in_weights(model, layers, batches, loss):
+    groups = {name: watched.groups for name, watched in layers.items()}
+    calls = {name: [[torch.ones(100, count, device=CUDA)] for _ in batches] for name, count in groups.items()}
+    return guidance.TokenWeights(
+        {name: dict(enumerate(parts)) for name, parts in calls.items()},
+        {name: torch.ones(count, device=CUDA) for name, count in groups.items()},
+    )
+
+
+@pytest.mark.parametrize("settings", [{}, {"zero_points": "float"}, {"method": "lnq"}], ids=str)
+def test_trained_grids_stay_on_the_device_and_are_not_read(fake, reads, settings):
+    batches = [on_cuda(lambda: torch.randn(100, 20))]
+    layer = tsq.quantize(on_cuda(net), tsq.QuantConfig(bits=2, group_size=8, **settings), batches)[0]
+    before = total(reads)
+    trained = distillation._Grids(layer)
+    assert trained.weight(torch.float32).device.type == "cuda"
+    trained.store()
+    assert_on_cuda(layer)
+    assert total(reads) == before
 
 
 class Kinds(nn.Module):
