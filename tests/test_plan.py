@@ -765,3 +765,18 @@ def test_stage_knows_when_it_is_busiest():
     sizes = dict.fromkeys(("held", "waiting", "offloaded", "statistics", "solver", "packed"), 0)
     stage = StagePlan(names=["fc"], rows=8, columns=16, tokens=256, observing=5, solving=7, running=9, **sizes)
     assert (stage.names, stage.total, stage.busiest, stage.few_tokens) == (("fc",), 9, "running", False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "factor"),
+    [({"guidance": 4}, 4), ({"damping": "auto"}, 2), ({"guidance": 2, "deviation_strength": "auto"}, 4)],
+    ids=str,
+)
+def test_sums_of_guided_layers_and_of_tokens_that_are_held_out_are_counted(changes: dict, factor: int) -> None:
+    model = nn.Sequential(nn.Linear(64, 64))
+    plain, other = (
+        tsq.plan(model, tsq.QuantConfig(group_size=16, **kept), torch.randn(8, 64), n_batches=2)
+        for kept in ({}, changes)
+    )
+    extra = (factor - 1) * 2 * 4 * 64 * 64  # H and R in float32
+    assert other.peak >= plain.peak + extra

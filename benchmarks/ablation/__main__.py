@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 import tsq_layers as tsq
-from benchmarks.ablation import peers, records, tables, texts
+from benchmarks.ablation import peers, picture, records, tables, texts
 from benchmarks.ablation.records import Run
 from benchmarks.ablation.rows import ROWS
 from tsq_layers.demo import assets, results
@@ -46,7 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             records.keep(options.out, done)
             values = ", ".join(f"{value:.2f} on {text}" for text, value in done.perplexity.items())
             print(f"{done.label}: {values}; {done.seconds:.0f} s", flush=True)
-    print("\n".join(tables.lines(list(records.kept(options.out).values()))))
+    runs = list(records.kept(options.out).values())
+    print("\n".join(tables.lines(runs)))
+    for path in options.picture or ():
+        picture.draw(runs, path, bits=options.bits[0], group_size=options.group_size[0], tokens=options.tokens[0])
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -59,6 +62,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="threads of torch; its own default otherwise")
     parser.add_argument("--python", type=Path, help="the interpreter that has the peers of --rows")
     parser.add_argument("--tables", action="store_true", help="only print the tables of what is there")
+    parser.add_argument("--picture", type=Path, nargs=1, help="draw the first of --bits, --group-size, --tokens")
     parser.add_argument("--out", type=Path, default=RESULTS, help="file of JSON lines")
     return parser.parse_args(arguments)
 

@@ -45,7 +45,7 @@ class Needs:
         """To see the first call of a layer."""
         alike = None if target.kind.inputs is rows_of else target.name  # others go by the module
         rounding = target.config.activation_bits and (target.config.activation_bits, target.config.rotation)
-        key = "observing", alike, target.shape, given, paired, rounding
+        key = "observing", alike, target.shape, given, paired, rounding, target.guidance
         if key not in self._known:
             self._known[key] = self._observing(target, given, paired)
         return self._known[key]
@@ -60,13 +60,14 @@ class Needs:
         return self._known[key]
 
     def _observing(self, target: Target, given: Input, paired: bool) -> Need:
-        observer = target.observer()
+        observer = target.observer(guided=True)
         with self._fake:
             x, other, mask = given.empty(), given.empty(), given.mask()
+            weights = x.new_empty((*x.shape[:-1], target.guidance)) if target.guidance else None
 
         def observe() -> int:
             rows = target.rows(x)
-            observer.observe(target.rounded(rows), target.rows(other) if paired else None, mask)
+            observer.observe(target.rounded(rows), target.rows(other) if paired else None, mask, weights)
             return rows.shape[: -1 if target.blocks == 1 else -2].numel()
 
         return self._watched(observe)

@@ -148,7 +148,8 @@ class Course:
         self.observing += need.work * passes.batches
         if not tokens:
             return
-        self._sums[first.name] = need.kept
+        chooses = any(not target.config.is_settled for target in stage) and first.pool is None
+        self._sums[first.name] = need.kept * (1 + chooses)  # of the tokens on which something is chosen
         if passes.held_out:
             alone = self._needs.observing(first, call.input, paired=False)
             self._held_out_sums[first.name] = alone.kept
@@ -197,11 +198,12 @@ class Course:
         shifted = self.passes.paired and first.uses_deviation
         held_out = bool(self.passes.held_out) and first.observed
         names = tuple(target.name for target in targets)
-        self.solves.append(Solve(names, shape, first.blocks, first.config, shifted))
+        blocks = first.guidance or first.blocks
+        self.solves.append(Solve(names, shape, blocks, first.config, shifted))
         copied = len(targets) > 1 or first.weight.element_size() != 4
         identity = 4 * shape[1] ** 2 * (first.config.needs_calibration and first.kind.inputs is None)
         weight = 4 * shape[0] * shape[1] * copied + identity
-        return weight + solver_bytes(shape, first.blocks, first.config, shifted=shifted, held_out=held_out)
+        return weight + solver_bytes(shape, blocks, first.config, shifted=shifted, held_out=held_out)
 
     def _solve_pool(self, name: str) -> None:
         """The experts that no token of the example reached; the statistics of their fellows serve."""
