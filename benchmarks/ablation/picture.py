@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 
 from benchmarks.ablation.peers import PEERS
 from benchmarks.ablation.records import FLOAT, Run
@@ -29,10 +30,13 @@ def draw(runs: Sequence[Run], path: Path, *, bits: int, group_size: int, tokens:
     axes.set_yticks(places, [f"{name} (other library)" if name in PEERS else name for name in names], fontsize=8)
     axes.invert_yaxis()
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_formatter(ScalarFormatter())
+    axes.tick_params(axis="x", which="both", labelsize=8)
     axes.set_xlabel("perplexity (dotted: float)")
     axes.set_title(f"SmolLM2-135M, {bits} bits, groups of {group_size}, {tokens} calibration tokens", fontsize=10)
     axes.grid(axis="x", which="both", alpha=0.25)
-    axes.legend(loc="lower right")
+    figure.legend(loc="outside lower right", ncols=len(texts), fontsize=8)
     figure.savefig(path, dpi=130)
 
 
