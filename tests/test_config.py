@@ -381,7 +381,8 @@ def test_best_leaves_fields_that_were_given() -> None:
     given = QuantConfig(method="best", joint_rounds=1, overrides={"*.down_proj": {"bits": 4}})
     assert given.joint_rounds == 1
     assert given.for_layer("mlp.down_proj") == QuantConfig(bits=4, **{**BEST, "joint_rounds": 1})
-    assert dataclasses.replace(given, damping=0.01).damping == 0.01
+    taken_back = dataclasses.replace(given, zero_points="integer", damping=0.01)
+    assert (taken_back.zero_points, taken_back.damping) == ("integer", 0.01)
 
 
 def test_one_layer_may_be_given_the_preset() -> None:

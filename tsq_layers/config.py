@@ -56,6 +56,7 @@ BEST: dict[str, Any] = {
     "deviation_damping": "auto",
     "damping": "auto",
     "joint_rounds": 2,
+    "zero_points": "float",
 }
 _WIDEST_TABLE = 4
 _MODEL_WIDE = ("embeddings", "distill_epochs", "distill_rate", "skip", "overrides")
@@ -76,7 +77,7 @@ class QuantConfig:
             coordinate descent on the codes of these grids; ``"lnq"`` (arXiv 2505.07004) replaces grids by look-up
             tables; ``"two-stage"`` is arXiv 2602.02126; ``"best"`` is two-stage with what was measured to
             generalise best, and is replaced by that: fields of :data:`BEST` that are left at their defaults take
-            its values.
+            its values. ``dataclasses.replace(config, zero_points="integer")`` takes one back.
         damping: λ; λ·mean(diag H) is added to the diagonal of H. Multiplied by ten, with a
             :class:`~tsq_layers.errors.DampingWarning`, while the factorisation fails. ``"auto"`` chooses it
             for each layer, on a fifth of the calibration tokens that is held out for that.

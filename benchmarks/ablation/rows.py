@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import tsq_layers as tsq
+
 PLAIN: dict[str, Any] = {"method": "two-stage", "deviation": "none"}
 
 # The ladder adds one thing a row, from rounding to the whole of two-stage.
@@ -49,9 +51,9 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 
 BEST: dict[str, dict[str, Any]] = {
+    "best, integer zero points": {**tsq.config.BEST, "zero_points": "integer"},
+    "best, groups of 128": {"method": "best", "group_size": 128},
     "best": {"method": "best"},
-    "best, float zero points": {"method": "best", "zero_points": "float"},
-    "best, float zero points of 128 columns": {"method": "best", "zero_points": "float", "group_size": 128},
     "best + distillation": {"method": "best", "distill_epochs": 3},
 }
 
