@@ -57,6 +57,7 @@ BEST: dict[str, Any] = {
     "damping": "auto",
     "joint_rounds": 2,
     "zero_points": "float",
+    "rotation": 64,
 }
 _WIDEST_TABLE = 4
 _MODEL_WIDE = ("embeddings", "distill_epochs", "distill_rate", "skip", "overrides")
