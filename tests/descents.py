@@ -1,26 +1,28 @@
 """Problems for the descents on the integers: what they are given, in float64, and a strategy that draws them."""
 
-from typing import NamedTuple
-
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
 from tsq_layers import grid
+from tsq_layers.solver.coded import Coded
 
 EXACT = 1e-12  # of the signal: what sums of some ten terms in float64 leave
 
 
-class Case(NamedTuple):
-    """Arguments of every descent up to the number of its steps; with blocks, H is (B, K, K)."""
+class Case(Coded):
+    """What every descent starts from; as a tuple, the first arguments of every oracle."""
 
-    codes: Tensor
-    target: Tensor
-    H: Tensor
-    scales: Tensor
-    zeros: Tensor
-    bits: int
-    g: int
+    __slots__ = ()
+
+    @property
+    def H(self) -> Tensor:
+        """(K, K), with blocks (B, K, K)."""
+        return self.hessian
+
+    @property
+    def g(self) -> int:
+        return self.group_size
 
     def block(self, b: int) -> "Case":
         """The rows of a block, with its H."""

@@ -21,11 +21,11 @@ def stored(c: Case, dtype: torch.dtype) -> Case:
 
 
 def clip(c: Case, dtype: torch.dtype = torch.float32, nearest: bool = False, passes: int = 2) -> tuple[Tensor, Tensor]:
-    return clipping.descend(*stored(c, dtype), dtype=dtype, nearest=nearest, passes=passes)
+    return clipping.descend(stored(c, dtype), dtype=dtype, nearest=nearest, passes=passes)
 
 
 def shift(c: Case, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    return zeros.descend(*stored(c, dtype), dtype=dtype)
+    return zeros.descend(stored(c, dtype), dtype=dtype)
 
 
 def loss(c: Case, codes: Tensor, scales: Tensor, zero: Tensor | None = None) -> Tensor:
@@ -62,7 +62,7 @@ def test_zero_points_codes_and_scales_equal_the_oracle(N: int, K: int, g: int, b
 
 
 CORRUPTED = {
-    "no correlations": lambda c: c._replace(H=c.H.diagonal().diag()),
+    "no correlations": lambda c: c._replace(hessian=c.H.diagonal().diag()),
     "another target": lambda c: c._replace(target=c.target.flip(1)),
 }
 
@@ -97,7 +97,7 @@ def test_loss_never_rises(c: Case, dtype: torch.dtype, nearest: bool) -> None:
 def test_loss_rises_when_the_metric_is_wrong() -> None:
     # What the property above is there to see.
     c = case(N=20, K=30)
-    wrong = c._replace(H=c.H - 0.7 * c.H.diagonal().diag())
+    wrong = c._replace(hessian=c.H - 0.7 * c.H.diagonal().diag())
     assert (loss(c, *clip(wrong)) > loss(c, c.codes, c.scales) + c.slack()).any()
     assert (loss(c, *shift(wrong)) > loss(c, c.codes, c.scales) + c.slack()).any()
 

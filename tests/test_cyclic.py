@@ -18,7 +18,7 @@ SIZES = [(1, 1, 1), (3, 5, 2), (2, 16, 4), (4, 17, 4), (3, 33, 8), (2, 40, 40), 
 
 
 def descend(c: Case, sweeps: int = 1, relax: bool = False) -> Tensor:
-    return cyclic.descend(*c, sweeps, relax=relax)
+    return cyclic.descend(c, sweeps, relax=relax)
 
 
 def relaxed(sweeps: int) -> tuple[int, ...]:
@@ -60,7 +60,7 @@ def test_relaxing_is_at_work_and_sometimes_for_the_worse() -> None:
 
 
 CORRUPTED = {
-    "no correlations": lambda c: c._replace(H=c.H.diagonal().diag()),
+    "no correlations": lambda c: c._replace(hessian=c.H.diagonal().diag()),
     "another target": lambda c: c._replace(target=c.target.flip(1)),
     "group borders shifted": lambda c: c._replace(scales=c.scales.roll(1, 1), zeros=c.zeros.roll(1, 1)),
     "another start": lambda c: c._replace(codes=3 - c.codes),
@@ -97,7 +97,7 @@ def test_blocks_are_descended_as_if_one_at_a_time(
 def test_blocks_differ_when_they_are_exchanged() -> None:
     c = case(12, 14, B=3)
     for H in (c.H.roll(1, 0), c.H[:1].expand_as(c.H), c.H[0]):
-        assert not torch.equal(descend(c._replace(H=H), 2), descend(c, 2))
+        assert not torch.equal(descend(c._replace(hessian=H), 2), descend(c, 2))
 
 
 # ---- what must hold --------------------------------------------------------------------------------------------------
@@ -118,7 +118,7 @@ def test_loss_never_rises(c: Case, sweeps: int, relax: bool) -> None:
 def test_loss_rises_when_the_curvature_is_wrong() -> None:
     # What the property above is there to see.
     c = case(N=20, K=30)
-    wrong = c._replace(H=c.H - 0.7 * c.H.diagonal().diag())
+    wrong = c._replace(hessian=c.H - 0.7 * c.H.diagonal().diag())
     assert (c.loss(descend(wrong)) > c.loss(c.codes) + c.slack()).any()
 
 
@@ -135,14 +135,14 @@ def test_columns_never_seen_are_rounded() -> None:
     c = case(dead=dead, start="random")
     rounded = grid.quantize(c.target, c.scales, c.zeros, c.bits, c.g)
     assert torch.equal(descend(c)[:, dead], rounded[:, dead])
-    undamped = c._replace(H=c.H - 0.01 / 1.01 * c.H.diagonal().mean() * torch.eye(14, dtype=torch.float64))
+    undamped = c._replace(hessian=c.H - 0.01 / 1.01 * c.H.diagonal().mean() * torch.eye(14, dtype=torch.float64))
     undamped.H[list(dead)], undamped.H[:, list(dead)] = 0, 0
     assert torch.equal(descend(undamped)[:, dead], rounded[:, dead])
 
 
 @pytest.mark.parametrize("start", STARTS)
 def test_identity_gives_plain_rounding(start: str) -> None:
-    c = case(start=start)._replace(H=torch.eye(14, dtype=torch.float64))
+    c = case(start=start)._replace(hessian=torch.eye(14, dtype=torch.float64))
     assert torch.equal(descend(c), grid.quantize(c.target, c.scales, c.zeros, c.bits, c.g))
 
 
@@ -160,7 +160,7 @@ def test_rows_are_independent() -> None:
 
 def test_scaling_the_metric_changes_nothing() -> None:
     c = case()
-    assert torch.equal(descend(c._replace(H=2.0**20 * c.H), 3), descend(c, 3))
+    assert torch.equal(descend(c._replace(hessian=2.0**20 * c.H), 3), descend(c, 3))
 
 
 def test_float32_is_near_float64() -> None:

@@ -20,14 +20,14 @@ STARTS = ["nearest", "random", "lowest"]
 
 
 class Way(NamedTuple):
-    """A descent and its oracle, with the same arguments."""
+    """A descent and its oracle, with the same options."""
 
     descend: object
     oracle: object
     options: Mapping[str, int | None] = MappingProxyType({})
 
     def codes(self, c: Case, steps: int) -> Tensor:
-        return self.descend(*c, steps, **self.options)
+        return self.descend(c, steps, **self.options)
 
     def expected(self, c: Case, steps: int) -> Tensor:
         return self.oracle(*c, steps, **self.options)
@@ -83,7 +83,7 @@ def test_codes_of_pairs_of_some_widths_equal_the_oracle(way: str, bits: int, sym
 
 
 CORRUPTED = {
-    "no correlations": lambda c: c._replace(H=c.H.diagonal().diag()),
+    "no correlations": lambda c: c._replace(hessian=c.H.diagonal().diag()),
     "another target": lambda c: c._replace(target=c.target.flip(1)),
     "group borders shifted": lambda c: c._replace(scales=c.scales.roll(1, 1), zeros=c.zeros.roll(1, 1)),
     "another start": lambda c: c._replace(codes=3 - c.codes),
@@ -111,7 +111,7 @@ def test_blocks_are_descended_as_if_one_at_a_time(B: int, n: int, K: int, elemen
 def test_blocks_differ_when_they_are_exchanged(way: Way) -> None:
     c = case(12, 10, B=3)
     for H in (c.H.roll(1, 0), c.H[:1].expand_as(c.H), c.H[0]):
-        assert not torch.equal(way.codes(c._replace(H=H), 20), way.codes(c, 20))
+        assert not torch.equal(way.codes(c._replace(hessian=H), 20), way.codes(c, 20))
 
 
 # ---- what must hold --------------------------------------------------------------------------------------------------
@@ -133,30 +133,30 @@ def test_loss_never_rises(c: Case, steps: int, way: str) -> None:
 def test_loss_rises_when_the_curvature_is_wrong(way: Way) -> None:
     # What the property above is there to see.
     c = case(N=20, K=30)
-    wrong = c._replace(H=c.H - 0.7 * c.H.diagonal().diag())
+    wrong = c._replace(hessian=c.H - 0.7 * c.H.diagonal().diag())
     assert (c.loss(way.codes(wrong, 30)) > c.loss(c.codes) + c.slack()).any()
 
 
 @pytest.mark.parametrize("start", STARTS)
 def test_greedy_ends_where_no_single_code_can_be_changed_with_profit(start: str) -> None:
     c = case(N=5, K=12, start=start)
-    codes = greedy.descend(*c, 100)
-    assert torch.equal(greedy.descend(*c, 10**4), codes)
+    codes = greedy.descend(c, 100)
+    assert torch.equal(greedy.descend(c, 10**4), codes)
     assert torch.equal(oracle.greedy(*c._replace(codes=codes), 1), codes.long())
 
 
 @pytest.mark.parametrize("start", STARTS)
 def test_pairs_end_where_no_two_codes_can_be_changed_with_profit(start: str) -> None:
     c = case(N=3, K=8, start=start)
-    codes = pairs.descend(*c, 10**4)
+    codes = pairs.descend(c, 10**4)
     assert torch.equal(oracle.pairs(*c._replace(codes=codes), 8), codes.long())
     assert torch.equal(oracle.greedy(*c._replace(codes=codes), 1), codes.long())
 
 
 def test_pairs_leave_minima_of_single_codes() -> None:
     c = case(N=60, K=14)
-    single = c._replace(codes=greedy.descend(*c, 200))
-    after = c.loss(pairs.descend(*single, 200, reach=1))
+    single = c._replace(codes=greedy.descend(c, 200))
+    after = c.loss(pairs.descend(single, 200, reach=1))
     before = c.loss(single.codes)
     assert (after <= before + c.slack()).all()
     assert (after < 0.9 * before).any()
@@ -164,9 +164,9 @@ def test_pairs_leave_minima_of_single_codes() -> None:
 
 def test_a_step_changes_one_code_or_two() -> None:
     c = case(N=100, start="random")
-    assert ((greedy.descend(*c, 1) != c.codes).sum(1) == 1).all()
-    nearly = c._replace(codes=greedy.descend(*c, 10))
-    changed = (pairs.descend(*nearly, 1) != nearly.codes).sum(1)
+    assert ((greedy.descend(c, 1) != c.codes).sum(1) == 1).all()
+    nearly = c._replace(codes=greedy.descend(c, 10))
+    changed = (pairs.descend(nearly, 1) != nearly.codes).sum(1)
     assert int(changed.min()) == 0
     assert int(changed.max()) == 2
 
@@ -177,7 +177,7 @@ def test_columns_never_seen_are_rounded(way: Way) -> None:
     c = case(dead=dead, start="random")
     found = way.codes(c, 500)
     assert torch.equal(found[:, dead], grid.quantize(c.target, c.scales, c.zeros, c.bits, c.g)[:, dead])
-    undamped = c._replace(H=c.H - 0.01 / 1.01 * c.H.diagonal().mean() * torch.eye(14, dtype=torch.float64))
+    undamped = c._replace(hessian=c.H - 0.01 / 1.01 * c.H.diagonal().mean() * torch.eye(14, dtype=torch.float64))
     undamped.H[list(dead)], undamped.H[:, list(dead)] = 0, 0
     assert torch.isfinite(c.loss(way.codes(undamped, 500))).all()
 
@@ -185,7 +185,7 @@ def test_columns_never_seen_are_rounded(way: Way) -> None:
 @every_way
 @pytest.mark.parametrize("start", STARTS)
 def test_identity_gives_plain_rounding(start: str, way: Way) -> None:
-    c = case(start=start)._replace(H=torch.eye(14, dtype=torch.float64))
+    c = case(start=start)._replace(hessian=torch.eye(14, dtype=torch.float64))
     assert torch.equal(way.codes(c, 500), grid.quantize(c.target, c.scales, c.zeros, c.bits, c.g))
 
 
@@ -198,7 +198,7 @@ def test_target_on_the_grid_is_kept(way: Way) -> None:
 
 @every_way
 def test_a_tie_is_left_alone(way: Way) -> None:
-    c = case(N=1, K=1, g=1)._replace(scales=torch.ones(1, 1), zeros=torch.zeros(1, 1), H=torch.ones(1, 1))
+    c = case(N=1, K=1, g=1)._replace(scales=torch.ones(1, 1), zeros=torch.zeros(1, 1), hessian=torch.ones(1, 1))
     for code in (1, 2):
         tied = c._replace(codes=torch.tensor([[code]], dtype=torch.uint8), target=torch.tensor([[1.5]]))
         assert way.codes(tied, 20) == code

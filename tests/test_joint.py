@@ -22,7 +22,7 @@ def refine(
 ) -> tuple[Tensor, Tensor]:
     """From scales as they are stored."""
     start = c._replace(scales=grid.storable(c.scales, dtype))
-    return joint.refine(*start, rounds=rounds, sweeps=sweeps, ridge=ridge, dtype=dtype)
+    return joint.refine(start, rounds=rounds, sweeps=sweeps, ridge=ridge, dtype=dtype)
 
 
 def expected(c: Case, rounds: int, sweeps: int, ridge: float = 0.01, dtype: torch.dtype = torch.float32):
@@ -54,7 +54,7 @@ def test_codes_and_scales_equal_the_oracle(
 
 
 CORRUPTED = {
-    "no correlations": lambda c: c._replace(H=c.H.diagonal().diag()),
+    "no correlations": lambda c: c._replace(hessian=c.H.diagonal().diag()),
     "another target": lambda c: c._replace(target=c.target.flip(1)),
     "other zero points": lambda c: c._replace(zeros=3 - c.zeros),
 }
@@ -106,7 +106,7 @@ def test_loss_rises_without_the_check_of_stored_scales(monkeypatch) -> None:
 def test_each_round_gains_over_codes_and_scales_alone() -> None:
     c = case(N=60)
     scales = grid.storable(c.scales, torch.float32)
-    codes_alone = loss(c, cyclic.descend(*c, 20), scales).sum()
+    codes_alone = loss(c, cyclic.descend(c, 20), scales).sum()
     one, three = (loss(c, *refine(c, rounds)).sum() for rounds in (1, 3))
     assert three < one < loss(c, c.codes, scales).sum()
     assert three < codes_alone

@@ -38,6 +38,12 @@ def small_problem(c: Case, state: tuple[Tensor, Tensor, Tensor], ridge: float = 
     return offsets.small_problem(state[0], pulled, c.H, *state[1:], c.bits, c.g, ridge)
 
 
+def refine(c: Case, state: tuple[Tensor, Tensor, Tensor], **options) -> tuple[Tensor, Tensor, Tensor]:
+    codes, scales, added = state
+    start = c._replace(codes=codes, scales=scales, zeros=torch.zeros_like(scales))
+    return joint.refine_with_offsets(start, added, **options)
+
+
 # ---- against the oracle ----------------------------------------------------------------------------------------------
 
 
@@ -75,7 +81,7 @@ def test_fitted_grids_lose_no_more_than_those_with_integer_zero_points(K: int, g
     assert (scales > 0).all()
     codes = grid.quantize(c.target - offsets.spread(added, g, K), scales, torch.zeros_like(scales), 2, g)
     mask = torch.arange(K).unsqueeze(1) // g == torch.arange(K) // g
-    own = c._replace(H=c.H * mask if kind == "blocks" else metric.diag())
+    own = c._replace(hessian=c.H * mask if kind == "blocks" else metric.diag())
     least = loss(own, codes, scales, added)
     integer = stage1.fit_grids(c.target, metric, 2, g, False)
     rounded = grid.quantize(c.target, *integer, 2, g)
@@ -103,7 +109,7 @@ def test_fit_of_two_stages_beats_integer_zero_points() -> None:
     integer = stage1.fit_grids(c.target, c.H, 2, 16, False)
     plain = grid.quantize(c.target, *integer, 2, 16)
     mask = torch.arange(64).unsqueeze(1) // 16 == torch.arange(64) // 16
-    own = c._replace(H=c.H * mask)
+    own = c._replace(hessian=c.H * mask)
     found, wanted = loss(own, codes, scales, added).sum(), loss(own, plain, integer[0], -integer[0] * integer[1]).sum()
     assert found < 0.97 * wanted
 
@@ -141,8 +147,7 @@ def test_joint_loss_never_rises(c: Case, rounds: int, dtype: torch.dtype) -> Non
     options = {"sweeps": 1, "ridge": 0.01, "dtype": dtype}
     losses = [loss(c, *state)]
     for count in range(1, rounds + 1):
-        given = state[0], c.target, c.H, *state[1:], c.bits, c.g
-        codes, scales, added = joint.refine_with_offsets(*given, rounds=count, **options)
+        codes, scales, added = refine(c, state, rounds=count, **options)
         assert (scales > 0).all()
         assert torch.equal(added, offsets.storable(added, dtype))
         losses.append(loss(c, codes, scales, added))
@@ -153,7 +158,7 @@ def test_joint_loss_never_rises(c: Case, rounds: int, dtype: torch.dtype) -> Non
 @given(cases(), st.integers(1, 2), st.sampled_from(STORED))
 def test_joint_loss_with_zero_points_never_rises(c: Case, rounds: int, dtype: torch.dtype) -> None:
     start = c._replace(scales=grid.storable(c.scales, dtype))
-    codes, scales, zeros = joint.refine_with_zeros(*start, rounds=rounds, sweeps=1, ridge=0.01, dtype=dtype)
+    codes, scales, zeros = joint.refine_with_zeros(start, rounds=rounds, sweeps=1, ridge=0.01, dtype=dtype)
     assert ((zeros >= 0) & (zeros <= grid.code_max(c.bits))).all()
     after = c._replace(zeros=zeros).loss(codes, scales)
     assert (after <= start.loss(c.codes) + 100 * c.slack()).all()
@@ -164,7 +169,7 @@ def test_rounding_that_is_not_checked_raises_the_loss() -> None:
     c = case(60, 14, bits=3)
     state = grids(c, torch.bfloat16)
     options = {"rounds": 10, "sweeps": 1, "ridge": 0.01, "dtype": torch.bfloat16}
-    state = joint.refine_with_offsets(state[0], c.target, c.H, *state[1:], 3, c.g, **options)
+    state = refine(c, state, **options)
     small = small_problem(c, state)
     solution = stage2.exact(small, small.start, positive=4)
     scales = grid.storable(solution[:, :4], torch.bfloat16)

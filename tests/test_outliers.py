@@ -18,7 +18,7 @@ each = pytest.mark.parametrize("budget", BUDGETS.values(), ids=BUDGETS)
 
 
 def solve(c: Case, budget: Budget, sweeps: int = 3, dtype: torch.dtype = torch.float32):
-    return outliers.solve(*c, sparse=outliers.start(c.target, budget), budget=budget, sweeps=sweeps, dtype=dtype)
+    return outliers.solve(c, sparse=outliers.start(c.target, budget), budget=budget, sweeps=sweeps, dtype=dtype)
 
 
 def loss(c: Case, codes: Tensor, sparse: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ def test_blocks_are_seen(budget: Budget) -> None:
     c = case(6, 14, B=3)
     codes, sparse, _ = solve(c, budget)
     assert loss(c, codes, sparse) <= loss(c, c.codes, outliers.start(c.target, budget))
-    assert not torch.equal(solve(c._replace(H=c.H.roll(1, 0)), budget)[1], sparse)
+    assert not torch.equal(solve(c._replace(hessian=c.H.roll(1, 0)), budget)[1], sparse)
 
 
 @each

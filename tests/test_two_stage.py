@@ -27,6 +27,7 @@ from tsq_layers.solver import (
     pairs,
     stage1,
 )
+from tsq_layers.solver.coded import Coded
 
 N, K, GROUP, TOKENS = 6, 22, 8, 200
 METHODS = ["rtn", "gptq", "quantease", "cdquant", "two-stage"]
@@ -278,19 +279,19 @@ def test_scales_are_what_codes_were_chosen_for(method: str, scale_dtype: str) ->
 # ---- descents on the codes -------------------------------------------------------------------------------------------
 
 
-def given(solver: TwoStageGroupQuantizer, start: str) -> tuple[Any, ...]:
-    """The arguments of a descent, on the grids of GPTQ."""
+def given(solver: TwoStageGroupQuantizer, start: str) -> Coded:
+    """What a descent starts from, on the grids of GPTQ."""
     problem = solver.problem
     scales, zeros = stage1.weight_grids(problem.grid_target, 3, GROUP, False)
     scales = grid.storable(scales, torch.float16)
     codes = STARTS[start](problem, scales, zeros)
-    return codes, problem.refine_target, problem.hessian, scales, zeros, 3, GROUP
+    return Coded(codes, problem.refine_target, problem.hessian, scales, zeros, 3, GROUP)
 
 
-def clipped(a: tuple[Any, ...], start: str) -> tuple[Any, ...]:
+def clipped(a: Coded, start: str) -> Coded:
     """The same after the descent over clipping factors."""
-    codes, scales = clipping.descend(*a, dtype=torch.float16, nearest=start == "nearest")
-    return codes, *a[1:3], scales, *a[4:]
+    codes, scales = clipping.descend(a, dtype=torch.float16, nearest=start == "nearest")
+    return a._replace(codes=codes, scales=scales)
 
 
 def solved(**changes: Any) -> tuple[TwoStageGroupQuantizer, SolverResult]:
@@ -304,18 +305,18 @@ STARTS = {
 }
 
 
-def in_pairs(a: tuple[Any, ...]) -> Tensor:
-    return pairs.descend(greedy.descend(*a, 2 * K), *a[1:], 2 * K, reach=1)
+def in_pairs(a: Coded) -> Tensor:
+    return pairs.descend(a._replace(codes=greedy.descend(a, 2 * K)), 2 * K, reach=1)
 
 
 STEPS = {
-    "plain": ({"method": "quantease", "descent_sweeps": 2}, lambda a, start: cyclic.descend(*a, 2)),
+    "plain": ({"method": "quantease", "descent_sweeps": 2}, lambda a, start: cyclic.descend(a, 2)),
     "relaxed": (
         {"method": "quantease", "descent_sweeps": 4, "descent_relax": True},
-        lambda a, start: cyclic.descend(*a, 4, relax=True),
+        lambda a, start: cyclic.descend(a, 4, relax=True),
     ),
-    "greedy": ({"method": "cdquant"}, lambda a, start: greedy.descend(*clipped(a, start), K)),
-    "few moves": ({"method": "cdquant", "greedy_steps": 0.1}, lambda a, start: greedy.descend(*clipped(a, start), 2)),
+    "greedy": ({"method": "cdquant"}, lambda a, start: greedy.descend(clipped(a, start), K)),
+    "few moves": ({"method": "cdquant", "greedy_steps": 0.1}, lambda a, start: greedy.descend(clipped(a, start), 2)),
     "pairs": (
         {"method": "cdquant", "greedy_pairs": True, "greedy_steps": 2},
         lambda a, start: in_pairs(clipped(a, start)),
@@ -331,7 +332,7 @@ def test_codes_are_those_of_the_descent(step: str, start: str, deviation: str) -
     solver, result = solved(**changes, descent_start=start, deviation=deviation, deviation_strength=1.0)
     first = given(solver, start)
     assert torch.equal(result.weight.codes, descend(first, start))
-    wanted = clipped(first, start)[3] if changes["method"] == "cdquant" else first[3]
+    wanted = (clipped(first, start) if changes["method"] == "cdquant" else first).scales
     assert torch.equal(result.weight.scales.float(), wanted)
     others = [other(first, start) for name, (_, other) in STEPS.items() if name != step]
     assert any(not torch.equal(result.weight.codes, other) for other in others)
@@ -390,9 +391,10 @@ def test_joint_refinement_never_raises_the_loss_of_a_row(rounds: int, sweeps: in
     problem, found = solver.problem, solver.quantized_weight()
     signal = true_loss(torch.zeros_like(W), problem.refine_target, problem.hessian)
     before = true_loss(found.dequantize(), problem.refine_target, problem.hessian)
-    given = found.codes, problem.refine_target, problem.hessian, found.scales.float(), found.zeros.float(), 2, GROUP
+    grids = found.scales.float(), found.zeros.float()
+    given = Coded(found.codes, problem.refine_target, problem.hessian, *grids, 2, GROUP)
     options = {"rounds": rounds, "sweeps": sweeps, "ridge": 0.01, "dtype": found.scales.dtype}
-    codes, scales, zeros = joint.refine_with_zeros(*given, **options)
+    codes, scales, zeros = joint.refine_with_zeros(given, **options)
     solver.refine_jointly()
     found = solver.quantized_weight()
     after = true_loss(found.dequantize(), problem.refine_target, problem.hessian)

@@ -21,32 +21,17 @@ from torch import Tensor
 
 from tsq_layers import grid
 from tsq_layers.solver.blocks import fold, product, stack
+from tsq_layers.solver.coded import Coded
 
 FACTORS = (0.85, 0.95, 1.0, 1.05, 1.15)
 PASSES = 2
 
 
-def descend(
-    codes: Tensor,
-    target: Tensor,
-    hessian: Tensor,
-    scales: Tensor,
-    zeros: Tensor,
-    bits: int,
-    group_size: int,
-    *,
-    dtype: torch.dtype,
-    nearest: bool,
-    passes: int = PASSES,
-) -> tuple[Tensor, Tensor]:
+def descend(problem: Coded, *, dtype: torch.dtype, nearest: bool, passes: int = PASSES) -> tuple[Tensor, Tensor]:
     """Better scales, and the codes that go with them, group by group.
 
     Args:
-        codes: where to start, uint8 (N, K).
-        target: W' float (N, K).
-        hessian: damped H, (K, K), or (B, K, K) for blocks of rows.
-        scales: where to start, float (N, G), made of values that ``dtype`` holds.
-        zeros: float (N, G).
+        problem: where to start, see :class:`Coded`; scales are values that ``dtype`` holds.
         dtype: what scales are stored in.
         nearest: round W' again, as the paper does, and not the best value of each column.
         passes: over all groups.
@@ -58,15 +43,15 @@ def descend(
     Example:
         >>> w, x = torch.randn(8, 32), torch.randn(100, 32) @ torch.randn(32, 32)
         >>> scales, zeros = grid.minmax(w, 2, 16, symmetric=False)
-        >>> codes = grid.quantize(w, scales, zeros, 2, 16)
-        >>> options = {"dtype": torch.float32, "nearest": True}
-        >>> found = descend(codes, w, x.T @ x, scales, zeros, 2, 16, **options)
-        >>> states = (codes, scales), found
-        >>> before, after = (x @ (grid.dequantize(c, s, zeros, 16) - w).T for c, s in states)
+        >>> problem = Coded(grid.quantize(w, scales, zeros, 2, 16), w, x.T @ x, scales, zeros, 2, 16)
+        >>> codes, scales = descend(problem, dtype=torch.float32, nearest=True)
+        >>> better = problem._replace(codes=codes, scales=scales)
+        >>> before, after = (x @ found.error().T for found in (problem, better))
         >>> bool(after.norm() < before.norm())
         True
     """
-    steps, scales, zeros = grid.centered(codes, zeros, group_size, target.dtype), scales.clone(), zeros.to(target.dtype)
+    _, target, hessian, scales, zeros, bits, group_size = problem
+    steps, scales, zeros = problem.steps(), scales.clone(), zeros.to(target.dtype)
     for _ in range(passes):
         pulled = product(grid.scaled(steps, scales, group_size) - target, hessian)
         for group in range(scales.shape[1]):

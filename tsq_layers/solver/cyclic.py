@@ -14,32 +14,18 @@ from torch import Tensor
 
 from tsq_layers import grid
 from tsq_layers.solver.blocks import fold, stack
+from tsq_layers.solver.coded import Coded
 from tsq_layers.solver.sweeper import Sweeper, turned
 
 _CHUNK_ELEMENTS = 2**24  # weights whose columns advance together, where there are blocks: bounds the working memory
 _LAST_RELAXED = 25  # the authors' code relaxes no sweep after this one
 
 
-def descend(
-    codes: Tensor,
-    target: Tensor,
-    hessian: Tensor,
-    scales: Tensor,
-    zeros: Tensor,
-    bits: int,
-    group_size: int,
-    sweeps: int,
-    *,
-    relax: bool = False,
-) -> Tensor:
+def descend(problem: Coded, sweeps: int, *, relax: bool = False) -> Tensor:
     """Sweep over the columns, each in turn at its best level given all others.
 
     Args:
-        codes: where to start, uint8 (N, K).
-        target: W' float (N, K).
-        hessian: damped H, (K, K), or (B, K, K) for blocks of rows.
-        scales: float (N, G).
-        zeros: float (N, G).
+        problem: where to start, see :class:`Coded`.
         sweeps: passes over all columns.
         relax: the paper's schedule of unrounded sweeps; see :func:`is_relaxed`.
 
@@ -49,17 +35,18 @@ def descend(
     Example:
         >>> w, x = torch.randn(8, 32), torch.randn(100, 32) @ torch.randn(32, 32)
         >>> scales, zeros = grid.minmax(w, 3, 16, symmetric=False)
-        >>> codes = grid.quantize(w, scales, zeros, 3, 16)
-        >>> better = descend(codes, w, x.T @ x, scales, zeros, 3, 16, sweeps=3)
-        >>> before, after = (x @ (grid.dequantize(c, scales, zeros, 16) - w).T for c in (codes, better))
+        >>> problem = Coded(grid.quantize(w, scales, zeros, 3, 16), w, x.T @ x, scales, zeros, 3, 16)
+        >>> better = problem._replace(codes=descend(problem, sweeps=3))
+        >>> before, after = (x @ found.error().T for found in (problem, better))
         >>> bool(after.norm() < before.norm())
         True
     """
+    _, target, hessian, scales, zeros, bits, group_size = problem
     metrics = stack(hessian)
     blocks = metrics.shape[0]
     together = max(1, _CHUNK_ELEMENTS * blocks // max(1, target.numel()))
-    steps = grid.centered(codes, zeros, group_size, target.dtype)
-    rows = (fold(values, blocks) for values in (target, steps, scales.to(target.dtype), zeros.to(target.dtype)))
+    given = target, problem.steps(), scales.to(target.dtype), zeros.to(target.dtype)
+    rows = (fold(values, blocks) for values in given)
     parts = zip(*(values.split(together) for values in (metrics, *rows)), strict=True)
     found = [_descend(*part, bits=bits, group_size=group_size, sweeps=sweeps, relax=relax) for part in parts]
     return grid.recoded(torch.cat(found).flatten(0, 1), zeros, group_size)

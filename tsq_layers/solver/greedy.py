@@ -9,27 +9,15 @@ of its best column. A row without a move that gains is done: no single code can 
 import torch
 from torch import Tensor
 
+from tsq_layers.solver.coded import Coded
 from tsq_layers.solver.rows import Rows, advance, largest, worthwhile
 
 
-def descend(
-    codes: Tensor,
-    target: Tensor,
-    hessian: Tensor,
-    scales: Tensor,
-    zeros: Tensor,
-    bits: int,
-    group_size: int,
-    steps: int,
-) -> Tensor:
+def descend(problem: Coded, steps: int) -> Tensor:
     """In each step the best move of the best column of every row, until none gains.
 
     Args:
-        codes: where to start, uint8 (N, K).
-        target: W' float (N, K).
-        hessian: damped H, (K, K), or (B, K, K) for blocks of rows.
-        scales: float (N, G).
-        zeros: float (N, G).
+        problem: where to start, see :class:`Coded`.
         steps: moves that a row may make at most.
 
     Returns:
@@ -39,13 +27,13 @@ def descend(
         >>> from tsq_layers import grid
         >>> w, x = torch.randn(8, 32), torch.randn(100, 32) @ torch.randn(32, 32)
         >>> scales, zeros = grid.minmax(w, 3, 16, symmetric=False)
-        >>> codes = grid.quantize(w, scales, zeros, 3, 16)
-        >>> better = descend(codes, w, x.T @ x, scales, zeros, 3, 16, steps=64)
-        >>> before, after = (x @ (grid.dequantize(c, scales, zeros, 16) - w).T for c in (codes, better))
+        >>> problem = Coded(grid.quantize(w, scales, zeros, 3, 16), w, x.T @ x, scales, zeros, 3, 16)
+        >>> better = problem._replace(codes=descend(problem, steps=64))
+        >>> before, after = (x @ found.error().T for found in (problem, better))
         >>> bool(after.norm() < before.norm())
         True
     """
-    return advance(_best_move, codes, target, hessian, scales, zeros, bits, group_size, steps, patience=1)
+    return advance(problem, _best_move, steps, patience=1)
 
 
 def _best_move(rows: Rows, number: int) -> Tensor:  # noqa: ARG001

@@ -15,34 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tsq_layers import grid
 from tsq_layers.solver import cyclic, offsets, stage2
 from tsq_layers.solver import zeros as zero_points
 from tsq_layers.solver.blocks import product
+from tsq_layers.solver.coded import Coded
 
 
-def refine(
-    codes: Tensor,
-    target: Tensor,
-    hessian: Tensor,
-    scales: Tensor,
-    zeros: Tensor,
-    bits: int,
-    group_size: int,
-    *,
-    rounds: int,
-    sweeps: int,
-    ridge: float,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+def refine(problem: Coded, *, rounds: int, sweeps: int, ridge: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Alternate codes and scales.
 
     Args:
-        codes: where to start, uint8 (N, K).
-        target: W' float (N, K).
-        hessian: damped H, (K, K), or (B, K, K) for blocks of rows.
-        scales: float (N, G), made of values that ``dtype`` holds.
-        zeros: float (N, G).
+        problem: where to start, see :class:`Coded`; scales are values that ``dtype`` holds.
         rounds: of both.
         sweeps: over the columns, in each round.
         ridge: weight of the pull towards the present scales; see ``stage2.SmallProblem``.
@@ -52,38 +35,29 @@ def refine(
         codes uint8 (N, K) and scales (N, G).
 
     Example:
+        >>> from tsq_layers import grid
         >>> w, x = torch.randn(8, 32), torch.randn(100, 32) @ torch.randn(32, 32)
         >>> scales, zeros = grid.minmax(w, 2, 16, symmetric=False)
-        >>> codes = grid.quantize(w, scales, zeros, 2, 16)
+        >>> problem = Coded(grid.quantize(w, scales, zeros, 2, 16), w, x.T @ x, scales, zeros, 2, 16)
         >>> options = {"rounds": 2, "sweeps": 1, "ridge": 0.01, "dtype": torch.float32}
-        >>> new_codes, new_scales = refine(codes, w, x.T @ x, scales, zeros, 2, 16, **options)
-        >>> before = x @ (grid.dequantize(codes, scales, zeros, 16) - w).T
-        >>> after = x @ (grid.dequantize(new_codes, new_scales, zeros, 16) - w).T
+        >>> codes, scales = refine(problem, **options)
+        >>> better = problem._replace(codes=codes, scales=scales)
+        >>> before, after = (x @ found.error().T for found in (problem, better))
         >>> bool(after.norm() < before.norm())
         True
     """
+    hessian, group_size = problem.hessian, problem.group_size
     for _ in range(rounds):
-        codes = cyclic.descend(codes, target, hessian, scales, zeros, bits, group_size, sweeps)
-        steps = grid.centered(codes, zeros, group_size, target.dtype)
-        pulled = product(grid.scaled(steps, scales, group_size) - target, hessian)
-        small = stage2.small_problem(steps, pulled, hessian, scales, group_size, ridge)
+        problem = problem._replace(codes=cyclic.descend(problem, sweeps))
+        pulled = product(problem.error(), hessian)
+        small = stage2.small_problem(problem.steps(), pulled, hessian, problem.scales, group_size, ridge)
         scales = stage2.accept(small, stage2.exact(small, fallback=small.start), dtype)
-    return codes, scales
+        problem = problem._replace(scales=scales)
+    return problem.codes, problem.scales
 
 
 def refine_with_zeros(
-    codes: Tensor,
-    target: Tensor,
-    hessian: Tensor,
-    scales: Tensor,
-    zeros: Tensor,
-    bits: int,
-    group_size: int,
-    *,
-    rounds: int,
-    sweeps: int,
-    ridge: float,
-    dtype: torch.dtype,
+    problem: Coded, *, rounds: int, sweeps: int, ridge: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`refine` where, in each round, zero points move by one before all scales are refined.
 
@@ -92,38 +66,32 @@ def refine_with_zeros(
     """
     options: dict[str, Any] = {"rounds": 1, "sweeps": sweeps, "ridge": ridge, "dtype": dtype}
     for _ in range(rounds):
-        given = codes, target, hessian, scales, zeros, bits, group_size
-        codes, scales, zeros = zero_points.descend(*given, dtype=dtype)
-        codes, scales = refine(codes, target, hessian, scales, zeros, bits, group_size, **options)
-    return codes, scales, zeros
+        codes, scales, zeros = zero_points.descend(problem, dtype=dtype)
+        codes, scales = refine(problem._replace(codes=codes, scales=scales, zeros=zeros), **options)
+        problem = problem._replace(codes=codes, scales=scales, zeros=zeros)
+    return problem.codes, problem.scales, problem.zeros
 
 
 def refine_with_offsets(
-    codes: Tensor,
-    target: Tensor,
-    hessian: Tensor,
-    scales: Tensor,
-    added: Tensor,
-    bits: int,
-    group_size: int,
-    *,
-    rounds: int,
-    sweeps: int,
-    ridge: float,
-    dtype: torch.dtype,
+    problem: Coded, added: Tensor, *, rounds: int, sweeps: int, ridge: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`refine` for grids with offsets (N, G) in the place of zero points.
+    """:func:`refine` for grids with offsets in the place of zero points.
+
+    Args:
+        problem: as for :func:`refine`, zero points all 0; its target is W' with the offsets in it.
+        added: the offsets to start from, float (N, G), made of values that ``dtype`` holds.
+        rounds, sweeps, ridge, dtype: as for :func:`refine`.
 
     Returns:
         codes uint8 (N, K), scales (N, G) and offsets (N, G), both made of values that ``dtype`` holds.
     """
-    none = torch.zeros_like(scales)
+    _, target, hessian, scales, _, bits, group_size = problem
     for _ in range(rounds):
         spread = offsets.spread(added, group_size, target.shape[1])
-        codes = cyclic.descend(codes, target - spread, hessian, scales, none, bits, group_size, sweeps)
-        values = grid.dequantize(codes, scales, none, group_size, target.dtype) + spread
-        pulled = product(values - target, hessian)
-        small = offsets.small_problem(codes, pulled, hessian, scales, added, bits, group_size, ridge)
+        problem = problem._replace(codes=cyclic.descend(problem._replace(target=target - spread), sweeps))
+        pulled = product(problem.dequantized() + spread - target, hessian)
+        small = offsets.small_problem(problem.codes, pulled, hessian, problem.scales, added, bits, group_size, ridge)
         solution = stage2.exact(small, fallback=small.start, positive=scales.shape[1])
         scales, added = offsets.accept(small, solution, added, bits, dtype)
-    return codes, scales, added
+        problem = problem._replace(scales=scales)
+    return problem.codes, problem.scales, added

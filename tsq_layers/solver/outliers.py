@@ -19,10 +19,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tsq_layers import grid
 from tsq_layers.records import Outliers
 from tsq_layers.solver import cyclic
 from tsq_layers.solver.blocks import product, scaled, stack
+from tsq_layers.solver.coded import Coded
 
 _POWER_STEPS = 20
 _VALUE_STEPS = 6
@@ -87,27 +87,12 @@ def start(target: Tensor, budget: Budget) -> Tensor:
 
 
 def solve(
-    codes: Tensor,
-    target: Tensor,
-    hessian: Tensor,
-    scales: Tensor,
-    zeros: Tensor,
-    bits: int,
-    group_size: int,
-    *,
-    sparse: Tensor,
-    budget: Budget,
-    sweeps: int,
-    dtype: torch.dtype,
+    problem: Coded, *, sparse: Tensor, budget: Budget, sweeps: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Outliers]:
     """Better codes and outliers, on given grids.
 
     Args:
-        codes: where to start, uint8 (N, K).
-        target: W' float (N, K).
-        hessian: damped H, (K, K), or (B, K, K) for blocks of rows.
-        scales: float (N, G), of grids for the weights without the outliers.
-        zeros: float (N, G).
+        problem: where to start, see :class:`Coded`; its target is W', its grids are for the weights without the outliers.
         sparse: the outliers of the start, (N, K), see :func:`start`.
         budget: how many there may be.
         sweeps: passes over the columns; between two of them, outliers move.
@@ -118,29 +103,30 @@ def solve(
         they are stored. The loss of the layer is at most that of the start, its outliers rounded to ``dtype``.
 
     Example:
+        >>> from tsq_layers import grid
         >>> w, x = torch.randn(8, 32) ** 3, torch.randn(100, 32) @ torch.randn(32, 32)
         >>> budget = Budget(entries=8)
         >>> scales, zeros = grid.minmax(w - start(w, budget), 2, 16, symmetric=False)
         >>> codes = grid.quantize(w - start(w, budget), scales, zeros, 2, 16)
+        >>> problem = Coded(codes, w, x.T @ x, scales, zeros, 2, 16)
         >>> options = {"sparse": start(w, budget), "budget": budget, "sweeps": 3, "dtype": torch.float16}
-        >>> new_codes, sparse, stored = solve(codes, w, x.T @ x, scales, zeros, 2, 16, **options)
-        >>> first = grid.dequantize(codes, scales, zeros, 16) + start(w, budget)
-        >>> last = grid.dequantize(new_codes, scales, zeros, 16) + sparse
-        >>> bool((x @ (last - w).T).norm() < (x @ (first - w).T).norm())
+        >>> codes, sparse, stored = solve(problem, **options)
+        >>> first = problem.error() + start(w, budget)
+        >>> last = problem._replace(codes=codes).error() + sparse
+        >>> bool((x @ last.T).norm() < (x @ first.T).norm())
         True
     """
-    grids = scales, zeros, bits, group_size
-    best = _State(codes, sparse, budget.places(sparse)).rounded(dtype)
-    least = best.loss(target, hessian, *grids[:2], group_size)
-    present, rate = best, (_MARGIN * largest_eigenvalue(hessian)).reciprocal()
+    best = _State(problem.codes, sparse, budget.places(sparse)).rounded(dtype)
+    least = best.loss(problem)
+    present, rate = best, (_MARGIN * largest_eigenvalue(problem.hessian)).reciprocal()
     for number in range(sweeps):
-        swept = cyclic.descend(present.codes, target - present.sparse, hessian, *grids, sweeps=1)
-        present = _State(swept, present.sparse, present.places)
-        loss = present.loss(target, hessian, *grids[:2], group_size)
+        rest = problem._replace(codes=present.codes, target=problem.target - present.sparse)
+        present = _State(cyclic.descend(rest, sweeps=1), present.sparse, present.places)
+        loss = present.loss(problem)
         lower = loss < least
         least, best = torch.where(lower, loss, least), best.or_else(present, lower)
         if number + 1 < sweeps:
-            present = _moved(present, target, hessian, grids, rate, budget).rounded(dtype)
+            present = _moved(present, problem, rate, budget).rounded(dtype)
     return best.codes, best.sparse, budget.stored(best.sparse, best.places, dtype)
 
 
@@ -155,14 +141,14 @@ class _State:
         most = torch.finfo(dtype).max
         return _State(self.codes, self.sparse.clamp(-most, most).to(dtype).to(self.sparse.dtype), self.places)
 
-    def error(self, target: Tensor, scales: Tensor, zeros: Tensor, group_size: int) -> Tensor:
+    def error(self, problem: Coded) -> Tensor:
         """D (N, K)."""
-        return grid.dequantize(self.codes, scales, zeros, group_size, target.dtype) + self.sparse - target
+        return problem._replace(codes=self.codes).dequantized() + self.sparse - problem.target
 
-    def loss(self, target: Tensor, hessian: Tensor, scales: Tensor, zeros: Tensor, group_size: int) -> Tensor:
+    def loss(self, problem: Coded) -> Tensor:
         """Of the layer, a scalar."""
-        error = self.error(target, scales, zeros, group_size)
-        return (product(error, hessian) * error).sum()
+        error = self.error(problem)
+        return (product(error, problem.hessian) * error).sum()
 
     def or_else(self, other: "_State", lower: Tensor) -> "_State":
         """The other state if it is better, without a read from the device."""
@@ -170,21 +156,13 @@ class _State:
         return _State(*(torch.where(lower, new, old) for new, old in pairs))
 
 
-def _moved(
-    state: _State,
-    target: Tensor,
-    hessian: Tensor,
-    grids: tuple[Tensor, Tensor, int, int],
-    rate: Tensor,
-    budget: Budget,
-) -> _State:
+def _moved(state: _State, problem: Coded, rate: Tensor, budget: Budget) -> _State:
     """Steps (ii) and (iii)."""
-    scales, zeros, _, group_size = grids
-    error = state.error(target, scales, zeros, group_size)
-    sparse = state.sparse - scaled(product(error, hessian), rate)
+    error = state.error(problem)
+    sparse = state.sparse - scaled(product(error, problem.hessian), rate)
     places = budget.places(sparse)
     sparse = sparse * places
-    return _State(state.codes, _settled(sparse, places, error - state.sparse, hessian), places)
+    return _State(state.codes, _settled(sparse, places, error - state.sparse, problem.hessian), places)
 
 
 def _settled(sparse: Tensor, places: Tensor, rest: Tensor, hessian: Tensor) -> Tensor:

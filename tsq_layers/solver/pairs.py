@@ -16,28 +16,16 @@ x_j' of all of them is one row of H away, and after one round without a move, ev
 import torch
 from torch import Tensor
 
+from tsq_layers import grid
+from tsq_layers.solver.coded import Coded
 from tsq_layers.solver.rows import Rows, advance, largest, worthwhile
 
 
-def descend(
-    codes: Tensor,
-    target: Tensor,
-    hessian: Tensor,
-    scales: Tensor,
-    zeros: Tensor,
-    bits: int,
-    group_size: int,
-    steps: int,
-    reach: int | None = None,
-) -> Tensor:
+def descend(problem: Coded, steps: int, reach: int | None = None) -> Tensor:
     """Step by step, the best move of each column together with its best partner, until no pair gains.
 
     Args:
-        codes: where to start, uint8 (N, K).
-        target: W' float (N, K).
-        hessian: damped H, (K, K), or (B, K, K) for blocks of rows.
-        scales: float (N, G).
-        zeros: float (N, G).
+        problem: where to start, see :class:`Coded`.
         steps: K of them are a round.
         reach: levels by which the column moves at most, while its partner may move by any number;
             ``None``: any.
@@ -45,14 +33,14 @@ def descend(
     Returns:
         codes uint8 (N, K); no row has a larger loss than at the start.
     """
-    columns = codes.shape[1]
-    most = (1 << bits) - 1 if reach is None else min(reach, (1 << bits) - 1)
+    columns, most = problem.codes.shape[1], grid.code_max(problem.bits)
+    most = most if reach is None else min(reach, most)
     distances = [sign * size for size in range(1, most + 1) for sign in (1, -1)]
 
     def best_pair(rows: Rows, number: int) -> Tensor:
         return _best_pair(rows, number % columns, distances)
 
-    return advance(best_pair, codes, target, hessian, scales, zeros, bits, group_size, steps, patience=columns)
+    return advance(problem, best_pair, steps, patience=columns)
 
 
 def _best_pair(rows: Rows, column: int, distances: list[int]) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from tsq_layers import grid
 from tsq_layers.solver.blocks import product, stack
+from tsq_layers.solver.coded import Coded
 from tsq_layers.sync import to_host
 
 LANE = 64  # a maximum over more columns is taken in two levels, of which the first is a fast kernel
@@ -79,33 +80,20 @@ class Rows:
 Step = Callable[[Rows, int], Tensor]  # moves the rows, in the step of this number, and says which it moved, bool (n, 1)
 
 
-def advance(
-    step: Step,
-    codes: Tensor,
-    target: Tensor,
-    hessian: Tensor,
-    scales: Tensor,
-    zeros: Tensor,
-    bits: int,
-    group_size: int,
-    steps: int,
-    patience: int,
-) -> Tensor:
+def advance(problem: Coded, step: Step, steps: int, patience: int) -> Tensor:
     """Repeat a step until no row has moved for ``patience`` steps, but ``steps`` times at most.
 
     Args:
+        problem: where to start, see :class:`Coded`.
         step: a move of each row.
-        codes: where to start, uint8 (N, K).
-        target: W' float (N, K).
-        hessian: damped H, (K, K), or (B, K, K) for blocks of rows.
-        scales: float (N, G).
-        zeros: float (N, G).
+        steps: at most.
+        patience: steps without a move after which a row is done.
 
     Returns:
         codes uint8 (N, K).
     """
-    found = torch.empty_like(codes)
-    for rows in _pieces(codes, target, hessian, scales, zeros, bits, group_size):
+    found = torch.empty_like(problem.codes)
+    for rows in _pieces(problem):
         _advance(step, rows, found, steps, patience)
     return found
 
@@ -125,22 +113,14 @@ def _advance(step: Step, rows: Rows, found: Tensor, steps: int, patience: int) -
     found.index_copy_(0, rows.index, rows.codes())
 
 
-def _pieces(
-    codes: Tensor,
-    target: Tensor,
-    hessian: Tensor,
-    scales: Tensor,
-    zeros: Tensor,
-    bits: int,
-    group_size: int,
-) -> Iterator[Rows]:
+def _pieces(problem: Coded) -> Iterator[Rows]:
     """Rows in pieces of a bounded size, ready to start."""
+    codes, target, hessian, scales, _, bits, group_size = problem
     metrics, columns = stack(hessian), target.shape[1]
     curvature = metrics.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
     curvature = torch.where(curvature > 0, curvature, torch.ones_like(curvature))
     response = metrics / -curvature
-    error = grid.dequantize(codes, scales, zeros, group_size, target.dtype) - target
-    slope = product(error, response)
+    slope = product(problem.error(), response)
     response = _filled(response.flatten(0, 1))
     for index in torch.arange(len(target), device=target.device).split(max(1, _CHUNK_ELEMENTS // columns)):
         block = index // (len(target) // len(metrics))

@@ -11,6 +11,7 @@ from tsq_layers.errors import StateError
 from tsq_layers.records import Outliers, QuantizedWeight
 from tsq_layers.solver import codebook, offsets
 from tsq_layers.solver.blocks import product
+from tsq_layers.solver.coded import Coded
 from tsq_layers.solver.objective import Problem
 
 
@@ -88,13 +89,12 @@ class State:
             target = target - offsets.spread(self.offsets, layer.group_size, target.shape[1])
         return target if self.sparse is None else target - self.sparse
 
-    def integers(self, layer: Layer) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int, int]:
-        """What the steps on codes start from: codes, target, metric and grids."""
-        scales, zeros = self.grids(layer)
-        target = self.reduced(layer, layer.known.refine_target)
-        return (
-            self.chosen(layer), target, layer.known.hessian, scales, zeros, layer.config.bits, layer.group_size
-        )  # fmt: skip
+    def integers(self, layer: Layer) -> Coded:
+        """What the steps on codes start from."""
+        (scales, zeros), problem = self.grids(layer), layer.known
+        target = self.reduced(layer, problem.refine_target)
+        codes, bits = self.chosen(layer), layer.config.bits
+        return Coded(codes, target, problem.hessian, scales, zeros, bits, layer.group_size)
 
     def nearest(self, layer: Layer, target: Tensor) -> Tensor:
         """The codes of the present grids or tables that are nearest to a target, uint8 (N, K)."""

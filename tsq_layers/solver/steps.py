@@ -98,12 +98,12 @@ def descend(layer: Layer, state: State) -> None:
     elif has_outliers(layer):
         _move_outliers(layer, state)
     elif config.method == "quantease":
-        state.codes = cyclic.descend(*state.integers(layer), config.descent_sweeps, relax=config.descent_relax)
+        state.codes = cyclic.descend(state.integers(layer), config.descent_sweeps, relax=config.descent_relax)
     else:
         state.codes, state.scales = clipping.descend(
-            *state.integers(layer), dtype=dtype, nearest=config.descent_start == "nearest"
+            state.integers(layer), dtype=dtype, nearest=config.descent_start == "nearest"
         )
-        state.codes = greedy.descend(*state.integers(layer), _moves(layer))
+        state.codes = greedy.descend(state.integers(layer), _moves(layer))
 
 
 def _alternate(layer: Layer, state: State) -> None:
@@ -122,16 +122,10 @@ def _alternate(layer: Layer, state: State) -> None:
 
 
 def _move_outliers(layer: Layer, state: State) -> None:
-    codes, _, hessian, scales, zeros, bits, group_size = state.integers(layer)
+    given = state.integers(layer)._replace(target=layer.known.refine_target)
     if state.sparse is not None:
         state.codes, state.sparse, state.outliers = outliers.solve(
-            codes,
-            layer.known.refine_target,
-            hessian,
-            scales,
-            zeros,
-            bits,
-            group_size,
+            given,
             sparse=state.sparse,
             budget=budget(layer),
             sweeps=layer.config.descent_sweeps,
@@ -141,7 +135,7 @@ def _move_outliers(layer: Layer, state: State) -> None:
 
 def descend_pairs(layer: Layer, state: State) -> None:
     """Coordinate descent on pairs of codes."""
-    state.codes = pairs.descend(*state.integers(layer), _moves(layer), reach=1)
+    state.codes = pairs.descend(state.integers(layer), _moves(layer), reach=1)
 
 
 def refine(layer: Layer, state: State) -> None:
@@ -180,13 +174,12 @@ def refine_jointly(layer: Layer, state: State) -> None:
         "dtype": config.torch_scale_dtype,
     }
     if state.offsets is not None:
-        codes, _, metric, scales, _, bits, group_size = state.integers(layer)
-        given = codes, layer.known.refine_target, metric, scales, state.offsets, bits, group_size
-        state.codes, state.scales, state.offsets = joint.refine_with_offsets(*given, **options)
+        given = state.integers(layer)._replace(target=layer.known.refine_target)
+        state.codes, state.scales, state.offsets = joint.refine_with_offsets(given, state.offsets, **options)
     elif config.symmetric:
-        state.codes, state.scales = joint.refine(*state.integers(layer), **options)
+        state.codes, state.scales = joint.refine(state.integers(layer), **options)
     else:
-        state.codes, state.scales, state.zeros = joint.refine_with_zeros(*state.integers(layer), **options)
+        state.codes, state.scales, state.zeros = joint.refine_with_zeros(state.integers(layer), **options)
 
 
 def has_outliers(layer: Layer) -> bool:

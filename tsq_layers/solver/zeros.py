@@ -16,29 +16,17 @@ from torch import Tensor
 from tsq_layers import grid
 from tsq_layers.solver import clipping
 from tsq_layers.solver.blocks import product
+from tsq_layers.solver.coded import Coded
 
 _STEPS = (-1, 0, 1)
 
 
-def descend(
-    codes: Tensor,
-    target: Tensor,
-    hessian: Tensor,
-    scales: Tensor,
-    zeros: Tensor,
-    bits: int,
-    group_size: int,
-    *,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
+def descend(problem: Coded, *, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """One pass over the groups.
 
     Args:
-        codes: where to start, uint8 (N, K).
-        target: W' float (N, K).
-        hessian: damped H, (K, K), or (B, K, K) for blocks of rows.
-        scales: float (N, G), made of values that ``dtype`` holds.
-        zeros: integers in 0 … 2^bits − 1, float (N, G).
+        problem: where to start, see :class:`Coded`; scales are values that ``dtype`` holds, and zero points integers
+            in 0 … 2^bits − 1.
         dtype: what scales are stored in; losses are compared after that rounding.
 
     Returns:
@@ -47,14 +35,16 @@ def descend(
     Example:
         >>> w, x = torch.randn(8, 32).exp(), torch.randn(100, 32) @ torch.randn(32, 32)
         >>> scales, zeros = grid.minmax(w, 2, 16, symmetric=False)
-        >>> codes = grid.quantize(w, scales, zeros, 2, 16)
-        >>> states = (codes, scales, zeros), descend(codes, w, x.T @ x, scales, zeros, 2, 16, dtype=torch.float32)
-        >>> before, after = ((x @ (grid.dequantize(*state, 16) - w).T).norm() for state in states)
-        >>> bool(after < before)
+        >>> problem = Coded(grid.quantize(w, scales, zeros, 2, 16), w, x.T @ x, scales, zeros, 2, 16)
+        >>> codes, scales, zeros = descend(problem, dtype=torch.float32)
+        >>> better = problem._replace(codes=codes, scales=scales, zeros=zeros)
+        >>> before, after = (x @ found.error().T for found in (problem, better))
+        >>> bool(after.norm() < before.norm())
         True
     """
-    steps, scales, zeros = grid.centered(codes, zeros, group_size, target.dtype), scales.clone(), zeros.clone()
-    pulled = product(grid.scaled(steps, scales, group_size) - target, hessian)
+    _, target, hessian, scales, zeros, bits, group_size = problem
+    steps, scales, zeros = problem.steps(), scales.clone(), zeros.clone()
+    pulled = product(problem.error(), hessian)
     for group in range(scales.shape[1]):
         part = slice(group * group_size, min((group + 1) * group_size, target.shape[1]))
         metric, own = hessian[..., part, part], slice(group, group + 1)
