@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from tsq_layers.config import QuantConfig, explicit_patterns, matches
+from tsq_layers.config import QuantConfig, explicit_patterns
 from tsq_layers.coverage import Ownership, is_matrix, ownership
 from tsq_layers.errors import ConfigError, LayerError, SkippedLayerWarning, StateError, UnmatchedPatternWarning
 from tsq_layers.guidance import groups_of
@@ -31,6 +31,7 @@ from tsq_layers.layers.offloading import is_offloaded, present
 from tsq_layers.layers.pools import Pool, expert_pool
 from tsq_layers.linear import QuantLinear
 from tsq_layers.observer import HessianObserver
+from tsq_layers.patterns import matches
 from tsq_layers.rebasing import rounded_rows
 from tsq_layers.report import LayerReport, memory_extent
 from tsq_layers.sync import to_host
