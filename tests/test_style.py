@@ -11,6 +11,7 @@ ROOT = Path(tsq_layers.__file__).parent
 SOURCES = sorted(ROOT.rglob("*.py"))
 ON_THE_DEVICE = {
     "calibration",
+    "eligibility",
     "few_rows",
     "grid",
     "kernels",
@@ -21,7 +22,7 @@ ON_THE_DEVICE = {
     "packing",
     "preparation",
 }
-ON_THE_DEVICE |= {"records", "solver", "solving", "workflow"}  # here a value is read by sync.to_host alone
+ON_THE_DEVICE |= {"records", "solver", "solving", "targets", "workflow"}  # here a value is read by sync.to_host alone
 MAY_PRINT = {ROOT / "cli.py", ROOT / "__main__.py"}  # what a command says, it prints
 
 

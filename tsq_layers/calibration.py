@@ -21,9 +21,10 @@ from tsq_layers.layers import kind_of, rows_of
 from tsq_layers.layers.offloading import entry_device, run_with_weight
 from tsq_layers.observer import Call, HessianObserver
 from tsq_layers.parking import Parking
-from tsq_layers.preparation import Preparation, Solved, Target
+from tsq_layers.preparation import Preparation
 from tsq_layers.records import LayerStatistics
 from tsq_layers.solving import Shortfall, solve
+from tsq_layers.targets import Solved, Target
 
 VALIDATION_SHARE = 0.2  # of the tokens of each call, where something is chosen on tokens that are not fitted
 

@@ -33,9 +33,10 @@ from tsq_layers.layers import kind_of, replace
 from tsq_layers.layers.offloading import entry_device, pass_on_hook, present
 from tsq_layers.parking import Parking
 from tsq_layers.precision import AUTOCAST_DEVICES
-from tsq_layers.preparation import Preparation, Solved
+from tsq_layers.preparation import Preparation
 from tsq_layers.report import LayerReport, Report, library_versions, model_bytes
 from tsq_layers.solving import solve, warn_few_tokens
+from tsq_layers.targets import Solved
 
 
 def prepare(model: nn.Module, config: QuantConfig) -> nn.Module:

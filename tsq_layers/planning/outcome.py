@@ -8,8 +8,9 @@ from torch import nn
 from tsq_layers import workflow
 from tsq_layers.planning.needs import packed_matrix
 from tsq_layers.planning.stages import Course
-from tsq_layers.preparation import Preparation, Solved, Target
+from tsq_layers.preparation import Preparation
 from tsq_layers.report import LayerReport, Report
+from tsq_layers.targets import Solved, Target
 
 
 def outcome(model: nn.Module, preparation: Preparation, course: Course, *, paired: bool) -> Report:
