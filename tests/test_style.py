@@ -11,6 +11,7 @@ ROOT = Path(tsq_layers.__file__).parent
 SOURCES = sorted(ROOT.rglob("*.py"))
 ON_THE_DEVICE = {
     "calibration",
+    "conversion",
     "eligibility",
     "few_rows",
     "grid",

@@ -12,6 +12,7 @@ from tsq_layers.config import QuantConfig
 from tsq_layers.coverage import Ownership, ownership
 from tsq_layers.eligibility import check_inputs, check_weights, not_supported, reasons_to_skip, warn_unmatched
 from tsq_layers.errors import ConfigError, LayerError, StateError
+from tsq_layers.guidance import Watched
 from tsq_layers.layers import composite_behind, composite_of, kind_of, packed, replace, split_of
 from tsq_layers.layers.pools import expert_pool
 from tsq_layers.observer import HessianObserver
@@ -166,6 +167,12 @@ def finish(model: nn.Module, converted: Collection[nn.Module]) -> None:
     unused = {original: split for original, split in preparation.splits.items() if not _is_used(split, converted)}
     replace(model, _originals(unused))
     del vars(model)[_ATTRIBUTE]
+
+
+def guided_layers(preparation: Preparation) -> dict[str, Watched]:
+    """The layers whose tokens are weighted by gradients of the loss."""
+    targets = preparation.targets.items()
+    return {name: Watched(target.module, target.guidance) for name, target in targets if target.guidance}
 
 
 def _originals(splits: Mapping[nn.Module, nn.Module]) -> dict[nn.Module, nn.Module]:

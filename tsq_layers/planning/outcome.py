@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from tsq_layers import workflow
+from tsq_layers.conversion import convert
 from tsq_layers.planning.needs import packed_matrix
 from tsq_layers.planning.stages import Course
 from tsq_layers.preparation import Preparation
@@ -30,7 +30,7 @@ def outcome(model: nn.Module, preparation: Preparation, course: Course, *, paire
             if name in course.solved
         }
         preparation.paired = paired
-        converted = workflow.convert(model)
+        converted = convert(model)
     report = converted.tsq_report
     assert isinstance(report, Report)
     return report
