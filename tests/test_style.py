@@ -10,6 +10,7 @@ import tsq_layers
 ROOT = Path(tsq_layers.__file__).parent
 SOURCES = sorted(ROOT.rglob("*.py"))
 ON_THE_DEVICE = {
+    "batches",
     "calibration",
     "conversion",
     "eligibility",
@@ -19,6 +20,7 @@ ON_THE_DEVICE = {
     "layers",
     "linear",
     "lockstep",
+    "observation",
     "observer",
     "packing",
     "preparation",

@@ -10,18 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from tsq_layers import preparation as preparations
-from tsq_layers.calibration import (
+from tsq_layers.batches import (
     Batch,
-    Calibration,
     Forward,
     PaddingMask,
     attention_mask,
-    callers_of,
     checked_batches,
     default_forward,
     evaluating,
     moved_to,
 )
+from tsq_layers.calibration import Calibration, callers_of
 from tsq_layers.config import QuantConfig
 from tsq_layers.conversion import convert, warn_never_called
 from tsq_layers.coverage import check_share
