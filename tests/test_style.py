@@ -25,7 +25,14 @@ ON_THE_DEVICE = {
     "packing",
     "preparation",
 }
-ON_THE_DEVICE |= {"records", "solver", "solving", "targets", "workflow"}  # here a value is read by sync.to_host alone
+ON_THE_DEVICE |= {
+    "records",
+    "solver",
+    "solving",
+    "storage",
+    "targets",
+    "workflow",
+}  # here a value is read by sync.to_host alone
 MAY_PRINT = {ROOT / "cli.py", ROOT / "__main__.py"}  # what a command says, it prints
 
 
