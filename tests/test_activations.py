@@ -8,7 +8,8 @@ from grid_kinds import KINDS, made
 from torch import nn
 
 import tsq_layers as tsq
-from tsq_layers import activations, calibration, running
+from tsq_layers import activations, running
+from tsq_layers.batches import with_input
 from tsq_layers.errors import LayerError
 from tsq_layers.observer import HessianObserver
 
@@ -235,7 +236,7 @@ def test_layers_with_one_input_share_statistics_only_if_they_round_it_alike(seen
 
 def test_the_first_tensor_of_a_call_is_changed():
     x, y = torch.ones(2), torch.zeros(2)
-    args, kwargs = calibration.with_input(lambda x: x + 1, (None, x), {"y": y})
+    args, kwargs = with_input(lambda x: x + 1, (None, x), {"y": y})
     assert args[0] is None
     assert torch.equal(args[1], x + 1)
     assert kwargs["y"] is y

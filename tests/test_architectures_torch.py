@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm
 
 import tsq_layers as tsq
-from tsq_layers.calibration import default_forward
+from tsq_layers.batches import default_forward
 from tsq_layers.errors import LayerError, SkippedLayerWarning
 from tsq_layers.layers import packed
 

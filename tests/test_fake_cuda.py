@@ -16,7 +16,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 
 import tsq_layers as tsq
-from tsq_layers import basis, distillation, experts, few_rows, grid, guidance, preparation, records, solving, workflow
+from tsq_layers import basis, distillation, eligibility, experts, few_rows, grid, guidance, records, solving, workflow
 from tsq_layers.solver import gptq, objective, rows, selection, stage1
 
 CUDA = "cuda:0"
@@ -64,7 +64,7 @@ def config(request):
 @pytest.fixture
 def reads(monkeypatch):
     """The number of values of each read, in a list for each module that reads."""
-    counts = {module: [] for module in (preparation, objective, rows, solving, experts)}
+    counts = {module: [] for module in (eligibility, objective, rows, solving, experts)}
 
     def stand_in(module, answers):
         def to_host(*values):
@@ -74,7 +74,7 @@ def reads(monkeypatch):
 
         return to_host
 
-    monkeypatch.setattr(preparation, "to_host", stand_in(preparation, lambda n: [1.0] * n))  # all weights are finite
+    monkeypatch.setattr(eligibility, "to_host", stand_in(eligibility, lambda n: [1.0] * n))  # all weights are finite
     # nothing bad and enough tokens; the factorisation succeeded
     monkeypatch.setattr(objective, "to_host", stand_in(objective, lambda n: [0.0, 0.0, 1e4] if n == 3 else [0.0]))
     monkeypatch.setattr(rows, "to_host", stand_in(rows, lambda n: [1.0] * n))  # a row still moves
@@ -269,7 +269,7 @@ def test_quantize_stays_on_the_device_and_reads_little(fake, reads, config):
     assert [type(layer).__name__ for layer in model[::2]] == ["QuantLinear"] * 3
     assert_on_cuda(model)
     assert model(batches[0]).device.type == "cuda"
-    assert len(reads[preparation]) == READS_AT_PREPARE
+    assert len(reads[eligibility]) == READS_AT_PREPARE
     assert total(reads) == READS_AT_PREPARE + 3 * (
         READS_A_STAGE if config.needs_calibration else READS_WITHOUT_CALIBRATION
     )

@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -13,8 +13,11 @@ import tsq_layers as tsq
 from tsq_layers.layers import packed
 from tsq_layers.linear import QuantLinear
 from tsq_layers.planning.needs import packed_matrix
-from tsq_layers.preparation import Target, inspect
+from tsq_layers.preparation import inspect
 from tsq_layers.solver import selection
+
+if TYPE_CHECKING:
+    from tsq_layers.targets import Target
 
 WIDTH, HIDDEN = 48, 40  # groups of 16: the last one of 40 columns is short
 BOTH = {"rotation": 16, "channel_scaling": True}

@@ -10,18 +10,29 @@ import tsq_layers
 ROOT = Path(tsq_layers.__file__).parent
 SOURCES = sorted(ROOT.rglob("*.py"))
 ON_THE_DEVICE = {
+    "batches",
     "calibration",
+    "conversion",
+    "eligibility",
     "few_rows",
     "grid",
     "kernels",
     "layers",
     "linear",
     "lockstep",
+    "observation",
     "observer",
     "packing",
     "preparation",
 }
-ON_THE_DEVICE |= {"records", "solver", "solving", "workflow"}  # here a value is read by sync.to_host alone
+ON_THE_DEVICE |= {
+    "records",
+    "solver",
+    "solving",
+    "storage",
+    "targets",
+    "workflow",
+}  # here a value is read by sync.to_host alone
 MAY_PRINT = {ROOT / "cli.py", ROOT / "__main__.py"}  # what a command says, it prints
 
 

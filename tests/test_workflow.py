@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn.utils import prune
 
 import tsq_layers as tsq
-from tsq_layers import calibration, solving
+from tsq_layers import batches as batch_forms
+from tsq_layers import solving
 from tsq_layers.errors import CalibrationError, FewTokensWarning, SameInputWarning, SkippedLayerWarning
 from tsq_layers.observer import HessianObserver
 
@@ -647,7 +648,7 @@ def test_batches_may_be_a_generator():
 def test_batch_is_moved_with_all_that_it_holds():
     tensor = torch.ones(2)
     batch = {"a": tensor, "b": [tensor, (tensor, "text")], "c": None, "d": Named(tensor)}
-    moved = calibration.moved_to(batch, torch.device("meta"))
+    moved = batch_forms.moved_to(batch, torch.device("meta"))
     assert moved["a"].is_meta
     assert moved["b"][0].is_meta
     assert moved["b"][1][0].is_meta
@@ -710,10 +711,10 @@ def test_padding_mask_function_is_asked_for_every_layer(seen):
 def test_attention_mask_of_an_encoder_is_not_taken_for_the_decoder():
     batch = {"input_ids": torch.ones(2, 3), "attention_mask": torch.ones(2, 3)}
     x = torch.ones(2, 3, 8)
-    assert calibration.attention_mask(batch, "a", x) is batch["attention_mask"]
-    assert calibration.attention_mask(batch, "a", x[:, :2]) is None
-    assert calibration.attention_mask({**batch, "decoder_input_ids": torch.ones(2, 3)}, "a", x) is None
-    assert calibration.attention_mask((batch,), "a", x) is None
+    assert batch_forms.attention_mask(batch, "a", x) is batch["attention_mask"]
+    assert batch_forms.attention_mask(batch, "a", x[:, :2]) is None
+    assert batch_forms.attention_mask({**batch, "decoder_input_ids": torch.ones(2, 3)}, "a", x) is None
+    assert batch_forms.attention_mask((batch,), "a", x) is None
 
 
 # --- what is restored and kept -------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from tsq_layers.checkpoint import load, save
 from tsq_layers.config import QuantConfig
+from tsq_layers.conversion import convert
 from tsq_layers.folding import fold_scaling
 from tsq_layers.layers import Composite, LayerKind, register, unregister
 from tsq_layers.linear import QuantLinear
@@ -11,7 +12,7 @@ from tsq_layers.planning import Plan, plan
 from tsq_layers.records import LayerStatistics, QuantizedWeight
 from tsq_layers.report import LayerReport, Report, report
 from tsq_layers.solver import SolverResult, TwoStageGroupQuantizer
-from tsq_layers.workflow import calibrate, convert, prepare, quantize, unprepare
+from tsq_layers.workflow import calibrate, prepare, quantize, unprepare
 
 __all__ = [
     "Composite",

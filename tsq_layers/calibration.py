@@ -1,70 +1,40 @@
 """Calibration: paired passes in lockstep; every layer is solved as the passes reach it."""
 
-import itertools
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.weak import TensorWeakRef
 from tqdm.auto import tqdm
 
 from tsq_layers import lockstep
-from tsq_layers.errors import CalibrationError, SameInputWarning
+from tsq_layers.batches import (  # noqa: F401  (the benchmarks take them from here)
+    Batch,
+    Forward,
+    PaddingMask,
+    attention_mask,
+    default_forward,
+    evaluating,
+    moved_to,
+    peeked,
+    with_input,
+)
+from tsq_layers.errors import SameInputWarning
 from tsq_layers.experts import Experts
 from tsq_layers.guidance import TokenWeights
 from tsq_layers.journal import HELD_OUT, Journal, Restored, fingerprint_batch
 from tsq_layers.layers import kind_of, rows_of
 from tsq_layers.layers.offloading import entry_device, run_with_weight
-from tsq_layers.observer import Call, HessianObserver
+from tsq_layers.observation import Observation, Role
 from tsq_layers.parking import Parking
-from tsq_layers.preparation import Preparation, Solved, Target
+from tsq_layers.preparation import Preparation
 from tsq_layers.records import LayerStatistics
 from tsq_layers.solving import Shortfall, solve
-
-VALIDATION_SHARE = 0.2  # of the tokens of each call, where something is chosen on tokens that are not fitted
-
-Batch = Any
-Forward = Callable[[nn.Module, Any], object]
-PaddingMask = Callable[[Any, str, Tensor], Tensor | None]
-
-
-@dataclass(frozen=True)
-class Role:
-    """What one pass is for: a batch on one of the two streams, fitted or held out."""
-
-    batch: Batch
-    index: int
-    stream: str  # "quantised" or "reference"
-    held_out: bool = False
-
-
-def default_forward(model: nn.Module, batch: Batch) -> object:
-    """Call the model with a tensor, positional arguments (tuple, list) or keyword arguments (mapping)."""
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    if isinstance(batch, (tuple, list)):
-        return model(*batch)
-    return model(batch)
-
-
-def attention_mask(batch: Batch, name: str, x: Tensor) -> Tensor | None:  # noqa: ARG001  (other masks go by the layer)
-    """The padding mask of a layer input: the batch's ``attention_mask`` if it has the input's tokens.
-
-    A batch with inputs for a decoder has tokens of two kinds, which cannot be told apart by shape:
-    then every token counts, unless a ``padding_mask`` function is given to ``calibrate``.
-    """
-    if not isinstance(batch, Mapping) or any(key.startswith("decoder_") for key in batch):
-        return None
-    mask = batch.get("attention_mask")
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
-        return None
-    if mask.shape == x.shape[:-1] or (x.dim() == 2 and mask.numel() == x.shape[0]):  # the tokens may be flattened
-        return mask.to(x.device)
-    return None
+from tsq_layers.targets import Solved, Target
 
 
 @dataclass(eq=False)
@@ -99,10 +69,6 @@ class Calibration:
     solved: dict[str, Solved] = field(default_factory=dict)
     _roles: list[Role] = field(default_factory=list)
     _digests: list[str] = field(default_factory=list)
-    _reached: set[str] = field(default_factory=set)
-    _observers: dict[str, HessianObserver] = field(default_factory=dict)
-    _held_out_observers: dict[str, HessianObserver] = field(default_factory=dict)
-    _validation: dict[str, HessianObserver] = field(default_factory=dict)
     _dense: dict[str, nn.Parameter] = field(default_factory=dict)
     _expected_inputs: dict[str, dict[int, TensorWeakRef]] = field(default_factory=dict)
 
@@ -112,10 +78,11 @@ class Calibration:
         callers = {name: target for target in targets.values() for name in callers_of(target, self.preparation)}
         modules = {name: self.preparation.modules[name] for name in callers}
         self._targets = callers
+        self._observation = Observation(self._roles, self.paired, self.padding_mask, self.parking, self.guidance)
         with ExitStack() as self._swaps, evaluating(self.model), torch.no_grad():
             for name, target in callers.items():
                 self._wrap(name, target)
-            first, batches = _peeked(self.batches)
+            first, batches = peeked(self.batches)
             self._recording = lockstep.record(modules, lambda: self._pass(Role(first, 0, "quantised")))
             self._experts = Experts(targets, self._recording.order)
             with tqdm(
@@ -159,8 +126,8 @@ class Calibration:
         stage = self._stage(name)
         self._bar.set_postfix_str(name)
         if stage[0].observed:
-            self._observe(stage, arrivals)
-            if stage[0].name not in self._reached:
+            self._observation.add(stage, arrivals, known=self._needs_no_statistics(stage))
+            if stage[0].name not in self._observation.reached:
                 return ()  # so far only the full-precision stream, or a held-out batch, came here
         expected = self._experts.calls(stage[0], self._recording.calls)
         if expected is None or stage[0].tied or any(arrival.ordinal + 1 < expected for arrival in arrivals):
@@ -177,78 +144,20 @@ class Calibration:
         others = [self._targets[other] for other in group if other != name and other not in self.solved]
         return [first, *(other for other in others if share_rows(first, other))]
 
-    def _observe(self, stage: Sequence[Target], arrivals: Sequence[lockstep.Arrival]) -> None:
-        known = self._needs_no_statistics(stage)
-        references = {self._roles[a.pass_index].index: a for a in arrivals if self._stream(a) == "reference"}
-        for arrival in arrivals:
-            role = self._roles[arrival.pass_index]
-            if self._stream(arrival) == "reference" or not arrival.input.numel():
-                continue
-            if not role.held_out:
-                self._reached.add(stage[0].name)
-            if not known:
-                self._observe_call(stage, role, arrival, references.get(role.index))
-
-    def _observe_call(
-        self, stage: Sequence[Target], role: Role, arrival: lockstep.Arrival, other: lockstep.Arrival | None
-    ) -> None:
-        """Add a call on the quantised stream, beside the same batch's call on the other one."""
-        first = stage[0]
-        paired = self.paired and not role.held_out and any(target.uses_deviation for target in stage)
-        with self._present(arrival), self._present(other):
-            x = first.rows(arrival.input)
-            reference = None
-            if paired:
-                reference = x if other is None else first.rows(other.input)
-                if reference.shape != x.shape:
-                    reference = x  # the streams took different ways: no deviation here but that of rounding
-            mask = self.padding_mask(role.batch, first.name, x)
-            x = first.rounded(x)
-            if role.held_out:
-                observed = self._held_out_observers.setdefault(first.name, first.observer())
-                observed.observe(x, reference, mask)
-                return
-            call = Call(x, reference, mask, self._weights(first, role, arrival))
-            observed = self._observers.setdefault(first.name, first.observer(guided=True))
-            if all(target.config.is_settled for target in stage) or first.pool is not None:
-                call.add_to(observed)
-                return
-            fitted, validated = call.split(VALIDATION_SHARE, dims=1 if first.blocks == 1 else 2)
-            fitted.add_to(observed)
-            validated.add_to(self._validation.setdefault(first.name, first.observer(guided=True)))
-
-    def _weights(self, target: Target, role: Role, arrival: lockstep.Arrival) -> Tensor | None:
-        """How much the tokens of a call count, (T, k); all alike where the gradient pass did not see it."""
-        if not target.guidance or self.guidance is None:
-            return None
-        found = self.guidance.of(target.name, role.index, arrival.ordinal)
-        if found is not None:
-            return found
-        tokens = arrival.input.shape[:-1].numel()
-        return torch.ones(tokens, target.guidance, device=arrival.input.device)
-
-    def _stream(self, arrival: lockstep.Arrival) -> str:
-        return self._roles[arrival.pass_index].stream
-
-    def _present(self, arrival: lockstep.Arrival | None) -> AbstractContextManager[None]:
-        if self.parking is None or arrival is None:
-            return nullcontext()
-        return self.parking.present(arrival.pass_index)
-
     def _solve(self, stage: Sequence[Target]) -> None:
         name = stage[0].name
-        statistics = _taken(self._observers, name)
+        statistics = self._observation.take_fitted(name)
         if statistics is not None and stage[0].pool is not None and self._experts.lend(stage[0], statistics):
             return  # too few tokens of its own: it waits for what its fellows see
         if statistics is None and (known := self._restored(stage)) and known[name].report.status == "fallback":
             return  # as in the run that solved it
-        held_out, validation = (_taken(seen, name) for seen in (self._held_out_observers, self._validation))
+        held_out, validation = self._observation.take_held_out(name), self._observation.take_validated(name)
         self._keep(stage, statistics, held_out, validation=validation)
 
     def _solve_pool(self, name: str) -> None:
         """Solve the experts of a pool that are left: those with enough tokens, then the others with those of all."""
         for waiting in self._experts.waiting(name):
-            if waiting in self._observers:
+            if self._observation.has(waiting):
                 self._solve([self._targets[waiting]])
         for target, statistics, shortfall in self._experts.close(name):
             if statistics is not None or self._restored([target]) is not None:
@@ -259,7 +168,7 @@ class Calibration:
         for pool in self._experts.open():
             self._solve_pool(pool)
         for name, target in self.preparation.targets.items():
-            if name not in self.solved and (name in self._reached or not target.observed):
+            if name not in self.solved and (name in self._observation.reached or not target.observed):
                 self._solve(self._stage(name) if name in self._targets else [target])
 
     def _keep(
@@ -347,12 +256,6 @@ class Calibration:
             )
 
 
-def _taken(observers: dict[str, HessianObserver], name: str) -> LayerStatistics | None:
-    """What an observer has seen; the observer, which is as large, is let go of."""
-    observer = observers.pop(name, None)
-    return None if observer is None else observer.statistics()
-
-
 def callers_of(target: Target, preparation: Preparation) -> list[str]:
     """The layers that calls go through: the target, and those with the same weight that see inputs of the same sort."""
     tied = [name for name in target.tied if kind_of(preparation.modules[name]) is target.kind]
@@ -365,72 +268,3 @@ def share_rows(first: Target, other: Target) -> bool:
     alone = first.pool or other.pool or first.tied or other.tied or first.guidance or other.guidance
     roundings = [target.config.activation_bits and (8, target.config.rotation) for target in (first, other)]
     return first is other or (plain and not alone and roundings[0] == roundings[1])
-
-
-def with_input(
-    change: Callable[[Tensor], Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a call with its first tensor changed, positional ones before keywords.
-
-    Example:
-        >>> with_input(lambda x: 2 * x, (), {"input": torch.ones(2)})
-        ((), {'input': tensor([2., 2.])})
-    """
-    named = [*enumerate(args), *kwargs.items()]
-    first = next((key for key, value in named if isinstance(value, Tensor)), None)
-    changed = {key: change(value) if key == first else value for key, value in named}
-    return tuple(changed[index] for index in range(len(args))), {key: changed[key] for key in kwargs}
-
-
-def _peeked(batches: Iterable[Batch]) -> tuple[Batch, Iterable[Batch]]:
-    iterator = iter(batches)
-    for first in iterator:
-        return first, itertools.chain([first], iterator)
-    raise CalibrationError("batches holds no batch; give at least one")
-
-
-def checked_batches(batches: Iterable[Batch], what: str) -> Iterable[Batch]:
-    """The batches, not yet taken.
-
-    Raises:
-        CalibrationError: not an iterable of batches, or a list of none.
-    """
-    if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
-        raise CalibrationError(
-            f"{what} is a {type(batches).__name__}; give an iterable of batches, for example [batch]"
-        )
-    if isinstance(batches, Sized) and not len(batches):
-        raise CalibrationError(f"{what} holds no batch; give at least one")
-    return batches
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and no key-value cache of a transformers model: it would only hold memory."""
-    training = {module: module.training for module in model.modules()}
-    config = getattr(model, "config", None)
-    use_cache = getattr(config, "use_cache", None)
-    model.eval()
-    if isinstance(use_cache, bool):
-        config.use_cache = False  # type: ignore[union-attr]
-    try:
-        yield
-    finally:
-        for module, flag in training.items():
-            module.training = flag
-        if isinstance(use_cache, bool):
-            config.use_cache = use_cache  # type: ignore[union-attr]
-
-
-def moved_to(batch: Batch, device: torch.device | None) -> Batch:
-    """A batch with all its tensors on ``device``; as it is if that is ``None``."""
-    if isinstance(batch, Tensor):
-        return batch.to(device)
-    if isinstance(batch, Mapping):
-        return {key: moved_to(value, device) for key, value in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        moved = [moved_to(value, device) for value in batch]
-        if hasattr(batch, "_make"):  # a named tuple
-            return batch._make(moved)
-        return tuple(moved) if isinstance(batch, tuple) else moved
-    return batch

@@ -2,16 +2,15 @@
 
 import dataclasses
 import json
-import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, Self
 
 import torch
 
+from tsq_layers.checks import check_values
 from tsq_layers.errors import ConfigError
+from tsq_layers.patterns import check_pattern, checked_patterns, matches
 
 SCHEMA_VERSION = 1
 
@@ -59,7 +58,6 @@ BEST: dict[str, Any] = {
     "zero_points": "float",
     "rotation": 64,
 }
-_WIDEST_TABLE = 4
 _MODEL_WIDE = ("embeddings", "distill_epochs", "distill_rate", "skip", "overrides")
 
 
@@ -194,57 +192,16 @@ class QuantConfig:
                 if getattr(self, name) == defaults[name]:
                     object.__setattr__(self, name, value)
             object.__setattr__(self, "method", "two-stage")
-        self._check_integers()
-        self._check_floats()
-        for name in ("symmetric", "act_order", "descent_relax", "greedy_pairs", "embeddings", "channel_scaling"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name}={getattr(self, name)!r}: give True or False")
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ConfigError(f"{name}={getattr(self, name)!r}: give one of {', '.join(map(repr, allowed))}")
-        self._check_table()
-        object.__setattr__(self, "skip", _checked_skip(self.skip))
+        check_values({f.name: getattr(self, f.name) for f in dataclasses.fields(self)}, _CHOICES)
+        object.__setattr__(self, "skip", checked_patterns(self.skip))
         object.__setattr__(self, "overrides", self._checked_overrides())
-
-    def _check_integers(self) -> None:
-        _check_integer("bits", self.bits, 1, 8)
-        if self.group_size is not None:
-            _check_integer("group_size", self.group_size, 1, None, "a positive integer, or None for one group per row")
-        for name in ("descent_sweeps", "refine_sweeps", "joint_sweeps", "codebook_rounds", "codebook_sweeps"):
-            _check_integer(name, getattr(self, name), 1, None)
-        for name in ("joint_rounds", "outlier_columns", "guidance", "distill_epochs"):
-            _check_integer(name, getattr(self, name), 0, None)
-        if self.min_expert_tokens is not None:
-            _check_integer("min_expert_tokens", self.min_expert_tokens, 0, None, "an integer of at least 0, or None")
-        rotation = self.rotation
-        if rotation is not None and not (type(rotation) is int and rotation > 1 and rotation.bit_count() == 1):
-            raise ConfigError(f"rotation={rotation!r}: give a power of two of at least 2, or None")
-        if self.activation_bits is not None and (type(self.activation_bits) is not int or self.activation_bits != 8):
-            raise ConfigError(f"activation_bits={self.activation_bits!r}: give 8, or None")
-
-    def _check_floats(self) -> None:
-        _check_float("damping", self.damping, 0.0, 1.0, open_low=True, other="auto")
-        _check_float("deviation_strength", self.deviation_strength, 0.0, 1.0, other="auto")
-        _check_float("deviation_damping", self.deviation_damping, 0.0, 10.0, open_low=True, other="auto")
-        _check_float("greedy_steps", self.greedy_steps, 0.0, None, open_low=True)
-        _check_float("refine_ridge", self.refine_ridge, 0.0, None)
-        _check_float("outliers", self.outliers, 0.0, 1.0)
-        _check_float("distill_rate", self.distill_rate, 0.0, 1.0, open_low=True)
-
-    def _check_table(self) -> None:
-        if self.method == "lnq" and self.bits > _WIDEST_TABLE:
-            raise ConfigError(
-                f"bits={self.bits} with method='lnq': give 1 to {_WIDEST_TABLE}; a table has 2^bits levels"
-            )
-        if self.method == "lnq" and self.symmetric:
-            raise ConfigError("symmetric=True with method='lnq': give False; a table has no zero point")
 
     def _checked_overrides(self) -> dict[str, dict[str, Any]]:
         if not isinstance(self.overrides, Mapping):
             raise ConfigError(f"overrides={self.overrides!r}: give a mapping of pattern to changed fields")
         checked: dict[str, dict[str, Any]] = {}
         for pattern, changes in self.overrides.items():
-            _check_pattern(pattern)
+            check_pattern(pattern)
             if not isinstance(changes, Mapping):
                 raise ConfigError(f"overrides[{pattern!r}]={changes!r}: give a mapping of field to value")
             allowed = [f.name for f in dataclasses.fields(self) if f.name not in _MODEL_WIDE]
@@ -354,62 +311,6 @@ class QuantConfig:
         return cls.from_dict(values)
 
 
-def matches(pattern: str, name: str) -> bool:
-    """Whether ``pattern`` (a glob, or ``re:`` and a regular expression) names the module ``name``.
-
-    Example:
-        >>> matches("mlp.*", "model.layers.3.mlp.up_proj"), matches("re:.*[qk]_proj", "attn.v_proj")
-        (True, False)
-    """
-    parts = name.split(".")
-    tails = (".".join(parts[start:]) for start in range(len(parts)))
-    if pattern.startswith("re:"):
-        return any(re.fullmatch(pattern[3:], tail) for tail in tails)
-    return any(fnmatchcase(tail, pattern) for tail in tails)
-
-
 def explicit_patterns(config: QuantConfig) -> list[str]:
     """The patterns that the user gave: every override, and every skip but the default ones."""
     return [pattern for pattern in config.skip if pattern not in _DEFAULT_SKIP] + list(config.overrides)
-
-
-def _checked_skip(skip: object) -> tuple[str, ...]:
-    if isinstance(skip, str) or not isinstance(skip, (tuple, list)):
-        raise ConfigError(f"skip={skip!r}: give a tuple of patterns, for example ('lm_head',)")
-    for pattern in skip:
-        _check_pattern(pattern)
-    return tuple(skip)
-
-
-def _check_pattern(pattern: object) -> None:
-    if not isinstance(pattern, str) or not pattern:
-        raise ConfigError(f"pattern {pattern!r}: give a glob such as '*.down_proj', or 're:' and a regular expression")
-    if pattern.startswith("re:"):
-        try:
-            re.compile(pattern[3:])
-        except re.error as error:
-            raise ConfigError(f"pattern {pattern!r} is not a regular expression: {error}") from None
-
-
-def _check_integer(name: str, value: object, low: int, high: int | None, allowed: str | None = None) -> None:
-    if allowed is None:
-        allowed = f"an integer of at least {low}" if high is None else f"an integer from {low} to {high}"
-    wrong = not isinstance(value, int) or isinstance(value, bool) or value < low
-    if wrong or (high is not None and isinstance(value, int) and value > high):
-        raise ConfigError(f"{name}={value!r}: give {allowed}")
-
-
-def _check_float(
-    name: str, value: object, low: float, high: float | None, *, open_low: bool = False, other: str | None = None
-) -> None:
-    if other is not None and value == other:
-        return
-    inside = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if inside:
-        number = float(cast("float", value))
-        inside = (number > low if open_low else number >= low) and (high is None or number <= high)
-    if not inside:
-        bounds = f"{'above' if open_low else 'of at least'} {low:g}" + (
-            f" and at most {high:g}" if high is not None else ""
-        )
-        raise ConfigError(f"{name}={value!r}: give a number {bounds}" + (f", or {other!r}" if other else ""))

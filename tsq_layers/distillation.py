@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
 from tsq_layers import grid, running
-from tsq_layers.calibration import with_input
+from tsq_layers.batches import with_input
 from tsq_layers.errors import CalibrationError
 from tsq_layers.linear import QuantLinear
 from tsq_layers.sync import to_host

@@ -5,10 +5,10 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
 from tsq_layers.layers.pools import Pool
-from tsq_layers.preparation import Target
 from tsq_layers.records import LayerStatistics
 from tsq_layers.solving import Shortfall
 from tsq_layers.sync import to_host
+from tsq_layers.targets import Target
 
 
 class Experts:

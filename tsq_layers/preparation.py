@@ -1,135 +1,25 @@
 """What `prepare` leaves on a model: which layers are to be quantised, and their observers."""
 
 import functools
-import warnings
-from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from tsq_layers.config import QuantConfig, explicit_patterns, matches
-from tsq_layers.coverage import Ownership, is_matrix, ownership
-from tsq_layers.errors import ConfigError, LayerError, SkippedLayerWarning, StateError, UnmatchedPatternWarning
-from tsq_layers.guidance import groups_of
-from tsq_layers.layers import (
-    LayerKind,
-    composite_behind,
-    composite_of,
-    kind_of,
-    packed,
-    replace,
-    rows_of,
-    split_of,
-    unsupported,
-    why_not,
-)
-from tsq_layers.layers.offloading import is_offloaded, present
-from tsq_layers.layers.pools import Pool, expert_pool
-from tsq_layers.linear import QuantLinear
+from tsq_layers.config import QuantConfig
+from tsq_layers.coverage import Ownership, ownership
+from tsq_layers.eligibility import check_inputs, check_weights, not_supported, reasons_to_skip, warn_unmatched
+from tsq_layers.errors import ConfigError, LayerError, StateError
+from tsq_layers.guidance import Watched
+from tsq_layers.layers import composite_behind, composite_of, kind_of, packed, replace, split_of
+from tsq_layers.layers.pools import expert_pool
 from tsq_layers.observer import HessianObserver
-from tsq_layers.rebasing import rounded_rows
-from tsq_layers.report import LayerReport, memory_extent
-from tsq_layers.sync import to_host
+from tsq_layers.report import LayerReport
+from tsq_layers.targets import Solved, Target
 
 _ATTRIBUTE = "_tsq_preparation"
-
-
-@dataclass(frozen=True, eq=False)
-class Target:
-    """A layer that is to be quantised.
-
-    Attributes:
-        name: dotted name in the model, composites split.
-        module: the layer.
-        kind: how it shows itself.
-        config: what to do with it, overrides applied.
-        shape: (N, K) of its matrix.
-        tied: names of other layers whose weight is the very same parameter.
-        pool: its place among its fellow experts; ``None`` for other layers.
-    """
-
-    name: str
-    module: nn.Module
-    kind: LayerKind
-    config: QuantConfig
-    shape: tuple[int, int]
-    tied: tuple[str, ...] = ()
-    pool: Pool | None = None
-
-    @property
-    def weight(self) -> Tensor:
-        """The full-precision weight matrix (N, K); on the meta device if it is offloaded."""
-        return self.kind.weight(self.module)
-
-    @property
-    def blocks(self) -> int:
-        """Blocks of rows that have inputs of their own."""
-        return self.kind.blocks(self.module)
-
-    @property
-    def observed(self) -> bool:
-        """Whether statistics of the layer's inputs are needed."""
-        return self.config.needs_calibration and self.kind.inputs is not None
-
-    @property
-    def uses_deviation(self) -> bool:
-        """Whether R is used. Not for experts: the two streams route tokens differently."""
-        return self.observed and self.config.uses_deviation and self.pool is None
-
-    def rows(self, x: Tensor) -> Tensor:
-        """The inputs of a call as rows (…, K), or (T, B, K)."""
-        assert self.kind.inputs is not None
-        return self.kind.inputs(self.module, x)
-
-    @property
-    def guidance(self) -> int:
-        """Groups of output channels with Hessians of their own; 0 without guidance.
-
-        Only layers that are called once for each token, with an output (…, N), are guided.
-        """
-        plain = self.kind.inputs is rows_of and self.pool is None and not self.tied
-        return groups_of(self.shape[0], self.config.guidance) if plain and self.config.guidance else 0
-
-    @property
-    def additions(self) -> dict[str, Any]:
-        """What its packed matrix has beside codes, scales and zero points, by the names of ``QuantLinear``."""
-        config, (rows, columns) = self.config, self.shape
-        found: dict[str, Any] = {"offsets": config.has_offsets, "tables": config.tables}
-        if config.method == "quantease" and config.outlier_columns:
-            found["outlier_columns"] = min(config.outlier_columns, columns)
-        elif config.method == "quantease" and config.outliers:
-            found["outliers"] = max(1, round(config.outliers * rows * columns))
-        if self.kind.inputs is None:
-            return found
-        basis = {"rotation": config.rotation, "channel_scaling": config.channel_scaling}
-        return found | basis | {"activation_bits": config.activation_bits}
-
-    def rounded(self, rows: Tensor) -> Tensor:
-        """Rows of inputs as the layer will see them: what 8 bits leave of them, if ``activation_bits`` says so.
-
-        They are rounded in the rotated basis, where the quantised layer will round them, in at least float32.
-        Column scales are chosen only when the layer is solved. Until then they are taken to be 1: the error that
-        the statistics contain is that of inputs which are rotated but not scaled, usually the larger one.
-        """
-        if self.config.activation_bits is None or self.kind.inputs is None:
-            return rows
-        return rounded_rows(rows, self.config.rotation)
-
-    def observer(self, *, guided: bool = False) -> HessianObserver:
-        """An empty observer of the layer's inputs."""
-        return HessianObserver(self.shape[1], blocks=self.guidance or self.blocks if guided else self.blocks)
-
-
-@dataclass(frozen=True, eq=False)
-class Solved:
-    """A layer that was quantised, not yet swapped in: its packed matrix, without bias."""
-
-    matrix: QuantLinear
-    report: LayerReport
 
 
 @dataclass(eq=False)
@@ -206,7 +96,7 @@ def inspect(model: nn.Module, config: QuantConfig) -> Preparation:
         for name, module in modules.items()
         if (kind := kind_of(module)) is not None and kind.weight(module).numel()
     }
-    reasons, tied = _reasons_to_skip(modules, candidates, config)
+    reasons, tied = reasons_to_skip(modules, candidates, config)
     targets: dict[str, Target] = {}
     left_alone: list[LayerReport] = []
     for name, kind in candidates.items():
@@ -222,14 +112,14 @@ def inspect(model: nn.Module, config: QuantConfig) -> Preparation:
             targets[name] = Target(
                 name, module, kind, config.for_layer(name), (rows, columns), partners, expert_pool(name, modules)
             )
-    left_alone += _not_supported(modules)
-    _warn_unmatched(config, list(candidates))
+    left_alone += not_supported(modules)
+    warn_unmatched(config, list(candidates))
     if not targets:
         raise ConfigError(
             f"nothing to quantise: {type(model).__name__} has no layer of a known kind that skip={config.skip!r} leaves; change skip"
         )
-    _check_weights(targets)
-    _check_inputs(targets)
+    check_weights(targets)
+    check_inputs(targets)
     chosen = {target.module for target in targets.values()}
     used = {original: split for original, split in splits.items() if _is_used(split, chosen)}
     if model in used:
@@ -279,6 +169,12 @@ def finish(model: nn.Module, converted: Collection[nn.Module]) -> None:
     del vars(model)[_ATTRIBUTE]
 
 
+def guided_layers(preparation: Preparation) -> dict[str, Watched]:
+    """The layers whose tokens are weighted by gradients of the loss."""
+    targets = preparation.targets.items()
+    return {name: Watched(target.module, target.guidance) for name, target in targets if target.guidance}
+
+
 def _originals(splits: Mapping[nn.Module, nn.Module]) -> dict[nn.Module, nn.Module]:
     """Split module → its original, which takes over a change of device or dtype that it has missed."""
     for original, split in splits.items():
@@ -310,129 +206,3 @@ def _is_used(split: nn.Module, layers: Collection[nn.Module]) -> bool:
     """Whether a split module must stay in the place of its original, given the layers that are quantised."""
     composite = composite_behind(split)
     return (composite is not None and composite.always) or any(module in layers for module in split.modules())
-
-
-def _reasons_to_skip(
-    modules: Mapping[str, nn.Module], candidates: Mapping[str, LayerKind], config: QuantConfig
-) -> tuple[dict[str, str], dict[str, str]]:
-    """Why layers are left alone, and which layers share the weight of another one and go with it."""
-    reasons = {
-        name: reason for name, kind in candidates.items() if (reason := _own_reason(name, kind, modules, config))
-    }
-    holders: dict[object, list[str]] = defaultdict(list)
-    for name, module in modules.items():
-        for local, parameter in module.named_parameters(recurse=False):
-            if is_matrix(local, parameter):
-                holders[memory_extent(parameter)].append(name)
-    tied: dict[str, str] = {}
-    for names in holders.values():
-        if len(names) < 2 or not any(name in candidates for name in names):
-            continue
-        first, problem = _one_weight(names, modules, candidates, reasons)
-        if not problem:
-            tied |= {name: first for name in names if name != first}
-            continue
-        left = [name for name in names if name in candidates and name not in reasons]
-        reasons |= dict.fromkeys(left, problem)
-        if left:
-            warnings.warn(
-                f"{', '.join(left)} stays in full precision: {problem}; add it to skip to say that this is intended",
-                SkippedLayerWarning,
-                stacklevel=5,
-            )
-    return reasons, tied
-
-
-def _own_reason(name: str, kind: LayerKind, modules: Mapping[str, nn.Module], config: QuantConfig) -> str | None:
-    if config.skips(name):
-        return "skip in the configuration"
-    if kind.inputs is None and not config.embeddings:
-        return "embeddings=False in the configuration"
-    parts = name.split(".")
-    for end in range(len(parts)):
-        parent = modules.get(".".join(parts[:end]))
-        if parent is not None and "base_layer" in parent._modules and parts[end] != "base_layer":
-            return f"part of an adapter on {'.'.join([*parts[:end], 'base_layer'])}"
-    return None
-
-
-def _one_weight(
-    names: list[str],
-    modules: Mapping[str, nn.Module],
-    candidates: Mapping[str, LayerKind],
-    reasons: Mapping[str, str],
-) -> tuple[str, str]:
-    """The layer that stands for all that hold one parameter, or why there is none."""
-    others = [name for name in names if name not in candidates]
-    if others:
-        return "", f"its weight is tied to {others[0] or 'the model itself'}, a {type(modules[others[0]]).__name__}"
-    skipped = [name for name in names if name in reasons]
-    if skipped:
-        return "", f"its weight is tied to {skipped[0]}, which stays ({reasons[skipped[0]]})"
-    matrices = [candidates[name].weight(modules[name]) for name in names]
-    if any(matrix.shape != matrices[0].shape or matrix.stride() != matrices[0].stride() for matrix in matrices):
-        return "", f"its weight is tied to {names[0]}, which uses it in another way"
-    multiplied = [name for name in names if candidates[name].inputs is not None]
-    if len(multiplied) > 1 and any(getattr(modules[name], "bias", None) is not None for name in multiplied):
-        return "", f"the weight of {' and '.join(multiplied)} is tied, their biases are not"
-    return next((name for name in names if candidates[name].inputs is not None), names[0]), ""
-
-
-def _not_supported(modules: Mapping[str, nn.Module]) -> Iterator[LayerReport]:
-    for name, module in unsupported(iter(modules.items())):
-        for parameter_name, parameter in module.named_parameters(recurse=False):
-            if is_matrix(parameter_name, parameter):
-                yield LayerReport(
-                    name=f"{name}.{parameter_name}".lstrip("."),
-                    kind=type(module).__name__,
-                    rows=parameter.shape[0],
-                    columns=parameter[0].numel(),
-                    status="not supported",
-                    reason=why_not(module),
-                )
-
-
-def _warn_unmatched(config: QuantConfig, names: list[str]) -> None:
-    for pattern in explicit_patterns(config):
-        if not any(matches(pattern, name) for name in names):
-            shown = ", ".join(repr(name) for name in names[:3])
-            warnings.warn(
-                f"pattern {pattern!r} matches none of the {len(names)} layers ({shown}, …); correct or remove it",
-                UnmatchedPatternWarning,
-                stacklevel=4,
-            )
-
-
-def _check_inputs(targets: Mapping[str, Target]) -> None:
-    """Inputs can be rounded where the layer is given rows, not where it makes them, as a convolution does its patches."""
-    for name, target in targets.items():
-        inputs = target.kind.inputs
-        if target.config.activation_bits is not None and inputs is not None and inputs is not rows_of:
-            raise LayerError(
-                f"{name}: inputs of a {target.kind.name} cannot be rounded to {target.config.activation_bits} bits by token; "
-                f"give it overrides={{{name!r}: {{'activation_bits': None}}}}, or add it to skip"
-            )
-
-
-def _check_weights(targets: dict[str, Target]) -> None:
-    """No meta tensors, no NaN or inf; one device-to-host copy for each device."""
-    finite: dict[torch.device, list[tuple[Target, Tensor]]] = defaultdict(list)
-    for target in targets.values():
-        weight = target.weight
-        if not weight.is_floating_point():
-            raise LayerError(
-                f"{target.name}: its weight is {weight.dtype}; give a floating-point model, or add the layer to skip"
-            )
-        if weight.is_meta and not is_offloaded(target.module):
-            raise LayerError(
-                f"{target.name}: its weight is on the meta device and has no values; load the weights first"
-            )
-        with present(target.module):
-            weight = target.weight
-            finite[weight.device].append((target, torch.isfinite(weight).all()))
-    for group in finite.values():
-        for (target, _), all_finite in zip(group, to_host(*(flag for _, flag in group)), strict=True):
-            if not all_finite:
-                raise LayerError(
-                    f"{target.name}: its weight holds NaN or inf; repair the checkpoint, or add the layer to skip"
-                )

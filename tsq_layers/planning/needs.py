@@ -14,7 +14,7 @@ from tsq_layers.layers.kinds import as_it_is, rows_of
 from tsq_layers.linear import QuantLinear
 from tsq_layers.planning.ledger import Ledger, Work
 from tsq_layers.planning.trace import Input
-from tsq_layers.preparation import Target
+from tsq_layers.targets import Target
 
 
 @dataclass(frozen=True)

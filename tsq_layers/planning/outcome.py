@@ -5,11 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from tsq_layers import workflow
+from tsq_layers.conversion import convert
 from tsq_layers.planning.needs import packed_matrix
 from tsq_layers.planning.stages import Course
-from tsq_layers.preparation import Preparation, Solved, Target
+from tsq_layers.preparation import Preparation
 from tsq_layers.report import LayerReport, Report
+from tsq_layers.targets import Solved, Target
 
 
 def outcome(model: nn.Module, preparation: Preparation, course: Course, *, paired: bool) -> Report:
@@ -29,7 +30,7 @@ def outcome(model: nn.Module, preparation: Preparation, course: Course, *, paire
             if name in course.solved
         }
         preparation.paired = paired
-        converted = workflow.convert(model)
+        converted = convert(model)
     report = converted.tsq_report
     assert isinstance(report, Report)
     return report

@@ -13,7 +13,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tsq_layers import preparation as preparations
-from tsq_layers.calibration import Batch, Forward, callers_of, default_forward
+from tsq_layers.batches import Batch, Forward, default_forward
+from tsq_layers.calibration import callers_of
 from tsq_layers.config import QuantConfig
 from tsq_layers.errors import CalibrationError, ConfigError, StateError
 from tsq_layers.layers.offloading import entry_device, is_offloaded

@@ -15,7 +15,7 @@ from tsq_layers.planning.needs import Needs, packed_bytes
 from tsq_layers.planning.parts import Passes, Solve, StageInMaking
 from tsq_layers.planning.solver import solver_bytes
 from tsq_layers.planning.trace import Call, Trace
-from tsq_layers.preparation import Target
+from tsq_layers.targets import Target
 
 
 class Course:

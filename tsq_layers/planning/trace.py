@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from tsq_layers import lockstep
-from tsq_layers.calibration import Batch, Forward, attention_mask, evaluating, moved_to
+from tsq_layers.batches import Batch, Forward, attention_mask, evaluating, moved_to
 from tsq_layers.errors import CalibrationError
 from tsq_layers.layers.offloading import entry_device
 from tsq_layers.planning.ledger import Ledger, Work

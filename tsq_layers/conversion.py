@@ -1,0 +1,139 @@
+"""`convert`: quantised layers in the place of those that were solved, and a report of all."""
+
+import time
+import warnings
+from collections.abc import Mapping
+
+from torch import nn
+
+from tsq_layers.coverage import check_coverage, check_share, parameter_reports
+from tsq_layers.errors import CalibrationError, SkippedLayerWarning, StateError
+from tsq_layers.layers import kind_of, replace
+from tsq_layers.layers.offloading import pass_on_hook, present
+from tsq_layers.preparation import Preparation, fetch, finish, guided_layers
+from tsq_layers.report import LayerReport, Report, library_versions, model_bytes
+from tsq_layers.solving import solve, warn_few_tokens
+from tsq_layers.targets import Solved
+
+
+def convert(model: nn.Module, *, min_coverage: float = 0.0) -> nn.Module:
+    """Put a quantised layer in the place of every solved one, and a report on the model.
+
+    Without a :func:`~tsq_layers.workflow.calibrate` before it, layers are solved from what the observers have seen.
+
+    Args:
+        model: a prepared model.
+        min_coverage: share of the model's parameters, 0 to 1, that must be quantised.
+
+    Returns:
+        the same model (the twin, if the model itself is a single layer), with ``tsq_report``.
+
+    Raises:
+        StateError: the model is not prepared.
+        CalibrationError: no observer saw any data.
+        CoverageError: less than ``min_coverage`` would be quantised; the largest gaps are named, and the
+            model is still prepared.
+        LayerError, SingularHessianError: as the solver says; the model is left as it was.
+    """
+    preparation = fetch(model, "convert")
+    check_share(min_coverage)
+    before, versions = model_bytes(model), library_versions()
+    solved = preparation.solved
+    if solved is None:
+        started = time.perf_counter()
+        solved = _solve_observed(preparation)
+        preparation.seconds = time.perf_counter() - started
+        warn_few_tokens(solved)
+        warn_never_called(preparation, solved)
+    layers = _all_reports(preparation, solved)
+    parameters = parameter_reports(preparation.parameters, layers)
+    check_coverage(parameters, min_coverage)
+    twins = _twins(preparation, solved)
+    finish(model, twins.keys())
+    model = replace(model, twins)
+    model.tsq_report = Report(  # type: ignore[assignment]
+        layers=layers,
+        parameters=parameters,
+        distances=preparation.distances,
+        config=preparation.config,
+        size_before=before,
+        size_after=model_bytes(model),
+        paired=preparation.paired,
+        seconds=preparation.seconds,
+        versions=versions,
+    )
+    return model
+
+
+def _solve_observed(preparation: Preparation) -> dict[str, Solved]:
+    observers = preparation.observers
+    seen = {name for name, observer in observers.items() if observer.hessian is not None}
+    if observers and not seen:
+        raise CalibrationError(
+            "no layer saw any data; call calibrate(model, batches), or run the prepared model on data, before convert"
+        )
+    if guided := guided_layers(preparation):
+        raise StateError(
+            f"guidance needs calibrate(), which takes gradients of the loss; {next(iter(guided))} was only observed"
+        )
+    solved: dict[str, Solved] = {}
+    for name, target in preparation.targets.items():
+        if name not in observers:
+            solved |= solve([target], None)
+        elif name in seen:
+            solved |= solve([target], observers[name].statistics())
+    return solved
+
+
+def warn_never_called(preparation: Preparation, solved: dict[str, Solved]) -> None:
+    """Warn of layers that no call has reached."""
+    missing = [name for name in preparation.targets if name not in solved]
+    if missing:
+        shown = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
+        warnings.warn(
+            f"{len(missing)} layers were never called and stay in full precision: {shown}; calibrate with data that reaches them, or add them to skip",
+            SkippedLayerWarning,
+            stacklevel=3,
+        )
+
+
+def _all_reports(preparation: Preparation, solved: dict[str, Solved]) -> tuple[LayerReport, ...]:
+    reports = []
+    for name, target in preparation.targets.items():
+        if name in solved:
+            reports.append(solved[name].report)
+        else:
+            rows, columns = target.shape
+            reason = "no batch reached it, or its weight is read without a call"
+            reports.append(
+                LayerReport(
+                    name=name, kind=target.kind.name, rows=rows, columns=columns, status="never called", reason=reason
+                )
+            )
+    return tuple(reports + preparation.left_alone)
+
+
+def _twins(preparation: Preparation, solved: Mapping[str, Solved]) -> dict[nn.Module, nn.Module]:
+    """Float layer → quantised layer. Layers with the same weight have the same packed matrix."""
+    twins: dict[nn.Module, nn.Module] = {}
+    for name, layer in solved.items():
+        target = preparation.targets[name]
+        modules = [target.module, *(preparation.modules[other] for other in target.tied)]
+        layer.matrix.bias = next((bias for module in modules if (bias := _bias(module)) is not None), None)
+        for module in modules:
+            kind = kind_of(module)
+            assert kind is not None
+            twins[module] = kind.twin(module, layer.matrix)
+            pass_on_hook(module, twins[module])
+    return twins
+
+
+def _bias(module: nn.Module) -> nn.Parameter | None:
+    """The layer's own bias, so that it stays tied where it was; a copy if its hook takes it away again."""
+    bias = module._parameters.get("bias")
+    if bias is None or not bias.is_meta:
+        return bias
+    with present(module):
+        brought = module._parameters["bias"]
+        assert brought is not None
+        return nn.Parameter(brought.detach().clone(), requires_grad=brought.requires_grad)

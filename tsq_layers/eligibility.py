@@ -1,0 +1,154 @@
+"""Which layers of a model can be quantised, and why the others are left alone."""
+
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from tsq_layers.config import QuantConfig, explicit_patterns
+from tsq_layers.coverage import is_matrix
+from tsq_layers.errors import LayerError, SkippedLayerWarning, UnmatchedPatternWarning
+from tsq_layers.layers import LayerKind, rows_of, unsupported, why_not
+from tsq_layers.layers.offloading import is_offloaded, present
+from tsq_layers.patterns import matches
+from tsq_layers.report import LayerReport, memory_extent
+from tsq_layers.sync import to_host
+from tsq_layers.targets import Target
+
+
+def reasons_to_skip(
+    modules: Mapping[str, nn.Module], candidates: Mapping[str, LayerKind], config: QuantConfig
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Why layers are left alone, and which layers share the weight of another one and go with it."""
+    reasons = {
+        name: reason for name, kind in candidates.items() if (reason := _own_reason(name, kind, modules, config))
+    }
+    holders: dict[object, list[str]] = defaultdict(list)
+    for name, module in modules.items():
+        for local, parameter in module.named_parameters(recurse=False):
+            if is_matrix(local, parameter):
+                holders[memory_extent(parameter)].append(name)
+    tied: dict[str, str] = {}
+    for names in holders.values():
+        if len(names) < 2 or not any(name in candidates for name in names):
+            continue
+        first, problem = _one_weight(names, modules, candidates, reasons)
+        if not problem:
+            tied |= {name: first for name in names if name != first}
+            continue
+        left = [name for name in names if name in candidates and name not in reasons]
+        reasons |= dict.fromkeys(left, problem)
+        if left:
+            warnings.warn(
+                f"{', '.join(left)} stays in full precision: {problem}; add it to skip to say that this is intended",
+                SkippedLayerWarning,
+                stacklevel=5,
+            )
+    return reasons, tied
+
+
+def _own_reason(name: str, kind: LayerKind, modules: Mapping[str, nn.Module], config: QuantConfig) -> str | None:
+    if config.skips(name):
+        return "skip in the configuration"
+    if kind.inputs is None and not config.embeddings:
+        return "embeddings=False in the configuration"
+    parts = name.split(".")
+    for end in range(len(parts)):
+        parent = modules.get(".".join(parts[:end]))
+        if parent is not None and "base_layer" in parent._modules and parts[end] != "base_layer":
+            return f"part of an adapter on {'.'.join([*parts[:end], 'base_layer'])}"
+    return None
+
+
+def _one_weight(
+    names: list[str],
+    modules: Mapping[str, nn.Module],
+    candidates: Mapping[str, LayerKind],
+    reasons: Mapping[str, str],
+) -> tuple[str, str]:
+    """The layer that stands for all that hold one parameter, or why there is none."""
+    others = [name for name in names if name not in candidates]
+    if others:
+        return "", f"its weight is tied to {others[0] or 'the model itself'}, a {type(modules[others[0]]).__name__}"
+    skipped = [name for name in names if name in reasons]
+    if skipped:
+        return "", f"its weight is tied to {skipped[0]}, which stays ({reasons[skipped[0]]})"
+    matrices = [candidates[name].weight(modules[name]) for name in names]
+    if any(matrix.shape != matrices[0].shape or matrix.stride() != matrices[0].stride() for matrix in matrices):
+        return "", f"its weight is tied to {names[0]}, which uses it in another way"
+    multiplied = [name for name in names if candidates[name].inputs is not None]
+    if len(multiplied) > 1 and any(getattr(modules[name], "bias", None) is not None for name in multiplied):
+        return "", f"the weight of {' and '.join(multiplied)} is tied, their biases are not"
+    return next((name for name in names if candidates[name].inputs is not None), names[0]), ""
+
+
+def not_supported(modules: Mapping[str, nn.Module]) -> Iterator[LayerReport]:
+    """An entry for every matrix in a module of no known kind."""
+    for name, module in unsupported(iter(modules.items())):
+        for parameter_name, parameter in module.named_parameters(recurse=False):
+            if is_matrix(parameter_name, parameter):
+                yield LayerReport(
+                    name=f"{name}.{parameter_name}".lstrip("."),
+                    kind=type(module).__name__,
+                    rows=parameter.shape[0],
+                    columns=parameter[0].numel(),
+                    status="not supported",
+                    reason=why_not(module),
+                )
+
+
+def warn_unmatched(config: QuantConfig, names: list[str]) -> None:
+    """Warn of every pattern of the user that matches no layer."""
+    for pattern in explicit_patterns(config):
+        if not any(matches(pattern, name) for name in names):
+            shown = ", ".join(repr(name) for name in names[:3])
+            warnings.warn(
+                f"pattern {pattern!r} matches none of the {len(names)} layers ({shown}, …); correct or remove it",
+                UnmatchedPatternWarning,
+                stacklevel=4,
+            )
+
+
+def check_inputs(targets: Mapping[str, Target]) -> None:
+    """Inputs can be rounded where the layer is given rows, not where it makes them, as a convolution does its patches.
+
+    Raises:
+        LayerError: a layer that makes its rows is to have rounded inputs.
+    """
+    for name, target in targets.items():
+        inputs = target.kind.inputs
+        if target.config.activation_bits is not None and inputs is not None and inputs is not rows_of:
+            raise LayerError(
+                f"{name}: inputs of a {target.kind.name} cannot be rounded to {target.config.activation_bits} bits by token; "
+                f"give it overrides={{{name!r}: {{'activation_bits': None}}}}, or add it to skip"
+            )
+
+
+def check_weights(targets: dict[str, Target]) -> None:
+    """No meta tensors, no NaN or inf; one device-to-host copy for each device.
+
+    Raises:
+        LayerError: a weight that is not floating point, has no values, or holds NaN or inf.
+    """
+    finite: dict[torch.device, list[tuple[Target, Tensor]]] = defaultdict(list)
+    for target in targets.values():
+        weight = target.weight
+        if not weight.is_floating_point():
+            raise LayerError(
+                f"{target.name}: its weight is {weight.dtype}; give a floating-point model, or add the layer to skip"
+            )
+        if weight.is_meta and not is_offloaded(target.module):
+            raise LayerError(
+                f"{target.name}: its weight is on the meta device and has no values; load the weights first"
+            )
+        with present(target.module):
+            weight = target.weight
+            finite[weight.device].append((target, torch.isfinite(weight).all()))
+    for group in finite.values():
+        for (target, _), all_finite in zip(group, to_host(*(flag for _, flag in group)), strict=True):
+            if not all_finite:
+                raise LayerError(
+                    f"{target.name}: its weight holds NaN or inf; repair the checkpoint, or add the layer to skip"
+                )

@@ -1,0 +1,140 @@
+"""What calibration sees of the calls: which tokens are fitted, which choose and which only report, and their weights."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tsq_layers import lockstep
+from tsq_layers.batches import Batch, PaddingMask
+from tsq_layers.guidance import TokenWeights
+from tsq_layers.observer import Call, HessianObserver
+from tsq_layers.parking import Parking
+from tsq_layers.records import LayerStatistics
+from tsq_layers.targets import Target
+
+VALIDATION_SHARE = 0.2  # of the tokens of each call, where something is chosen on tokens that are not fitted
+
+
+@dataclass(frozen=True)
+class Role:
+    """What one pass is for: a batch on one of the two streams, fitted or held out."""
+
+    batch: Batch
+    index: int
+    stream: str  # "quantised" or "reference"
+    held_out: bool = False
+
+
+@dataclass(eq=False)
+class Observation:
+    """The observers of one calibration. Each is made at the first call of its layer, and let go of when it is taken.
+
+    Args:
+        roles: of the passes, by their numbers; the list grows while they start.
+        paired: whether the full-precision stream runs too.
+        padding_mask: which tokens of a layer input count.
+        parking: where the activations of passes that wait are.
+        guidance: how much each token of the fitted batches counts, for layers that are guided.
+
+    Attributes:
+        reached: layers that were called on the quantised stream with a batch that is fitted.
+    """
+
+    roles: Sequence[Role]
+    paired: bool
+    padding_mask: PaddingMask
+    parking: Parking | None = None
+    guidance: TokenWeights | None = None
+    reached: set[str] = field(default_factory=set)
+    _fitted: dict[str, HessianObserver] = field(default_factory=dict)
+    _held_out: dict[str, HessianObserver] = field(default_factory=dict)
+    _validated: dict[str, HessianObserver] = field(default_factory=dict)
+
+    def has(self, name: str) -> bool:
+        """Whether there are statistics of a layer to be taken."""
+        return name in self._fitted
+
+    def take_fitted(self, name: str) -> LayerStatistics | None:
+        """What a layer is fitted to; ``None`` if nothing was seen."""
+        return _taken(self._fitted, name)
+
+    def take_validated(self, name: str) -> LayerStatistics | None:
+        """The share of the tokens on which a layer's settings are chosen; ``None`` if nothing is to be chosen."""
+        return _taken(self._validated, name)
+
+    def take_held_out(self, name: str) -> LayerStatistics | None:
+        """What only the loss is reported of; ``None`` without such batches."""
+        return _taken(self._held_out, name)
+
+    def add(self, stage: Sequence[Target], arrivals: Sequence[lockstep.Arrival], *, known: bool) -> None:
+        """See the calls that wait at a stage.
+
+        Args:
+            stage: layers that are given the same tensor.
+            arrivals: calls of the first of them.
+            known: their statistics are not needed: it is only noted that they were reached.
+        """
+        references = {self.roles[a.pass_index].index: a for a in arrivals if self._stream(a) == "reference"}
+        for arrival in arrivals:
+            role = self.roles[arrival.pass_index]
+            if self._stream(arrival) == "reference" or not arrival.input.numel():
+                continue
+            if not role.held_out:
+                self.reached.add(stage[0].name)
+            if not known:
+                self._observe_call(stage, role, arrival, references.get(role.index))
+
+    def _observe_call(
+        self, stage: Sequence[Target], role: Role, arrival: lockstep.Arrival, other: lockstep.Arrival | None
+    ) -> None:
+        """Add a call on the quantised stream, beside the same batch's call on the other one."""
+        first = stage[0]
+        paired = self.paired and not role.held_out and any(target.uses_deviation for target in stage)
+        with self._present(arrival), self._present(other):
+            x = first.rows(arrival.input)
+            reference = None
+            if paired:
+                reference = x if other is None else first.rows(other.input)
+                if reference.shape != x.shape:
+                    reference = x  # the streams took different ways: no deviation here but that of rounding
+            mask = self.padding_mask(role.batch, first.name, x)
+            x = first.rounded(x)
+            if role.held_out:
+                observed = self._held_out.setdefault(first.name, first.observer())
+                observed.observe(x, reference, mask)
+                return
+            call = Call(x, reference, mask, self._weights(first, role, arrival))
+            observed = self._fitted.setdefault(first.name, first.observer(guided=True))
+            if all(target.config.is_settled for target in stage) or first.pool is not None:
+                call.add_to(observed)
+                return
+            fitted, validated = call.split(VALIDATION_SHARE, dims=1 if first.blocks == 1 else 2)
+            fitted.add_to(observed)
+            validated.add_to(self._validated.setdefault(first.name, first.observer(guided=True)))
+
+    def _weights(self, target: Target, role: Role, arrival: lockstep.Arrival) -> Tensor | None:
+        """How much the tokens of a call count, (T, k); all alike where the gradient pass did not see it."""
+        if not target.guidance or self.guidance is None:
+            return None
+        found = self.guidance.of(target.name, role.index, arrival.ordinal)
+        if found is not None:
+            return found
+        tokens = arrival.input.shape[:-1].numel()
+        return torch.ones(tokens, target.guidance, device=arrival.input.device)
+
+    def _stream(self, arrival: lockstep.Arrival) -> str:
+        return self.roles[arrival.pass_index].stream
+
+    def _present(self, arrival: lockstep.Arrival | None) -> AbstractContextManager[None]:
+        if self.parking is None or arrival is None:
+            return nullcontext()
+        return self.parking.present(arrival.pass_index)
+
+
+def _taken(observers: dict[str, HessianObserver], name: str) -> LayerStatistics | None:
+    """What an observer has seen; the observer, which is as large, is let go of."""
+    observer = observers.pop(name, None)
+    return None if observer is None else observer.statistics()
