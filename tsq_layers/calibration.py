@@ -12,12 +12,10 @@ from torch.utils.weak import TensorWeakRef
 from tqdm.auto import tqdm
 
 from tsq_layers import lockstep
-from tsq_layers.batches import (  # noqa: F401  (the benchmarks take them from here)
+from tsq_layers.batches import (
     Batch,
     Forward,
     PaddingMask,
-    attention_mask,
-    default_forward,
     evaluating,
     moved_to,
     peeked,

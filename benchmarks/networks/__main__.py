@@ -22,7 +22,7 @@ from torch import nn
 
 import tsq_layers as tsq
 from tsq_layers import config as configuration
-from tsq_layers.calibration import attention_mask, default_forward
+from tsq_layers.batches import attention_mask, default_forward
 from tsq_layers.demo import assets, results
 from tsq_layers.errors import FewTokensWarning, SkippedLayerWarning
 
