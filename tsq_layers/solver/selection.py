@@ -23,7 +23,7 @@ from tsq_layers.solver.blocks import product
 from tsq_layers.sync import to_host
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-DAMPINGS = (0.003, 0.01, 0.03, 0.1, 0.3)
+DAMPINGS = (0.01, 0.05, 0.25)
 DEVIATION_DAMPINGS = (0.01, 0.03, 0.1, 0.3, 1.0)
 _USUAL = {"deviation_strength": 0.5, "damping": 0.01, "deviation_damping": 0.1}  # where there are no other tokens
 
