@@ -23,7 +23,7 @@ def lines(runs: Sequence[Run]) -> Iterator[str]:
 def table(rows: Sequence[Run]) -> list[str]:
     """Lines of one table."""
     texts = list(rows[0].perplexity)
-    titles = ["", *texts, "layer loss", "held out", "bits/weight", "seconds"]
+    titles = ["", *texts, "layer loss", "held out", "bits/weight", "CPU s"]
     return markdown(titles, [_cells(run, texts) for run in rows])
 
 
@@ -35,7 +35,7 @@ def _cells(run: Run, texts: Sequence[str]) -> list[str]:
     perplexities = [_number(run.perplexity[text]) for text in texts]
     losses = [BLANK if value is None else f"{value:.5f}" for value in (run.loss, run.held_out_loss)]
     bits = BLANK if run.bits_per_weight is None else f"{run.bits_per_weight:.3f}"
-    return [run.name, *perplexities, *losses, bits, f"{run.seconds:.0f}" if run.seconds else BLANK]
+    return [run.name, *perplexities, *losses, bits, f"{run.cpu_seconds:.0f}" if run.cpu_seconds else BLANK]
 
 
 def _number(value: float) -> str:
