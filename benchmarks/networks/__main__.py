@@ -60,19 +60,19 @@ def _rows(network: Any, options: argparse.Namespace) -> Iterator[Row]:
     cache = assets.cache_directory()
     reference = network.load(cache)
     batches = network.calibration(cache, options.seed)
-    configs = [
-        tsq.QuantConfig(method=method, bits=bits, group_size=GROUP_SIZE, skip=network.SKIP)
+    cases = [
+        (method, tsq.QuantConfig(method=method, bits=bits, group_size=GROUP_SIZE, skip=network.SKIP))
         for bits in options.bits
         for method in options.methods
     ]
     source = "".join(path.read_text(encoding="utf-8") for path in sorted(Path(network.__file__).parent.glob("*.py")))
     same = [source, results.library_digest(), torch.get_num_threads()]
-    for config in [None, *configs]:
+    for method, config in [("float", None), *cases]:
         what = [config.to_dict(), options.seed] if config else ["float"]
         key = results.fingerprint(same, what)
         row = _kept(options.out / "runs.jsonl").get(key)
         if row is None:
-            row = _measured(network, cache, reference, batches, config)
+            row = _measured(network, cache, reference, batches, config) | {"method": method}
             _keep(options.out / "runs.jsonl", key, row)
         values = ", ".join(f"{metric} {value:.4g}" for metric, value in row["metrics"].items())
         print(f"{row['network']}, {row['method']}, {row['bits']} bits: {values}; {row['seconds']:.1f} s", flush=True)
@@ -100,13 +100,13 @@ def _kept(path: Path) -> dict[str, Row]:
 def _measured(
     network: Any, cache: Path, reference: nn.Module, batches: Sequence[Any], config: tsq.QuantConfig | None
 ) -> Row:
-    row: Row = {"network": network.NAME, "method": "float", "bits": 32, "seconds": 0.0}
+    row: Row = {"network": network.NAME, "bits": 32, "seconds": 0.0}
     model = reference
     if config is not None:
         model = copy.deepcopy(reference)
         started = time.perf_counter()
         model = _quantised(network, model, batches, config)
-        row |= {"method": config.method, "bits": config.bits, "seconds": time.perf_counter() - started}
+        row |= {"bits": config.bits, "seconds": time.perf_counter() - started}
         report = tsq.report(model)
         stored = [layer for layer in report.layers if layer.bits_per_weight is not None]
         parameters = sum(parameter.numel() for parameter in reference.parameters())
