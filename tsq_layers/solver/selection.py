@@ -96,7 +96,9 @@ def _best_deviation(
     ]
     errors = []
     for damping in dampings:
-        whole = objective.build(weight, fitted, dataclasses.replace(start, deviation_damping=damping), name)
+        # With the same damping for GPTQ, whose factor is not used here, H is factorised once and not twice.
+        alike = dataclasses.replace(start, damping=min(float(damping), 1.0), deviation_damping=damping)
+        whole = objective.build(weight, fitted, alike, name)
         shift = whole.refine_target - weight
         quadratic = error(shift, torch.zeros_like(weight), other)
         linear = error(shift, weight, other) - quadratic
