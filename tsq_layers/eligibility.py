@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from tsq_layers.config import QuantConfig, explicit_patterns
 from tsq_layers.coverage import is_matrix
@@ -54,6 +55,9 @@ def _own_reason(name: str, kind: LayerKind, modules: Mapping[str, nn.Module], co
         return "skip in the configuration"
     if kind.inputs is None and not config.embeddings:
         return "embeddings=False in the configuration"
+    weight = kind.weight(modules[name])
+    if is_traceable_wrapper_subclass(weight):
+        return f"its weight is of type {type(weight).__name__}, no plain tensor: another library has quantised or sharded it"
     parts = name.split(".")
     for end in range(len(parts)):
         parent = modules.get(".".join(parts[:end]))

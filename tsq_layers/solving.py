@@ -116,7 +116,7 @@ def warn_few_tokens(solved: Mapping[str, Solved]) -> None:
     if few:
         name, tokens, columns = max(few, key=lambda entry: entry[2] / entry[1])
         warnings.warn(
-            f"{len(few)} layers saw fewer than {TOKENS_PER_COLUMN} tokens for each of their input columns; the worst is {name}: "
+            f"{len(few)} layers saw fewer than {TOKENS_PER_COLUMN} tokens for each of their input columns; the worst is {name or '(model)'}: "
             f"{tokens} tokens, {columns} columns, {TOKENS_PER_COLUMN * columns} tokens wanted; calibrate with more data",
             FewTokensWarning,
             stacklevel=3,

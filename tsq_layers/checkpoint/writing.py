@@ -11,6 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from tsq_layers.checkpoint.description import (
     DESCRIPTION_FILE,
@@ -132,6 +133,11 @@ def _shared_once(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         if tensor.is_meta:
             raise StateError(
                 f"tensor {entry.key!r} is on the meta device and has no values to save: load a checkpoint, or build the model on a real device"
+            )
+        if is_traceable_wrapper_subclass(tensor):
+            raise CheckpointError(
+                f"tensor {entry.key!r} is of type {type(tensor).__name__}, which safetensors cannot hold: save the model before the "
+                "pass that makes it, and run that again after loading"
             )
         key = first.setdefault((memory_extent(tensor), tensor.dtype, tensor.shape, tensor.stride()), entry.key)
         if key == entry.key:
