@@ -15,7 +15,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     ao = pytest.importorskip("torchao.quantization")
 
-from tsq_layers.integrations.torchao import TSQConfig  # noqa: E402
+from tsq_layers.integrations.torchao import TSQConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:TypedStorage is deprecated", "ignore:Config Deprecation")
 
@@ -89,7 +89,7 @@ def test_names_choose_between_our_configurations_and_theirs(model, batches):
 @torch.no_grad()
 @pytest.mark.parametrize("order", ["ours first", "theirs first"])
 def test_int8_of_torchao_on_the_layers_that_we_skip(model, batches, order):
-    def last(module, name):  # noqa: ARG001
+    def last(module, name):
         return name == "4"
 
     wanted = model(batches[0])

@@ -3,9 +3,8 @@
 Importing this module registers :class:`TSQConfig`.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from torch import nn
 
