@@ -24,6 +24,7 @@ PUBLIC = [
     "TwoStageGroupQuantizer",
     "calibrate",
     "convert",
+    "export",
     "fold_scaling",
     "load",
     "perplexity",

@@ -3,6 +3,7 @@
 from tsq_layers.checkpoint import load, save
 from tsq_layers.config import QuantConfig
 from tsq_layers.conversion import convert
+from tsq_layers.export import export
 from tsq_layers.folding import fold_scaling
 from tsq_layers.layers import Composite, LayerKind, register, unregister
 from tsq_layers.linear import QuantLinear
@@ -29,6 +30,7 @@ __all__ = [
     "TwoStageGroupQuantizer",
     "calibrate",
     "convert",
+    "export",
     "fold_scaling",
     "load",
     "perplexity",
