@@ -65,7 +65,7 @@ def with_transformers(path: Path, options: argparse.Namespace) -> Callable[[torc
 
 
 def with_llama_cpp(path: Path, options: argparse.Namespace) -> Callable[[torch.Tensor], torch.Tensor]:
-    import cyllama.llama.llama_cpp as llama_cpp
+    from cyllama.llama import llama_cpp
 
     class Model(llama_cpp.LlamaModel):  # cyllama asks the model for this, which has it in its vocabulary
         @property

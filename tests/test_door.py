@@ -26,6 +26,7 @@ PUBLIC = [
     "convert",
     "export",
     "fold_scaling",
+    "import_checkpoint",
     "load",
     "perplexity",
     "plan",

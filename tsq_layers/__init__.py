@@ -5,6 +5,7 @@ from tsq_layers.config import QuantConfig
 from tsq_layers.conversion import convert
 from tsq_layers.export import export
 from tsq_layers.folding import fold_scaling
+from tsq_layers.importing import import_checkpoint
 from tsq_layers.layers import Composite, LayerKind, register, unregister
 from tsq_layers.linear import QuantLinear
 from tsq_layers.observer import HessianObserver
@@ -32,6 +33,7 @@ __all__ = [
     "convert",
     "export",
     "fold_scaling",
+    "import_checkpoint",
     "load",
     "perplexity",
     "plan",
