@@ -32,6 +32,7 @@ PUBLIC = [
     "plan",
     "prepare",
     "quantize",
+    "refine",
     "register",
     "report",
     "save",

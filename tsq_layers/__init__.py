@@ -12,6 +12,7 @@ from tsq_layers.observer import HessianObserver
 from tsq_layers.perplexity import perplexity
 from tsq_layers.planning import Plan, plan
 from tsq_layers.records import LayerStatistics, QuantizedWeight
+from tsq_layers.refinement import refine
 from tsq_layers.report import LayerReport, Report, report
 from tsq_layers.solver import SolverResult, TwoStageGroupQuantizer
 from tsq_layers.workflow import calibrate, prepare, quantize, unprepare
@@ -39,6 +40,7 @@ __all__ = [
     "plan",
     "prepare",
     "quantize",
+    "refine",
     "register",
     "report",
     "save",

@@ -76,7 +76,7 @@ def import_checkpoint(
         True
     """
     path = Path(directory)
-    method, packed, files = _read_description(path)
+    packed, files = _read_description(path)
     model = empty_model(path) if model is None else model
     places = [_place(model, layer) for layer in packed]
     floats = _float_tensors(model, places, files)
@@ -91,11 +91,11 @@ def import_checkpoint(
     for module, twin in twins.items():
         twin.train(module.training)
     model = replace(model, twins)
-    model.tsq_report = _report(method, places, twins, before, model)  # type: ignore[assignment]
+    model.tsq_report = _report(places, twins, before, model)  # type: ignore[assignment]
     return model.eval()
 
 
-def _read_description(path: Path) -> tuple[str, list[PackedLayer], TensorFiles]:
+def _read_description(path: Path) -> tuple[list[PackedLayer], TensorFiles]:
     if not (path / "config.json").exists():
         raise CheckpointError(f"{path} holds no config.json: give the directory of a quantised transformers model")
     config = json_object(path / "config.json").get("quantization_config")
@@ -112,7 +112,7 @@ def _read_description(path: Path) -> tuple[str, list[PackedLayer], TensorFiles]:
     layers = FORMATS[method](files, config)
     if not layers:
         raise CheckpointError(f"the files in {path} hold no packed layers, against what config.json says")
-    return method, layers, files
+    return layers, files
 
 
 def _place(model: nn.Module, layer: PackedLayer) -> _Place:
@@ -200,14 +200,14 @@ def _float_bytes(model: nn.Module, dtype: torch.dtype) -> int:
 
 
 def _report(
-    method: str, places: Sequence[_Place], twins: Mapping[nn.Module, nn.Module], before: int, model: nn.Module
+    places: Sequence[_Place], twins: Mapping[nn.Module, nn.Module], before: int, model: nn.Module
 ) -> Report:
     """What is in the model. How well it was solved, the files do not say."""
     matrices = {place.layer.name: getattr(twins[place.module], "matrix", twins[place.module]) for place in places}
     layers = tuple(
         LayerReport(
             name=place.layer.name, kind=place.kind.name, rows=place.shape[0], columns=place.shape[1],
-            status="quantized", method=f"{method} file", bits=matrix.bits, group_size=matrix.group_size,
+            status="quantized", bits=matrix.bits, group_size=matrix.group_size,
             symmetric=matrix.symmetric, bits_per_weight=matrix.bits_per_weight,
         )
         for place in places if isinstance(matrix := matrices[place.layer.name], QuantLinear)
