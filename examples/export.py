@@ -7,6 +7,7 @@ files are written and only ours is measured. Without --asymmetric grids are symm
 """
 
 import argparse
+import importlib
 import importlib.util
 import tempfile
 from collections.abc import Callable, Sequence
@@ -17,7 +18,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, models
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    CompressedTensorsConfig,
+    GPTQConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 import tsq_layers as tsq
 from tsq_layers.integrations.transformers import load_causal_lm, load_tokenizer, read_tokens, windows
@@ -37,21 +45,20 @@ def small() -> tuple[Any, Any, torch.Tensor]:
         vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
     )  # fmt: skip
-    plain = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="a", eos_token="b", pad_token="b")
+    special = {"unk_token": "a", "eos_token": "b", "pad_token": "b"}  # GPTQModel asks for a tokenizer
+    plain = Tokenizer(models.WordLevel({"a": 0, "b": 1}))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, **special)
     return LlamaForCausalLM(config).eval(), tokenizer, torch.randint(512, (4096,))
 
 
-def with_gptqmodel(path: Path, options: argparse.Namespace) -> Callable[[torch.Tensor], torch.Tensor]:
-    from gptqmodel import BACKEND, GPTQModel
-
-    model = GPTQModel.load(str(path), device="cpu", backend=BACKEND.GPTQ_TORCH, dtype=torch.float16).model
+def with_gptqmodel(path: Path, _: argparse.Namespace) -> Callable[[torch.Tensor], torch.Tensor]:
+    gptqmodel = importlib.import_module("gptqmodel")
+    arguments = {"device": "cpu", "backend": gptqmodel.BACKEND.GPTQ_TORCH, "dtype": torch.float16}
+    model = gptqmodel.GPTQModel.load(str(path), **arguments).model
     return lambda ids: model(input_ids=ids).logits
 
 
 def with_transformers(path: Path, options: argparse.Namespace) -> Callable[[torch.Tensor], torch.Tensor]:
-    from transformers import AutoModelForCausalLM, CompressedTensorsConfig, GPTQConfig
-
     arguments: dict[str, Any] = {"dtype": torch.float32}
     if options.format.startswith("gptq"):
         arguments = {
@@ -65,7 +72,7 @@ def with_transformers(path: Path, options: argparse.Namespace) -> Callable[[torc
 
 
 def with_llama_cpp(path: Path, options: argparse.Namespace) -> Callable[[torch.Tensor], torch.Tensor]:
-    from cyllama.llama import llama_cpp
+    llama_cpp = importlib.import_module("cyllama.llama.llama_cpp")
 
     class Model(llama_cpp.LlamaModel):  # cyllama asks the model for this, which has it in its vocabulary
         @property

@@ -30,6 +30,9 @@ _FOREIGN = 0.02  # relative difference of a tensor that both models hold: more t
 _PREPARED = {"guidance": 0, "distill_epochs": 0, "channel_scaling": False, "skip": (), "overrides": {}}
 
 
+DEFAULT = QuantConfig(deviation_strength="auto", deviation_damping="auto")
+
+
 def refine(
     model: nn.Module,
     reference: nn.Module,
@@ -107,7 +110,7 @@ def refine(
 
 def _checked(config: QuantConfig | None) -> QuantConfig:
     if config is None:
-        return QuantConfig(deviation_strength="auto", deviation_damping="auto")
+        return DEFAULT
     if config.method != "two-stage" or config.refine == "none":
         raise ConfigError(
             f"method={config.method!r}, refine={config.refine!r}: only two-stage refines scales; give method='two-stage' with refine='exact'"

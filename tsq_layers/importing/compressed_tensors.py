@@ -111,6 +111,6 @@ def _zeros(files: TensorFiles, name: str, bits: int, scales: Tensor) -> Tensor:
 def _unpacked(name: str, words: Tensor, bits: int, columns: int) -> Tensor:
     if words.shape[1] == word_count(columns, bits):
         return unpack(words, bits, columns)
-    if words.shape[1] == padded_word_count(columns, bits):
-        return unpack_padded(words, bits, columns)
-    refuse(name, f"{words.shape[1]} words are not {columns} codes of {bits} bits")
+    if words.shape[1] != padded_word_count(columns, bits):
+        refuse(name, f"{words.shape[1]} words are not {columns} codes of {bits} bits")
+    return unpack_padded(words, bits, columns)

@@ -199,9 +199,7 @@ def _float_bytes(model: nn.Module, dtype: torch.dtype) -> int:
     return sum(tensor.numel() * dtype.itemsize for tensor in tensors.values())
 
 
-def _report(
-    places: Sequence[_Place], twins: Mapping[nn.Module, nn.Module], before: int, model: nn.Module
-) -> Report:
+def _report(places: Sequence[_Place], twins: Mapping[nn.Module, nn.Module], before: int, model: nn.Module) -> Report:
     """What is in the model. How well it was solved, the files do not say."""
     matrices = {place.layer.name: getattr(twins[place.module], "matrix", twins[place.module]) for place in places}
     layers = tuple(
