@@ -27,7 +27,7 @@ from tsq_layers.targets import Solved, Target
 
 _CHANGED = ("words", "scale_bits", "zero_words", "offset_bits")
 _FOREIGN = 0.02  # relative difference of a tensor that both models hold: more than rounding to bfloat16
-_PREPARED = {"guidance": 0, "distill_epochs": 0, "channel_scaling": False, "skip": (), "overrides": {}}
+_PREPARED: dict[str, Any] = {"guidance": 0, "distill_epochs": 0, "channel_scaling": False, "skip": (), "overrides": {}}
 
 
 DEFAULT = QuantConfig(deviation_strength="auto", deviation_damping="auto")
@@ -190,8 +190,9 @@ def _error(weight: Tensor, matrix: QuantLinear) -> Tensor:
 
 def _relative(found: Tensor, expected: Tensor) -> Tensor:
     expected = expected.detach().to(torch.float32)
-    difference = (found.detach().to(expected) - expected).norm()
-    return difference / expected.norm().clamp(min=torch.finfo(torch.float32).tiny)
+    difference: Tensor = (found.detach().to(expected) - expected).norm()
+    share: Tensor = difference / expected.norm().clamp(min=torch.finfo(torch.float32).tiny)
+    return share
 
 
 def _take(matrix: QuantLinear, refined: QuantLinear) -> None:
