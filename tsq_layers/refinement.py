@@ -27,7 +27,14 @@ from tsq_layers.targets import Solved, Target
 
 _CHANGED = ("words", "scale_bits", "zero_words", "offset_bits")
 _FOREIGN = 0.02  # relative difference of a tensor that both models hold: more than rounding to bfloat16
-_PREPARED: dict[str, Any] = {"guidance": 0, "distill_epochs": 0, "channel_scaling": False, "skip": (), "overrides": {}}
+_PREPARED: dict[str, Any] = {
+    "guidance": 0,
+    "distill_epochs": 0,
+    "channel_scaling": False,
+    "embeddings": True,
+    "skip": (),
+    "overrides": {},
+}
 
 
 DEFAULT = QuantConfig(deviation_strength="auto", deviation_damping="auto")
@@ -86,9 +93,10 @@ def refine(
     config = _checked(config)
     layers = _refinable(model)
     started = time.perf_counter()
-    preparation = preparations.inspect(reference, dataclasses.replace(config, **_PREPARED), only=layers)
+    names = {name for name, _, _ in packed(model)}  # with those of tables, which may be tied to layers
+    preparation = preparations.inspect(reference, dataclasses.replace(config, **_PREPARED), only=names)
     _check_same(model, reference, preparation, layers)
-    preparation.targets.update({name: _started(preparation.targets[name], config, layers[name]) for name in layers})
+    preparation.targets = {name: _started(preparation.targets[name], config, layers[name]) for name in layers}
     fitted = checked_batches(batches, "batches")
     others = [] if held_out is None else checked_batches(held_out, "held_out")
     parking = None if offload is None else Parking(offload, reference)
