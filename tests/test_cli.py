@@ -24,6 +24,7 @@ from transformers import (
 
 import tsq_layers as tsq
 from tsq_layers import cli
+from tsq_layers.cli import evaluation, program
 from tsq_layers.errors import CheckpointError, ConfigError, MissingExtraError
 from tsq_layers.integrations.transformers import load_causal_lm, load_tokenizer, read_tokens, save_causal_lm, windows
 from tsq_layers.perplexity import perplexity
@@ -490,7 +491,7 @@ def test_interruption_exits_with_130(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "perplexity", interrupt)
+    monkeypatch.setattr(evaluation, "perplexity", interrupt)
     assert cli.main(["eval", str(float_directory), "--text", str(text)]) == 130
     assert capsys.readouterr().err == "tsq: interrupted\n"
 
@@ -506,7 +507,7 @@ def test_reader_that_stops_reading_is_no_error(quantised_directory: Path) -> Non
 def test_warnings_are_one_line_each(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.StringIO()
     monkeypatch.setattr("sys.stderr", stream)
-    cli._show_warning(UserWarning("few tokens"), UserWarning, "file.py", 1)
+    program.show_warning(UserWarning("few tokens"), UserWarning, "file.py", 1)
     assert stream.getvalue() == "tsq: warning: few tokens\n"
 
 

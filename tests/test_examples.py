@@ -45,7 +45,7 @@ def quantised_kinds(text: str) -> set[str]:
 
 
 def test_all_families_are_tested() -> None:
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {"any_module", *FAMILIES}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {"any_module", "export", "import_gptq", *FAMILIES}
 
 
 def test_any_module_is_best_by_two_stage(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,6 +53,28 @@ def test_any_module_is_best_by_two_stage(capsys: pytest.CaptureFixture[str], mon
     found = re.findall(r"2 bits, (\S+)\s*: cross-entropy (\d+\.\d+)", capsys.readouterr().out)
     entropy = {method: float(value) for method, value in found}
     assert entropy["two-stage"] < min(entropy["gptq"], entropy["rtn"])
+
+
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")
+@pytest.mark.parametrize("form", ["gptq", "gptq-v1", "compressed-tensors", "gguf"])
+def test_export_is_loaded_by_its_client_or_says_what_is_missing(
+    form: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("export", "--format", form, "--windows", 1, "--length", 64, monkeypatch=monkeypatch)
+    text = capsys.readouterr().out
+    ours = float(shown(text, r"ours: perplexity (\S+)"))
+    if "not compared" not in text:
+        assert float(shown(text, r", symmetric, in .*: perplexity (\S+)")) == pytest.approx(ours, rel=1e-3)
+
+
+def test_imported_checkpoint_is_better_after_refinement(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("import_gptq", monkeypatch=monkeypatch)
+    text = capsys.readouterr().out
+    errors = [float(shown(text, rf"{name}: relative error of the logits (\S+)")) for name in ("theirs", "refined")]
+    assert errors[1] < 0.95 * errors[0]
+    assert shown(text, r"written as gptq, loaded: same logits: (\w+)") == "True"
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -3,13 +3,16 @@
 from tsq_layers.checkpoint import load, save
 from tsq_layers.config import QuantConfig
 from tsq_layers.conversion import convert
+from tsq_layers.export import export
 from tsq_layers.folding import fold_scaling
+from tsq_layers.importing import import_checkpoint
 from tsq_layers.layers import Composite, LayerKind, register, unregister
 from tsq_layers.linear import QuantLinear
 from tsq_layers.observer import HessianObserver
 from tsq_layers.perplexity import perplexity
 from tsq_layers.planning import Plan, plan
 from tsq_layers.records import LayerStatistics, QuantizedWeight
+from tsq_layers.refinement import refine
 from tsq_layers.report import LayerReport, Report, report
 from tsq_layers.solver import SolverResult, TwoStageGroupQuantizer
 from tsq_layers.workflow import calibrate, prepare, quantize, unprepare
@@ -29,12 +32,15 @@ __all__ = [
     "TwoStageGroupQuantizer",
     "calibrate",
     "convert",
+    "export",
     "fold_scaling",
+    "import_checkpoint",
     "load",
     "perplexity",
     "plan",
     "prepare",
     "quantize",
+    "refine",
     "register",
     "report",
     "save",

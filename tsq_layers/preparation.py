@@ -73,8 +73,10 @@ def _observe_call(
     observer(module, (target.rounded(target.rows((args or tuple(kwargs.values()))[0])),))
 
 
-def inspect(model: nn.Module, config: QuantConfig) -> Preparation:
+def inspect(model: nn.Module, config: QuantConfig, only: Collection[str] | None = None) -> Preparation:
     """Sort the layers of a model into targets and those left alone. Nothing is attached.
+
+    With ``only`` no other layers than those of these names are looked at.
 
     Raises:
         StateError, ConfigError, LayerError: as ``prepare`` says.
@@ -94,7 +96,7 @@ def inspect(model: nn.Module, config: QuantConfig) -> Preparation:
     candidates = {
         name: kind
         for name, module in modules.items()
-        if (kind := kind_of(module)) is not None and kind.weight(module).numel()
+        if (only is None or name in only) and (kind := kind_of(module)) is not None and kind.weight(module).numel()
     }
     reasons, tied = reasons_to_skip(modules, candidates, config)
     targets: dict[str, Target] = {}

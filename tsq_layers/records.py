@@ -252,6 +252,12 @@ class QuantizedWeight:
             return grid.with_offsets(self.codes, self.scales, self.offsets, self.group_size, dtype)
         return grid.dequantize(self.codes, self.scales, self.zeros, self.group_size, dtype)
 
+    def to(self, device: torch.device | str) -> "QuantizedWeight":
+        """Codes and grids on a device; neither sparse part nor basis."""
+        offsets, tables = (None if values is None else values.to(device) for values in (self.offsets, self.tables))
+        moved = {name: getattr(self, name).to(device) for name in ("codes", "scales", "zeros")}
+        return replace(self, **moved, offsets=offsets, tables=tables)
+
     @property
     def bits_per_weight(self) -> float:
         """Stored bits per entry of the matrix: codes and grids, sparse part and basis."""
@@ -278,6 +284,32 @@ class QuantizedWeight:
             replace(self, codes=codes, scales=scales, zeros=zeros, offsets=offsets, tables=tables, outliers=outliers)
             for (codes, scales, zeros), (offsets, tables, outliers) in zip(always, grids, strict=True)
         ]
+
+
+def stacked(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    """The rows of several weights of one width, group size and kind as one; the inverse of :meth:`QuantizedWeight.split`.
+
+    Sparse parts and bases are not stacked: there must be none.
+
+    Raises:
+        LayerError: they are not of one kind.
+
+    Example:
+        >>> codes, scales = torch.zeros(2, 8, dtype=torch.uint8), torch.ones(2, 1)
+        >>> part = QuantizedWeight(codes, scales, scales.to(torch.uint8), 4, 8, symmetric=False)
+        >>> stacked([part, part]).codes.shape
+        torch.Size([4, 8])
+    """
+    first = weights[0]
+    forms = {(weight.bits, weight.group_size, weight.symmetric, weight.scales.dtype) for weight in weights}
+    plain = all(weight.tables is None and weight.outliers is None and weight.basis is None for weight in weights)
+    offsets = [weight.offsets for weight in weights if weight.offsets is not None]
+    if len(forms) > 1 or not plain or len(offsets) not in (0, len(weights)):
+        raise LayerError("only weights of codes and scales of one width, group size, kind and dtype are stacked")
+    if len(weights) == 1:
+        return first
+    codes, scales, zeros = (torch.cat([getattr(w, name) for w in weights]) for name in ("codes", "scales", "zeros"))
+    return replace(first, codes=codes, scales=scales, zeros=zeros, offsets=torch.cat(offsets) if offsets else None)
 
 
 def check_kind(bits: int, *, symmetric: bool, offsets: bool, tables: bool) -> None:

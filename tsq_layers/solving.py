@@ -15,7 +15,7 @@ from tsq_layers.errors import FewTokensWarning
 from tsq_layers.layers.offloading import present
 from tsq_layers.linear import QuantLinear
 from tsq_layers.rebasing import rebase
-from tsq_layers.records import LayerStatistics
+from tsq_layers.records import LayerStatistics, stacked
 from tsq_layers.report import LayerReport
 from tsq_layers.solver import SolverResult, TwoStageGroupQuantizer, selection
 from tsq_layers.sync import to_host
@@ -63,7 +63,8 @@ def solve(
         for target in targets:
             stack.enter_context(present(target.module))
         while remaining:
-            alike = [target for target in remaining if target.config == remaining[0].config]
+            first = remaining[0]
+            alike = [t for t in remaining if t.config == first.config and (t.given is None) == (first.given is None)]
             remaining = [target for target in remaining if target not in alike]
             solved |= _solve_alike(alike, statistics, held_out, shortfall, validation)
     return {target.name: solved[target.name] for target in targets}
@@ -91,7 +92,9 @@ def _solve_alike(
     if needed is not None:
         config = selection.settle(config, weight, needed, validation, name)
         needed = needed if validation is None else needed + validation
-    result = TwoStageGroupQuantizer(weight, needed, config, name=name).run(held_out)
+    given = [target.given for target in targets if target.given is not None]
+    start = stacked(given).to(weight.device) if given else None
+    result = TwoStageGroupQuantizer(weight, needed, config, name=name).run(held_out, start)
     if changed is not None:
         result = dataclasses.replace(result, weight=dataclasses.replace(result.weight, basis=changed.basis))
     tokens = int(sum(to_host(*seen))) if seen and targets[0].kind.inputs is not None else None

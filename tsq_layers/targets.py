@@ -12,6 +12,7 @@ from tsq_layers.layers.pools import Pool
 from tsq_layers.linear import QuantLinear
 from tsq_layers.observer import HessianObserver
 from tsq_layers.rebasing import rounded_rows
+from tsq_layers.records import QuantizedWeight
 from tsq_layers.report import LayerReport
 
 
@@ -27,6 +28,7 @@ class Target:
         shape: (N, K) of its matrix.
         tied: names of other layers whose weight is the very same parameter.
         pool: its place among its fellow experts; ``None`` for other layers.
+        given: codes and grids to start from, in the place of new ones.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Target:
     shape: tuple[int, int]
     tied: tuple[str, ...] = ()
     pool: Pool | None = None
+    given: QuantizedWeight | None = None
 
     @property
     def weight(self) -> Tensor:

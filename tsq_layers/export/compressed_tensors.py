@@ -29,7 +29,7 @@ from tsq_layers.kernels import zero_points
 from tsq_layers.linear import QuantLinear
 from tsq_layers.packing import unpack
 
-_LIMITS = Limits(format_name="compressed-tensors", bits=(1, 2, 3, 4, 5, 6, 7, 8))
+LIMITS = Limits(format_name="compressed-tensors", bits=(1, 2, 3, 4, 5, 6, 7, 8))
 _Scheme = tuple[int, int | None, bool]  # bits, group size, symmetric
 
 
@@ -44,7 +44,7 @@ def check_contents(contents: Contents) -> None:
     Raises:
         ExportError: a layer's width or grids.
     """
-    check(contents.held, _LIMITS)
+    check(contents.held, LIMITS)
 
 
 def tensors(contents: Contents) -> list[Stored]:

@@ -33,7 +33,7 @@ from tsq_layers.packing import unpack
 from tsq_layers.specification import dtype_name
 
 FILE = "model.gguf"
-_LIMITS = Limits(
+LIMITS = Limits(
     format_name="gguf", bits=tuple(TYPES), asymmetric=False, columns=32, ragged=True, scale_dtype=torch.float16
 )
 _FLOATS = {torch.float32: F32, torch.float16: F16, torch.bfloat16: BF16}
@@ -72,7 +72,7 @@ def check_contents(contents: Contents) -> None:
     window = getattr(config, "sliding_window", None)
     if window is not None and window < config.max_position_embeddings:
         raise ExportError(f"sliding_window={window}: llama.cpp runs this architecture without a window; set it to None")
-    check(contents.held, _LIMITS)
+    check(contents.held, LIMITS)
     _rope(config)
     for name in (*contents.held, *(stored.key.rpartition(".")[0] for stored in contents.floats)):
         _gguf_name(name)

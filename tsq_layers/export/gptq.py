@@ -32,7 +32,7 @@ from tsq_layers.linear import QuantLinear
 from tsq_layers.packing import unpack
 from tsq_layers.report import library_versions
 
-_LIMITS = Limits(
+LIMITS = Limits(
     format_name="gptq",
     bits=(2, 3, 4, 8),
     columns=32,
@@ -54,7 +54,7 @@ def check_contents(contents: Contents, version: int) -> None:
     Raises:
         ExportError: a layer's width or grids; layers that differ; zero points of 0 in version 1.
     """
-    check(contents.held, _LIMITS)
+    check(contents.held, LIMITS)
     first_name, first = _first_grouped(contents)
     for name, layer in contents.held.items():
         if layer.bits != first.bits or not _is_grouped_by(layer, _group_size(first)):

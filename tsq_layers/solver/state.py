@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tsq_layers import grid
 from tsq_layers.config import QuantConfig
-from tsq_layers.errors import StateError
+from tsq_layers.errors import LayerError, StateError
 from tsq_layers.records import Outliers, QuantizedWeight
 from tsq_layers.solver import codebook, offsets
 from tsq_layers.solver.blocks import product
@@ -70,6 +70,25 @@ class State:
     residual: tuple[Tensor, Tensor] | None = None
     objective: dict[str, Tensor] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+
+    def adopt(self, layer: Layer, weight: QuantizedWeight) -> None:
+        """Take codes and grids as they are.
+
+        Raises:
+            LayerError: they are not what the layer's configuration says.
+        """
+        config = layer.config
+        wanted = (*layer.weight.shape, config.bits, layer.group_size, config.symmetric, config.has_offsets)
+        form = (weight.bits, weight.group_size, weight.symmetric, weight.offsets is not None)
+        found = (*weight.codes.shape, *form)
+        if found != wanted or weight.scales.dtype != config.torch_scale_dtype or weight.tables is not None:
+            raise LayerError(
+                f"{layer.name}: codes to start from are of rows, columns, bits, group size, symmetry, offsets {found} in "
+                f"{weight.scales.dtype}, the layer is of {wanted} in {config.scale_dtype}; give a configuration of the codes"
+            )
+        self.codes, self.scales = weight.codes, weight.scales.to(torch.float32)
+        self.offsets = None if weight.offsets is None else weight.offsets.to(torch.float32)
+        self.zeros = weight.zeros.to(torch.float32)
 
     def grids(self, layer: Layer) -> tuple[Tensor, Tensor]:
         """Scales and zero points."""

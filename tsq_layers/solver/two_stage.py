@@ -81,6 +81,21 @@ class TwoStageGroupQuantizer:
         self._state = State(seconds={"factorise": self._state.seconds["factorise"]})
         self._do("initialize", steps.initialize)
 
+    def start_from(self, weight: QuantizedWeight) -> None:
+        """Steps 1 and 2 as somebody else has done them: the steps that follow go on from these codes and grids.
+
+        Args:
+            weight: (N, K), of the width, group size, symmetry and kind of grid (and the ``scale_dtype``) of the
+                configuration.
+
+        Raises:
+            LayerError: it is of another shape or kind.
+        """
+        self._state = State(seconds={"factorise": self._state.seconds["factorise"]})
+        started = clock(self._layer.weight)
+        self._state.adopt(self._layer, weight)
+        self._state.seconds["assign"] = clock(self._layer.weight) - started
+
     def assign_codes(self) -> None:
         """Step 2: codes on the present grids, by GPTQ (the nearest, for ``"rtn"`` and where a descent starts there)."""
         self._do("assign", steps.assign)
@@ -112,8 +127,11 @@ class TwoStageGroupQuantizer:
         self._state.seconds[name] = clock(self._layer.weight) - started
 
     @full_precision()
-    def run(self, held_out: LayerStatistics | None = None) -> SolverResult:
-        """All steps, with the loss after each; ``held_out`` adds losses on tokens not fitted."""
+    def run(self, held_out: LayerStatistics | None = None, start: QuantizedWeight | None = None) -> SolverResult:
+        """All steps, with the loss after each; ``held_out`` adds losses on tokens not fitted.
+
+        With ``start`` its codes and grids take the place of steps 1 and 2.
+        """
         losses: dict[str, Tensor] = {}
         held_out_losses: dict[str, Tensor] = {}
         for step, action in (
@@ -124,7 +142,10 @@ class TwoStageGroupQuantizer:
             ("refine", self.refine_scales),
             ("joint", self.refine_jointly),
         ):
-            action()
+            if start is None or step not in ("initialize", "assign"):
+                action()
+            elif step == "assign":
+                self.start_from(start)
             if self.problem is None or step not in self._state.seconds:
                 continue
             losses[step] = self.row_losses()

@@ -1,0 +1,101 @@
+"""`tsq inspect`."""
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import tsq_layers as tsq
+from tsq_layers.checkpoint.description import DESCRIPTION_FILE, Description
+from tsq_layers.cli import models, options
+from tsq_layers.cli.output import read, write
+from tsq_layers.errors import ConfigError
+from tsq_layers.report import LayerReport, Report, format_bytes
+
+_STEPS = ("initialize", "assign", "refine")
+_OBJECTIVES = ("assign", "descent", "exact")
+
+
+def add(command: argparse.ArgumentParser) -> None:
+    """Its arguments."""
+    command.add_argument(
+        "model", metavar="DIR", help="directory that tsq quantize wrote, or a GPTQ or compressed-tensors one"
+    )
+    options.add_json(command, "the whole report")
+    command.add_argument("--html", metavar="FILE.html", help="write the report as a page for a browser")
+    command.add_argument("--plot", metavar="FILE.png", help="draw loss, bits and seconds of every layer; or .svg, .pdf")
+    command.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Read the report, and show it."""
+    report = _report(Path(arguments.model))
+    files = _report_files(report, arguments)
+    if arguments.json:
+        write(report.to_json())
+        return
+    for line in str(report).split("\n\n")[0].splitlines():
+        write(line)
+    write()
+    for line in files or _layer_table(report.layers):
+        write(line)
+
+
+def _report(directory: Path) -> Report:
+    path = directory / DESCRIPTION_FILE
+    if models.is_foreign(directory):
+        return tsq.report(models.load(directory))
+    if not path.exists():
+        raise ConfigError(
+            f"{directory} holds no {DESCRIPTION_FILE}: give a directory that tsq quantize or tsq.save wrote"
+        )
+    report = Description.from_json(read(path)).report
+    if report is None:
+        raise ConfigError(f"{path} holds no report: the model was not made by tsq.quantize or tsq.convert")
+    return report
+
+
+def _report_files(report: Report, arguments: argparse.Namespace) -> list[str]:
+    """Write the page and the picture that were asked for; a line about each."""
+    title = Path(arguments.model).resolve().name
+    writers = {
+        "page": (arguments.html, lambda file: report.to_html(file, title=title)),
+        "picture": (arguments.plot, report.plot),
+    }
+    lines = []
+    for what, (file, writer) in writers.items():
+        if file is not None:
+            try:
+                writer(file)
+            except OSError as error:
+                raise ConfigError(f"cannot write {file}: {error.strerror or error}") from error
+            lines.append(f"{what}: {file}")
+    return lines
+
+
+def _layer_table(layers: Sequence[LayerReport]) -> list[str]:
+    """One aligned line a layer: bits, size, loss after each step, and the objective of stage 2 by either solver."""
+    losses, objectives = [f"{step} loss" for step in _STEPS], [f"{step} objective" for step in _OBJECTIVES]
+    rows = [["layer", "shape", "method", "bits", "group", "bits/weight", "size", *losses, *objectives, "status"]]
+    for layer in layers:
+        size = None if layer.bits_per_weight is None else format_bytes(round(layer.weights * layer.bits_per_weight / 8))
+        plain = [layer.name or "(model)", f"{layer.rows}×{layer.columns}", layer.method, layer.bits, layer.group_size]
+        numbers = [layer.bits_per_weight, size, *map(layer.losses.get, _STEPS), *map(layer.objective.get, _OBJECTIVES)]
+        status = f"{layer.status}: {layer.reason}" if layer.reason else layer.status
+        rows.append([*map(_cell, plain), *map(_cell, numbers), status])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    aligned = [
+        [
+            row[0].ljust(widths[0]),
+            *(text.rjust(width) for text, width in zip(row[1:-1], widths[1:-1], strict=True)),
+            row[-1],
+        ]
+        for row in rows
+    ]
+    return ["  ".join(row) for row in aligned]
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}" if math.isfinite(value) else "–"
+    return "–" if value is None else str(value)

@@ -1,0 +1,93 @@
+"""Models in directories of every kind: float ones, this library's own, and those of other tools."""
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import tsq_layers as tsq
+from tsq_layers.checkpoint.description import DESCRIPTION_FILE
+from tsq_layers.cli.options import OWN_FORMAT
+from tsq_layers.cli.output import summary, write, write_json, write_summary
+from tsq_layers.errors import ConfigError
+from tsq_layers.integrations import transformers as bridge
+
+
+def is_foreign(directory: str | Path) -> bool:
+    """Whether a directory holds a checkpoint that another tool has quantised."""
+    path = Path(directory)
+    if (path / DESCRIPTION_FILE).exists():
+        return False
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False  # whoever reads it says what is the matter
+    return isinstance(config, dict) and "quantization_config" in config
+
+
+def load(directory: str | Path, dtype: str = "float32") -> nn.Module:
+    """The model of a directory of any kind."""
+    if is_foreign(directory):
+        with bridge.quiet(bridge._transformers()):
+            return tsq.import_checkpoint(directory, dtype=getattr(torch, dtype))
+    return bridge.load_causal_lm(directory, dtype)
+
+
+def load_quantised(directory: str | Path, dtype: str = "float32") -> nn.Module:
+    """The same, if it is quantised.
+
+    Raises:
+        ConfigError: it is a float model.
+    """
+    path = Path(directory)
+    is_float = (path / "config.json").exists() and not (path / DESCRIPTION_FILE).exists() and not is_foreign(path)
+    if is_float:
+        raise ConfigError(f"{path} holds a float model: quantise it first, with tsq quantize {path} --out …")
+    return load(directory, dtype)
+
+
+def tokenizer_of(directory: str | Path) -> Any:
+    """The tokenizer of a directory, or ``None`` if there is none."""
+    try:
+        return bridge.load_tokenizer(directory)
+    except ConfigError:
+        return None
+
+
+def check_out(arguments: argparse.Namespace, sources: Mapping[str, str]) -> None:
+    """Refuse an ``--out`` that would be refused only after hours of work.
+
+    Args:
+        sources: what is read → its directory.
+
+    Raises:
+        ConfigError: it is the directory of a source; or it holds something already, and no format replaces it.
+    """
+    out = Path(arguments.out)
+    for what, source in sources.items():
+        if out.resolve() == Path(source).resolve():
+            raise ConfigError(f"--out {arguments.out} is the directory of {what}: give another one")
+    if arguments.format != OWN_FORMAT and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"--out {arguments.out} exists and is no empty directory: give another one, or remove it")
+
+
+def save(model: nn.Module, tokenizer: Any, arguments: argparse.Namespace) -> None:
+    """Write a model in ``--format`` to ``--out``, and what it is to stdout."""
+    out = Path(arguments.out)
+    if arguments.format == OWN_FORMAT:
+        bridge.save_causal_lm(model, tokenizer, out)
+        told = f"saved in {arguments.out}; tsq inspect {arguments.out} shows every layer"
+    else:
+        options = {"dequantize_others": getattr(arguments, "dequantize_others", False)}
+        options["max_shard_size"] = getattr(arguments, "max_shard_size", "5GB")
+        out = tsq.export(model, out, format=arguments.format, tokenizer=tokenizer, engine=arguments.engine, **options)
+        told = f"saved as {arguments.format} in {out}"
+    if arguments.json:
+        write_json(summary(model, out, arguments.format))
+        return
+    write_summary(model)
+    write(told)

@@ -1,0 +1,138 @@
+"""Options that several commands have, and what they mean."""
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from tsq_layers.cli.output import read
+from tsq_layers.config import Method, QuantConfig
+from tsq_layers.errors import ConfigError
+from tsq_layers.export.engines import SERVICES
+from tsq_layers.export.exporting import FORMATS
+from tsq_layers.integrations import transformers as bridge
+
+OWN_FORMAT = "tsq"
+_CONFIG_OPTIONS = ("bits", "group_size", "method", "symmetric", "embeddings")
+
+
+def add_configuration(command: argparse.ArgumentParser) -> None:
+    """How to quantise."""
+    default = QuantConfig()
+    unset: Any = argparse.SUPPRESS
+    command.add_argument("--bits", type=int, default=unset, help=f"width of a code, 1 to 8 (default: {default.bits})")
+    command.add_argument(
+        "--group-size",
+        type=_group_size,
+        default=unset,
+        help=f"columns that share a scale, or none for whole rows (default: {default.group_size})",
+    )
+    command.add_argument("--method", choices=get_args(Method), default=unset, help=f"(default: {default.method})")
+    command.add_argument(
+        "--symmetric",
+        action=argparse.BooleanOptionalAction,
+        default=unset,
+        help="codes centred on zero, without zero points (default: no)",
+    )
+    command.add_argument(
+        "--embeddings",
+        action=argparse.BooleanOptionalAction,
+        default=unset,
+        help="quantise the tables of embeddings too (default: no)",
+    )
+    command.add_argument("--config", metavar="FILE.json", help="a QuantConfig as JSON; the options above change it")
+
+
+def _group_size(text: str) -> int | None:
+    if text != "none" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}: give a positive integer, or none for one group per row")
+    return None if text == "none" else int(text)
+
+
+def configuration(arguments: argparse.Namespace) -> QuantConfig:
+    """The configuration of ``--config``, or the default one, with what the other options change."""
+    base = QuantConfig()
+    if arguments.config is not None:
+        base = QuantConfig.from_json(read(arguments.config))
+    given = {name: getattr(arguments, name) for name in _CONFIG_OPTIONS if hasattr(arguments, name)}
+    return dataclasses.replace(base, **given)
+
+
+def add_amounts(command: argparse.ArgumentParser) -> None:
+    """How much text is calibrated on."""
+    command.add_argument(
+        "--tokens",
+        type=int,
+        default=32768,
+        help="calibration tokens, in sequences spread evenly over the text (default: %(default)s)",
+    )
+    command.add_argument(
+        "--sequence-length", type=int, default=1024, help="tokens in a sequence (default: %(default)s)"
+    )
+    command.add_argument("--batch-size", type=int, default=4, help="sequences in a batch (default: %(default)s)")
+
+
+def sequences(arguments: argparse.Namespace) -> int:
+    """How many sequences ``--tokens`` are."""
+    count: int = arguments.tokens // max(1, arguments.sequence_length)
+    if count < 1:
+        raise ConfigError(
+            f"--tokens {arguments.tokens} is less than one sequence of --sequence-length {arguments.sequence_length}"
+        )
+    return count
+
+
+def calibration(arguments: argparse.Namespace, tokenizer: Any) -> list[dict[str, Tensor]]:
+    """The batches of ``--text``."""
+    tokens = bridge.read_tokens(Path(arguments.text), tokenizer)
+    return bridge.windows(tokens, arguments.sequence_length, sequences(arguments), arguments.batch_size)
+
+
+def add_placement(command: argparse.ArgumentParser) -> None:
+    """Where a model runs, and in which dtype."""
+    add_dtype(command)
+    command.add_argument(
+        "--device", default="cpu", help="where the model runs, for example cuda (default: %(default)s)"
+    )
+
+
+def add_dtype(command: argparse.ArgumentParser) -> None:
+    """In which dtype a float model is."""
+    command.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        default="float32",
+        help="of a float model (default: %(default)s)",
+    )
+
+
+def add_format(command: argparse.ArgumentParser, *, own: bool) -> None:
+    """As what a model is written."""
+    formats = (OWN_FORMAT, *FORMATS) if own else tuple(FORMATS)
+    default = "; default: tsq, this library's own, which holds every method" if own else ""
+    command.add_argument(
+        "--format",
+        choices=formats,
+        default=OWN_FORMAT if own else None,
+        required=not own,
+        help=f"of the files that are written{default}",
+    )
+    command.add_argument(
+        "--engine", choices=tuple(SERVICES), help="warn if it is known not to serve what is written in that format"
+    )
+
+
+def add_json(command: argparse.ArgumentParser, what: str) -> None:
+    """For programs that read the output."""
+    command.add_argument("--json", action="store_true", help=f"{what} as JSON")
+
+
+def placed(model: nn.Module, device: str) -> nn.Module:
+    """A model on ``--device``."""
+    try:
+        return model.to(torch.device(device))
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"--device {device}: {str(error).splitlines()[0]}") from error

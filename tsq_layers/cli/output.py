@@ -1,0 +1,64 @@
+"""What commands print: lines for readers, and JSON for programs."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+import tsq_layers as tsq
+from tsq_layers.errors import ConfigError
+
+
+def write(line: str = "") -> None:
+    """One line of result on stdout, at once."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+def write_summary(model: nn.Module) -> None:
+    """The first lines of a model's report."""
+    for line in str(tsq.report(model)).split("\n\n")[0].splitlines():
+        write(line)
+
+
+def write_json(values: Any) -> None:
+    """A JSON object."""
+    write(json.dumps(values, ensure_ascii=False, allow_nan=False))
+
+
+def summary(model: nn.Module, out: Path, form: str) -> dict[str, Any]:
+    """What programs are told about a model that was written."""
+    report = tsq.report(model)
+    losses = {
+        step: sum(values) / len(values)
+        for step in ("initialize", "assign", "refine")
+        if (values := [layer.losses[step] for layer in report.quantized if step in layer.losses])
+    }
+    return {
+        "out": str(out),
+        "format": form,
+        "layers": len(report.layers),
+        "quantized": len(report.quantized),
+        "coverage": report.coverage,
+        "bits_per_weight": report.bits_per_weight,
+        "size_before": report.size_before,
+        "size_after": report.size_after,
+        "seconds": report.seconds,
+        "mean_losses": losses,
+    }
+
+
+def read(path: str | Path) -> str:
+    """The text of a file.
+
+    Raises:
+        ConfigError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error

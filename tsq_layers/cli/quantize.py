@@ -1,0 +1,63 @@
+"""`tsq quantize`."""
+
+import argparse
+
+import tsq_layers as tsq
+from tsq_layers.cli import models, options
+from tsq_layers.errors import ConfigError
+from tsq_layers.export.configurations import check_configuration
+from tsq_layers.integrations import transformers as bridge
+
+
+def add(command: argparse.ArgumentParser) -> None:
+    """Its arguments."""
+    command.add_argument("model", metavar="MODEL_DIR", help="directory of the float model and its tokenizer")
+    command.add_argument("--out", metavar="DIR", required=True, help="where to save the quantised model")
+    options.add_configuration(command)
+    options.add_format(command, own=True)
+    command.add_argument("--text", metavar="FILE", help="calibration text, UTF-8")
+    options.add_amounts(command)
+    command.add_argument(
+        "--min-coverage",
+        metavar="SHARE",
+        type=float,
+        default=0.0,
+        help="share of the parameters, 0 to 1, that must be quantised, or it is an error (default: 0)",
+    )
+    command.add_argument(
+        "--checkpoint-dir", metavar="DIR", help="keep every solved layer here; the same command goes on from there"
+    )
+    command.add_argument("--offload", metavar="DEVICE", help="where activations wait, for example cpu (default: there)")
+    options.add_placement(command)
+    options.add_json(command, "what was written")
+    command.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Load, quantise, write."""
+    config = options.configuration(arguments)
+    if arguments.format != options.OWN_FORMAT:
+        check_configuration(config, arguments.format)
+    models.check_out(arguments, {"the float model": arguments.model})
+    if models.is_foreign(arguments.model):
+        raise ConfigError(
+            f"{arguments.model} holds a model that is quantised already: give the float model, or tsq refine improves this one"
+        )
+    tokenizer = bridge.load_tokenizer(arguments.model)
+    batches = None
+    if arguments.text is not None:
+        batches = options.calibration(arguments, tokenizer)
+    elif config.needs_calibration:
+        raise ConfigError(
+            f"method {config.method!r} needs calibration text: give --text FILE, or --method rtn, which needs none"
+        )
+    model = options.placed(bridge.load_causal_lm(arguments.model, arguments.dtype), arguments.device)
+    model = tsq.quantize(
+        model,
+        config,
+        batches,
+        offload=arguments.offload,
+        checkpoint_dir=arguments.checkpoint_dir,
+        min_coverage=arguments.min_coverage,
+    )
+    models.save(model, tokenizer, arguments)

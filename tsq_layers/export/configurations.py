@@ -1,0 +1,66 @@
+"""Whether a format holds what a configuration makes, before hours of calibration."""
+
+import dataclasses
+
+from tsq_layers.config import QuantConfig
+from tsq_layers.export import compressed_tensors, gguf, gptq
+from tsq_layers.export.limits import Limits
+from tsq_layers.export.problems import ExportError
+
+LIMITS: dict[str, Limits] = {
+    "gptq": gptq.LIMITS,
+    "gptq-v1": gptq.LIMITS,
+    "compressed-tensors": compressed_tensors.LIMITS,
+    "gguf": gguf.LIMITS,
+}
+
+
+def check_configuration(config: QuantConfig, format_name: str) -> None:
+    """Refuse a configuration whose layers a format cannot hold, whatever their shapes.
+
+    Shapes are looked at by :func:`~tsq_layers.export.export`.
+
+    Raises:
+        ExportError: the field, what the format holds, and what to change.
+
+    Example:
+        >>> check_configuration(QuantConfig(bits=4, group_size=64, symmetric=True), "gguf")
+        >>> check_configuration(QuantConfig(method="best"), "gptq")
+        Traceback (most recent call last):
+        ...
+        tsq_layers.export.problems.ExportError: zero_points='float': gptq files hold plain codes and scales; set it to 'integer'
+    """
+    layers = [config, *(dataclasses.replace(config, overrides={}, **changes) for changes in config.overrides.values())]
+    for layer in layers:
+        _check_additions(layer, format_name)
+        _check_grids(layer, LIMITS[format_name])
+
+
+def _check_additions(config: QuantConfig, form: str) -> None:
+    wanted = {
+        "zero_points": ("integer", config.has_offsets),
+        "method": ("two-stage", config.tables is not None),
+        "rotation": (None, config.rotation is not None),
+        "outliers": (0, config.outliers > 0),
+        "outlier_columns": (0, config.outlier_columns > 0),
+        "activation_bits": (None, config.activation_bits is not None),
+        "channel_scaling": (False, config.channel_scaling),  # a directory has no place for what folds them
+    }
+    for field, (value, there) in wanted.items():
+        if there:
+            raise ExportError(
+                f"{field}={getattr(config, field)!r}: {form} files hold plain codes and scales; set it to {value!r}"
+            )
+
+
+def _check_grids(config: QuantConfig, limits: Limits) -> None:
+    group = config.group_size
+    sizes = limits.groups is None or group is None or group in limits.groups
+    fits = {
+        "bits": config.bits in limits.bits,
+        "symmetric": limits.asymmetric or config.symmetric,
+        "group_size": sizes and (group is None or group % limits.columns == 0),
+    }
+    for field, holds in fits.items():
+        if not holds:
+            raise ExportError(f"{field}={getattr(config, field)!r}: {limits.format_name} holds {limits}; change it")
