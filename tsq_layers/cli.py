@@ -21,7 +21,7 @@ from tsq_layers.checkpoint.description import DESCRIPTION_FILE, Description
 from tsq_layers.config import Method, QuantConfig
 from tsq_layers.demo.run import run_demo
 from tsq_layers.errors import CalibrationError, CheckpointError, ConfigError, TSQError
-from tsq_layers.integrations import transformers as bridge
+from tsq_layers.integrations import causal_lm as bridge
 from tsq_layers.perplexity import perplexity
 from tsq_layers.planning import plan
 from tsq_layers.report import LayerReport, Report, format_bytes
