@@ -77,7 +77,10 @@ class TsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
         stored, metadata = read_headers(files)
         self._skeleton = skeleton(model, outline, stored if files else None, model._get_dtype_plan(dtype))
         self._report = _report(metadata, files)
-        ignored = {rf"^{NON_PERSISTENT}", *(rf"(^|\.){key.replace('.', chr(92) + '.')}$" for key in outline.placeholders)}
+        ignored = {
+            rf"^{NON_PERSISTENT}",
+            *(rf"(^|\.){key.replace('.', chr(92) + '.')}$" for key in outline.placeholders),
+        }
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *ignored}
         tied = model.all_tied_weights_keys.items()
         model.all_tied_weights_keys = {

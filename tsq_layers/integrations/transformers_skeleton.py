@@ -56,7 +56,9 @@ def skeleton(
     names = {name: own for name in outline.layers if (own := _own_name(model, name)) is not None}
     if not names:
         first = next(iter(outline.layers), "")
-        raise CheckpointError(f"layer {first!r} of the checkpoint, like all others, is not in this {type(model).__name__}")
+        raise CheckpointError(
+            f"layer {first!r} of the checkpoint, like all others, is not in this {type(model).__name__}"
+        )
     composites = [own for name in outline.composites if (own := _own_name(model, name)) is not None]
     splits = splits_of(model, composites)
     replace(model, splits)
