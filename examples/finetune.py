@@ -51,7 +51,9 @@ def main() -> None:
     torch.manual_seed(0)
     model = add_lora(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    print(f"{sum(parameter.numel() for parameter in trained):,} parameters are trained; {packed:,} bytes of codes are not")
+    print(
+        f"{sum(parameter.numel() for parameter in trained):,} parameters are trained; {packed:,} bytes of codes are not"
+    )
 
     optimiser = torch.optim.AdamW(trained, lr=5e-4, weight_decay=0.0)
     started, losses = time.perf_counter(), []

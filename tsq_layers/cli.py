@@ -22,6 +22,7 @@ from tsq_layers.config import Method, QuantConfig
 from tsq_layers.demo.run import run_demo
 from tsq_layers.errors import CalibrationError, CheckpointError, ConfigError, TSQError
 from tsq_layers.integrations import causal_lm as bridge
+from tsq_layers.integrations import texts
 from tsq_layers.perplexity import perplexity
 from tsq_layers.planning import plan
 from tsq_layers.report import LayerReport, Report, format_bytes
@@ -100,8 +101,8 @@ def _calibration(arguments: argparse.Namespace, config: QuantConfig, tokenizer: 
                 f"method {config.method!r} needs calibration text: give --text FILE, or --method rtn, which needs none"
             )
         return None
-    tokens = bridge.read_tokens(Path(arguments.text), tokenizer)
-    return bridge.windows(tokens, arguments.sequence_length, _sequences(arguments), arguments.batch_size)
+    tokens = texts.read_tokens(Path(arguments.text), tokenizer)
+    return texts.windows(tokens, arguments.sequence_length, _sequences(arguments), arguments.batch_size)
 
 
 def _sequences(arguments: argparse.Namespace) -> int:
@@ -120,7 +121,7 @@ def _plan(arguments: argparse.Namespace) -> None:
     example, batches = None, 0
     if config.needs_calibration:
         tokens = torch.empty(count * arguments.sequence_length, dtype=torch.int64, device="meta")
-        windows = bridge.windows(tokens, arguments.sequence_length, count, arguments.batch_size)
+        windows = texts.windows(tokens, arguments.sequence_length, count, arguments.batch_size)
         example, batches = windows[0]["input_ids"], len(windows)
     model = bridge.empty_causal_lm(arguments.model, arguments.dtype)
     try:
@@ -144,9 +145,9 @@ def _eval(arguments: argparse.Namespace) -> None:
     if arguments.token_file is not None:
         tokens = _read_token_file(Path(arguments.token_file))
     else:
-        tokens = bridge.read_tokens(Path(arguments.text), bridge.load_tokenizer(arguments.model))
+        tokens = texts.read_tokens(Path(arguments.text), bridge.load_tokenizer(arguments.model))
     if arguments.tokens is not None:
-        batches = bridge.windows(tokens, arguments.window, max(1, arguments.tokens // arguments.window))
+        batches = texts.windows(tokens, arguments.window, max(1, arguments.tokens // arguments.window))
         tokens = torch.cat([batch["input_ids"].flatten() for batch in batches])
     model = _placed(bridge.load_causal_lm(arguments.model, arguments.dtype), arguments.device)
     value = perplexity(model, tokens, window=arguments.window, batch_size=arguments.batch_size)

@@ -50,7 +50,7 @@ def read_headers(files: Iterable[Path]) -> tuple[dict[str, TensorSpec], dict[str
         try:
             with safe_open(file, framework="pt") as opened:
                 metadata |= opened.metadata() or {}
-                for key in opened.keys():
+                for key in opened.keys():  # noqa: SIM118  (not a mapping)
                     tensor = opened.get_slice(key)
                     code = str(tensor.get_dtype())
                     specs[key] = TensorSpec(dtype=_DTYPES.get(code, code), shape=tuple(tensor.get_shape()))

@@ -108,7 +108,8 @@ def _read_tensors(directory: Path, description: Description, devices: Mapping[st
     for file in files:
         try:
             with safe_open(file, framework="pt") as opened:
-                tensors |= {key: opened.get_tensor(key).to(devices[key]) for key in opened.keys() if key in devices}
+                wanted = devices.keys() & set(opened.keys())
+                tensors |= {key: opened.get_tensor(key).to(devices[key]) for key in wanted}
         except (OSError, SafetensorError) as error:
             raise _unreadable(file, error) from error
     for key, tensor in tensors.items():

@@ -36,7 +36,8 @@ def add_lora(model: nn.Module, config: LoraConfig, **options: Any) -> PeftModel:
     config = knowing_packed_layers(config)
     if config.target_modules == _ALL:
         config.target_modules = _linear_layers(model)
-    return get_peft_model(model, config, **options)
+    adapted: PeftModel = get_peft_model(model, config, **options)
+    return adapted
 
 
 def load_lora(model: nn.Module, directory: str | os.PathLike[str], **options: Any) -> PeftModel:
@@ -47,7 +48,7 @@ def load_lora(model: nn.Module, directory: str | os.PathLike[str], **options: An
         directory: of the adapters.
         options: of ``PeftModel.from_pretrained``; ``is_trainable=True`` goes on training.
     """
-    config = PeftConfig.from_pretrained(directory)
+    config = PeftConfig.from_pretrained(os.fspath(directory))
     config.inference_mode = not options.get("is_trainable", False)
     return PeftModel.from_pretrained(model, directory, config=knowing_packed_layers(config), **options)
 
@@ -89,7 +90,7 @@ class _Unmergeable:
         )
 
 
-class LoraQuantLinear(_Unmergeable, Linear):  # type: ignore[misc]  # peft is not typed
+class LoraQuantLinear(_Unmergeable, Linear):
     """An adapter on a :class:`~tsq_layers.linear.QuantLinear`; gradients go to the adapter and to the input."""
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **options: Any) -> None:
@@ -102,7 +103,7 @@ class LoraQuantLinear(_Unmergeable, Linear):  # type: ignore[misc]  # peft is no
         return module.in_features, module.out_features
 
 
-class LoraQuantEmbedding(_Unmergeable, Embedding):  # type: ignore[misc]
+class LoraQuantEmbedding(_Unmergeable, Embedding):
     """An adapter on a :class:`~tsq_layers.layers.embedding.QuantEmbedding`."""
 
 

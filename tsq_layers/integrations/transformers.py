@@ -12,10 +12,9 @@ from tsq_layers.integrations.causal_lm import (
     load_causal_lm,
     load_tokenizer,
     quiet,
-    read_tokens,
     save_causal_lm,
-    windows,
 )
+from tsq_layers.integrations.texts import read_tokens, windows
 
 __all__ = [
     "empty_causal_lm",

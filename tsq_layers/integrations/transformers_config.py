@@ -16,7 +16,7 @@ _VERSION = "library_version"
 
 
 @register_quantization_config(QUANT_METHOD)
-class TsqConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers is not typed
+class TsqConfig(QuantizationConfigMixin):
     """How a model is to be quantised while it is loaded, or how it was.
 
     Args:
@@ -37,7 +37,7 @@ class TsqConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers 
     def __init__(self, config: QuantConfig | None = None, *, outline: Outline | None = None, **fields: Any) -> None:
         if config is not None and fields:
             raise ConfigError(f"TsqConfig was given a config and {', '.join(fields)}: give one or the other")
-        self.quant_method = QUANT_METHOD
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # a name of one's own is allowed
         self.config = config if config is not None else _from_fields(fields)
         self.outline = outline
 

@@ -24,7 +24,7 @@ from tsq_layers.workflow import quantize
 
 
 @register_quantizer(QUANT_METHOD)
-class TsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not typed
+class TsqHfQuantizer(HfQuantizer):
     """Packed layers in the place of float ones before a checkpoint is read, and an outline of them in what is saved.
 
     A float checkpoint is loaded as it is and quantised then, if that needs no calibration.
@@ -58,10 +58,6 @@ class TsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
                 "load the float model and call tsq_layers.quantize(model, config, batches), or give method='rtn'"
             )
 
-    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
-        """The dtype of a stored tensor in the model; packed ones keep theirs."""
-        return super().get_new_dtype(converter, param, dtype)  # type: ignore[no-any-return]
-
     def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
         """None for a quantised checkpoint: its names are those of the modules."""
         return [] if self.pre_quantized else super().update_weight_conversions(weight_conversions, model)
@@ -89,7 +85,9 @@ class TsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
         if not self.pre_quantized:
-            quantize(model, self.quantization_config.config)
+            recipe = self.quantization_config.config
+            assert recipe is not None  # validate_environment
+            quantize(model, recipe)
             self.quantization_config.outline = Outline.of(model)
         elif self._skeleton is not None:
             self._skeleton.complete(model)
@@ -139,7 +137,7 @@ def attach(model: nn.Module) -> None:
         if not isinstance(module, PreTrainedModel) or isinstance(getattr(module, "hf_quantizer", None), TsqHfQuantizer):
             continue
         if any(isinstance(inner, QuantLinear) for inner in module.modules()):
-            module.hf_quantizer = TsqHfQuantizer(TsqConfig())
+            module.hf_quantizer = TsqHfQuantizer(TsqConfig())  # type: ignore[assignment]
 
 
 def _forget_outlines(model: nn.Module) -> None:

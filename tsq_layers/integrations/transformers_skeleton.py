@@ -63,8 +63,8 @@ def skeleton(
     splits = splits_of(model, composites)
     replace(model, splits)
     specs = {own: _in_dtype(model, own, outline.layers[name], dtypes) for name, own in names.items()}
-    keys = None if stored is None else {_own_key(model, key, names): spec for key, spec in stored.items()}
-    shared = {_own_key(model, key, names): _own_key(model, other, names) for key, other in outline.aliases.items()}
+    keys = None if stored is None else {_own_key(key, names): spec for key, spec in stored.items()}
+    shared = {_own_key(key, names): _own_key(other, names) for key, other in outline.aliases.items()}
     layers = new_layers(model, _description(specs, shared if keys is None else present_aliases(shared, keys)))
     first_layers, later = _apart(layers, keys)
     if keys is not None:
@@ -109,7 +109,7 @@ def _has(model: nn.Module, name: str) -> bool:
     return True
 
 
-def _own_key(model: Any, key: str, names: Mapping[str, str]) -> str:
+def _own_key(key: str, names: Mapping[str, str]) -> str:
     """A tensor's key, with the name of its layer in this model."""
     parts = key.split(".")
     for end in range(len(parts) - 1, 0, -1):
@@ -137,8 +137,7 @@ def _apart(
     holders: dict[int, str] = {}
     for name, layer in layers.items():
         (_, _, matrix), *_ = packed(layer)
-        is_stored = keys is not None and f"{name}.words" in keys or f"{name}.matrix.words" in (keys or {})
-        if id(matrix) not in holders or is_stored:
+        if id(matrix) not in holders or not {f"{name}.words", f"{name}.matrix.words"}.isdisjoint(keys or ()):
             holders[id(matrix)] = name
     first = set(holders.values())
     return (
