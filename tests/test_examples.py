@@ -24,6 +24,7 @@ FAMILIES = {  # the kinds of layers that each family is quantised in
     "vision": {"Linear", "Conv2d"},
     "experts": {"Linear"},
 }
+INTEGRATIONS = {"finetune", "from_pretrained", "harness"}
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
@@ -45,7 +46,7 @@ def quantised_kinds(text: str) -> set[str]:
 
 
 def test_all_families_are_tested() -> None:
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {"any_module", "export", "import_gptq", *FAMILIES}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {"any_module", "export", "import_gptq", *FAMILIES, *INTEGRATIONS}
 
 
 def test_any_module_is_best_by_two_stage(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,6 +87,36 @@ def test_family_is_quantised_saved_and_loaded(
     assert quantised_kinds(text) == FAMILIES[family]
     assert 0 < float(shown(text, r"relative error of the \w+ (\S+)")) < 0.25
     assert shown(text, r"loaded: same \w+: (\w+)") == "True"
+
+
+def test_from_pretrained_and_back(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    run("from_pretrained", monkeypatch=monkeypatch)
+    text = capsys.readouterr().out
+    sizes = [int(shown(text, rf"{name}: ([\d,]+) bytes").replace(",", "")) for name in ("float", "calibrated")]
+    assert sizes[1] < sizes[0] / 2
+    assert float(shown(text, r"calibrated: perplexity (\S+)")) < float(
+        shown(text, r"rounded on load: perplexity (\S+)")
+    )
+    assert shown(text, r"loaded: same \w+: (\w+)") == "True"
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_finetune_lowers_loss_and_perplexity(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("peft")
+    run("finetune", monkeypatch=monkeypatch)
+    text = capsys.readouterr().out
+    assert float(shown(text, r"loss \S+ in the first fifth, (\S+) in")) < float(shown(text, r"loss (\S+) in the first"))
+    assert float(shown(text, r"held-out text after: (\S+)")) < float(shown(text, r"held-out text before: (\S+)"))
+    assert shown(text, r"loaded: same \w+: (\w+)") == "True"
+
+
+@pytest.mark.filterwarnings("default")  # those of the harness are its own affair
+def test_harness_scores_a_quantised_model(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("lm_eval")
+    run("harness", monkeypatch=monkeypatch)
+    assert 0 <= float(shown(capsys.readouterr().out, r"what_follows: (\S+) right")) <= 1
 
 
 def test_other_outputs_after_loading_are_seen(

@@ -8,6 +8,7 @@ from torch import nn
 
 from tsq_layers.coverage import check_coverage, check_share, parameter_reports
 from tsq_layers.errors import CalibrationError, SkippedLayerWarning, StateError
+from tsq_layers.hosts import tell_host
 from tsq_layers.layers import kind_of, replace
 from tsq_layers.layers.offloading import pass_on_hook, present
 from tsq_layers.preparation import Preparation, fetch, finish, guided_layers
@@ -62,6 +63,7 @@ def convert(model: nn.Module, *, min_coverage: float = 0.0) -> nn.Module:
         seconds=preparation.seconds,
         versions=versions,
     )
+    tell_host(model)
     return model
 
 

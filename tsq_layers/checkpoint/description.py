@@ -43,6 +43,7 @@ _SECTIONS: dict[str, tuple[type, ...]] = {
     "aliases": (dict,),
     "tensors": (dict,),
     "report": (dict, type(None)),
+    "placeholders": (list,),
 }
 _DAMAGED = "the file is damaged or was changed by hand; save the model again"
 
@@ -100,6 +101,7 @@ class Description:
         report: what happened to every layer; ``None`` if the model was put together by hand.
         library_version: version of this library that wrote it.
         header_sha256: digest of the header of the tensors file that belongs to this description.
+        placeholders: keys of empty tensors in the tensors file, which belong to no layer.
     """
 
     layers: Mapping[str, LayerSpec]
@@ -109,6 +111,7 @@ class Description:
     report: Report | None
     library_version: str
     header_sha256: str = ""
+    placeholders: Sequence[str] = ()
 
     def canonical(self, key: str) -> str:
         """The key under which the tensor of ``key`` is stored."""
@@ -131,6 +134,8 @@ class Description:
             "tensors": {key: {"dtype": spec.dtype, "shape": list(spec.shape)} for key, spec in self.tensors.items()},
             "report": None if self.report is None else self.report.to_dict(),
         }
+        if self.placeholders:
+            values["placeholders"] = list(self.placeholders)
         return json.dumps(values, indent=2, allow_nan=False) + "\n"
 
     @classmethod
@@ -178,7 +183,8 @@ def _sections(text: str) -> dict[str, Any]:
             f"{DESCRIPTION_FILE} has schema_version={version!r}, written by tsq_layers {values.get('library_version', '?')}; "
             f"this version reads {SCHEMA_VERSION}: upgrade tsq_layers, or save the model again"
         )
-    values.setdefault("composites", [])  # files written before there were any
+    for key in ("composites", "placeholders"):  # files written before there were any
+        values.setdefault(key, [])
     for key, value in values.items():
         if key not in _SECTIONS or not isinstance(value, _SECTIONS[key]):
             problem = "has unknown key" if key not in _SECTIONS else f"has a {type(value).__name__} under"

@@ -41,10 +41,10 @@ class Plan:
 
 def plan(model: nn.Module, description: Description, device: torch.device | None) -> Plan:
     """Compare a model with a description; raises :class:`~tsq_layers.errors.CheckpointError` where they do not fit."""
-    weights = {name: _replaced_weight(model, name, spec) for name, spec in description.layers.items()}
-    layers = _new_layers(model, description)
+    weights = {name: replaced_weight(model, name, spec) for name, spec in description.layers.items()}
+    layers = new_layers(model, description)
     added = {name: list(entries(layer, name)) for name, layer in layers.items()}
-    kept = [entry for entry in entries(model) if not _is_under(entry.key, weights)]
+    kept = [entry for entry in entries(model) if not is_under(entry.key, weights)]
     _check_keys(kept, [entry.key for name in added for entry in added[name]], description)
     kept = [entry for entry in kept if description.canonical(entry.key) in description.tensors]
     _check_sharing(kept, description)
@@ -60,7 +60,7 @@ def plan(model: nn.Module, description: Description, device: torch.device | None
     return Plan(layers, fill, _following_attributes(model, kept, weights), devices)
 
 
-def _replaced_weight(model: nn.Module, name: str, spec: LayerSpec) -> Tensor:
+def replaced_weight(model: nn.Module, name: str, spec: LayerSpec) -> Tensor:
     """The weight of the layer that a quantised one is to replace, checked."""
     kind = type(model).__name__
     try:
@@ -82,7 +82,7 @@ def _replaced_weight(model: nn.Module, name: str, spec: LayerSpec) -> Tensor:
     return weight
 
 
-def _new_layers(model: nn.Module, description: Description) -> dict[str, nn.Module]:
+def new_layers(model: nn.Module, description: Description) -> dict[str, nn.Module]:
     """An empty layer for every name.
 
     A module that the model has under two names becomes one layer under two names; layers whose packed matrix is one
@@ -167,7 +167,7 @@ def _following_attributes(
     follow = []
     for name, module in model.named_modules():
         for attribute, value in vars(module).items():
-            if not isinstance(value, Tensor) or _is_under(name, replaced):
+            if not isinstance(value, Tensor) or is_under(name, replaced):
                 continue
             if id(value) in by_tensor:
                 follow.append((module, attribute, by_tensor[id(value)]))
@@ -179,7 +179,7 @@ def _following_attributes(
     return follow
 
 
-def _is_under(key: str, names: Collection[str]) -> bool:
+def is_under(key: str, names: Collection[str]) -> bool:
     """Whether a key, or a module's name, is one of ``names`` or lies below one."""
     parts = key.removeprefix(NON_PERSISTENT).split(".")
     return "" in names or any(".".join(parts[:end]) in names for end in range(1, len(parts) + 1))

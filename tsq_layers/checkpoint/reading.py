@@ -1,7 +1,7 @@
 """Loading: check files against each other and against the model, read all tensors, and only then change the model."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -16,8 +16,10 @@ from tsq_layers.checkpoint.description import (
     TensorSpec,
     header_digest,
 )
+from tsq_layers.checkpoint.headers import AGAIN, description_from_headers, outlined, tensor_files
 from tsq_layers.checkpoint.planning import Plan, plan
 from tsq_layers.errors import CheckpointError
+from tsq_layers.hosts import tell_host
 from tsq_layers.layers import composite_of, replace, split_of
 from tsq_layers.layers.composites import share_hooks
 from tsq_layers.linear import QuantLinear
@@ -31,7 +33,7 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, device: torch.device
     first change: after an error ``model`` is as it was.
 
     Args:
-        path: the directory that :func:`save` wrote.
+        path: the directory that :func:`save` wrote, or ``save_pretrained`` of a quantised transformers model.
         model: the float model, freshly built with the configuration of the saved one. It may be on
             the meta device (``with torch.device("meta")``), so that no float weight is ever allocated.
         device: where all tensors go. ``None``: each to the device of the tensor that it replaces,
@@ -54,7 +56,7 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, device: torch.device
     """
     directory = Path(path)
     description = _read_description(directory)
-    splits = _splits(model, description)
+    splits = splits_of(model, description.composites)
     replace(model, splits)
     try:
         todo = plan(model, description, None if device is None else torch.device(device))
@@ -65,10 +67,10 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, device: torch.device
     return _apply(model, todo, description, tensors)
 
 
-def _splits(model: nn.Module, description: Description) -> dict[nn.Module, nn.Module]:
+def splits_of(model: nn.Module, names: Iterable[str]) -> dict[nn.Module, nn.Module]:
     """Composite → split form, for every one that was split when it was saved."""
     splits: dict[nn.Module, nn.Module] = {}
-    for name in description.composites:
+    for name in names:
         module = dict(model.named_modules(remove_duplicate=False)).get(name)
         composite = None if module is None else composite_of(module)
         if module is None or composite is None or module is model:
@@ -81,9 +83,13 @@ def _splits(model: nn.Module, description: Description) -> dict[nn.Module, nn.Mo
 
 
 def _read_description(directory: Path) -> Description:
+    """What ``tsq.json`` says; or, where transformers wrote the directory, ``config.json`` and the tensors' headers."""
     try:
         text = (directory / DESCRIPTION_FILE).read_text(encoding="utf-8")
     except FileNotFoundError:
+        outline = outlined(directory)
+        if outline is not None:
+            return description_from_headers(directory, outline)
         raise CheckpointError(f"no {DESCRIPTION_FILE} in {directory}: give the directory that tsq.save wrote") from None
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(
@@ -94,34 +100,52 @@ def _read_description(directory: Path) -> Description:
 
 def _read_tensors(directory: Path, description: Description, devices: Mapping[str, torch.device]) -> dict[str, Tensor]:
     """All tensors that the model takes, on their devices; the file is first checked against the description."""
-    file = directory / TENSORS_FILE
-    again = "copy the whole directory again, or save the model again"
-    try:
-        with safe_open(file, framework="pt") as opened:
-            keys = set(opened.keys())
-            differing = sorted(keys ^ description.tensors.keys())
-            if differing:
-                lacking = TENSORS_FILE if differing[0] not in keys else DESCRIPTION_FILE
-                raise CheckpointError(
-                    f"tensor {differing[0]!r} is missing in {lacking}: the two files in {directory} are of different saves; {again}"
-                )
-            if header_digest(file) != description.header_sha256:
-                raise CheckpointError(
-                    f"{TENSORS_FILE} and {DESCRIPTION_FILE} in {directory} are of different saves; {again}"
-                )
-            tensors = {key: opened.get_tensor(key).to(device) for key, device in devices.items()}
-    except FileNotFoundError:
-        raise CheckpointError(f"no {TENSORS_FILE} in {directory}, only {DESCRIPTION_FILE}; {again}") from None
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{TENSORS_FILE} in {directory} cannot be read, it is damaged or incomplete: {error}; {again}"
-        ) from error
+    files = tensor_files(directory)
+    if (directory / DESCRIPTION_FILE).exists():
+        files = [directory / TENSORS_FILE]
+        _check_file(directory, description)
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                wanted = devices.keys() & set(opened.keys())
+                tensors |= {key: opened.get_tensor(key).to(devices[key]) for key in wanted}
+        except (OSError, SafetensorError) as error:
+            raise _unreadable(file, error) from error
     for key, tensor in tensors.items():
         if TensorSpec.of(tensor) != description.tensors[key]:
             raise CheckpointError(
-                f"tensor {key!r} is {TensorSpec.of(tensor)} in {TENSORS_FILE} and {description.tensors[key]} in {DESCRIPTION_FILE}; {again}"
+                f"tensor {key!r} is {TensorSpec.of(tensor)} in {TENSORS_FILE} and {description.tensors[key]} in {DESCRIPTION_FILE}; {AGAIN}"
             )
     return tensors
+
+
+def _check_file(directory: Path, description: Description) -> None:
+    """The tensors file is the one that belongs to ``tsq.json``."""
+    file = directory / TENSORS_FILE
+    try:
+        with safe_open(file, framework="pt") as opened:
+            keys = set(opened.keys())
+        differing = sorted(keys ^ {*description.tensors, *description.placeholders})
+        if differing:
+            lacking = TENSORS_FILE if differing[0] not in keys else DESCRIPTION_FILE
+            raise CheckpointError(
+                f"tensor {differing[0]!r} is missing in {lacking}: the two files in {directory} are of different saves; {AGAIN}"
+            )
+        if header_digest(file) != description.header_sha256:
+            raise CheckpointError(
+                f"{TENSORS_FILE} and {DESCRIPTION_FILE} in {directory} are of different saves; {AGAIN}"
+            )
+    except FileNotFoundError:
+        raise CheckpointError(f"no {TENSORS_FILE} in {directory}, only {DESCRIPTION_FILE}; {AGAIN}") from None
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(file, error) from error
+
+
+def _unreadable(file: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{file.name} in {file.parent} cannot be read, it is damaged or incomplete: {error}; {AGAIN}"
+    )
 
 
 def _apply(model: nn.Module, todo: Plan, description: Description, tensors: Mapping[str, Tensor]) -> nn.Module:
@@ -142,6 +166,7 @@ def _apply(model: nn.Module, todo: Plan, description: Description, tensors: Mapp
             model = layer
     if description.report is not None:
         model.tsq_report = description.report  # type: ignore[assignment]
+    tell_host(model)
     return model
 
 

@@ -3,11 +3,12 @@
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -53,30 +54,52 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         >>> torch.equal(model[0].words, again[0].words)
         True
     """
-    layers = {name: matrix for name, _, matrix in packed(model)}
-    if not layers:
-        raise StateError(
-            f"{type(model).__name__} holds no QuantLinear: call tsq.quantize(model, config, batches), or prepare, calibrate and convert, first"
-        )
+    write(model, path)
+
+
+def write(model: nn.Module, path: str | os.PathLike[str], placeholders: Sequence[str] = ()) -> None:
+    """:func:`save`, with empty tensors under the keys ``placeholders``, see :mod:`tsq_layers.checkpoint.outline`."""
+    layers = layers_of(model)
     _check_extra_state(model)
-    tensors, aliases = _shared_once(model)
+    tensors, aliases = shared_once(model)
+    _check_values(tensors)
     _check_overlaps(tensors)
     description = Description(
-        layers={name: LayerSpec.of(layer) for name, layer in layers.items()},
-        composites=[name for name, module in model.named_modules() if composite_behind(module) is not None],
+        layers=layers,
+        composites=composites_of(model),
         aliases=aliases,
         tensors={key: TensorSpec.of(tensor) for key, tensor in tensors.items()},
         report=getattr(model, "tsq_report", None),
         library_version=library_versions()["tsq_layers"],
+        placeholders=placeholders,
     )
     directory = Path(path)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        _write(directory, tensors, description)
+        _write(directory, tensors | dict.fromkeys(placeholders, torch.empty(0)), description)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"cannot save to {directory}: {error}; give a directory that can be written, with room for the model"
         ) from error
+
+
+def layers_of(model: nn.Module) -> dict[str, LayerSpec]:
+    """How to build every quantised layer of a model.
+
+    Raises:
+        StateError: there is none.
+    """
+    layers = {name: LayerSpec.of(matrix) for name, _, matrix in packed(model)}
+    if not layers:
+        raise StateError(
+            f"{type(model).__name__} holds no QuantLinear: call tsq.quantize(model, config, batches), or prepare, calibrate and convert, first"
+        )
+    return layers
+
+
+def composites_of(model: nn.Module) -> list[str]:
+    """Names of the modules that were split into plain layers."""
+    return [name for name, module in model.named_modules() if composite_behind(module) is not None]
 
 
 def _write(directory: Path, tensors: Mapping[str, Tensor], description: Description) -> None:
@@ -123,28 +146,32 @@ def _check_extra_state(model: nn.Module) -> None:
             )
 
 
-def _shared_once(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+def shared_once(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Every tensor under its first key, and the other keys of the same tensor as aliases."""
     first: dict[object, str] = {}
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     for entry in entries(model):
         tensor = entry.tensor
-        if tensor.is_meta:
-            raise StateError(
-                f"tensor {entry.key!r} is on the meta device and has no values to save: load a checkpoint, or build the model on a real device"
-            )
-        if is_traceable_wrapper_subclass(tensor):
-            raise CheckpointError(
-                f"tensor {entry.key!r} is of type {type(tensor).__name__}, which safetensors cannot hold: save the model before the "
-                "pass that makes it, and run that again after loading"
-            )
         key = first.setdefault((memory_extent(tensor), tensor.dtype, tensor.shape, tensor.stride()), entry.key)
         if key == entry.key:
             tensors[key] = tensor
         else:
             aliases[entry.key] = key
     return tensors, aliases
+
+
+def _check_values(tensors: Mapping[str, Tensor]) -> None:
+    for key, tensor in tensors.items():
+        if tensor.is_meta:
+            raise StateError(
+                f"tensor {key!r} is on the meta device and has no values to save: load a checkpoint, or build the model on a real device"
+            )
+        if is_traceable_wrapper_subclass(tensor):
+            raise CheckpointError(
+                f"tensor {key!r} is of type {type(tensor).__name__}, which safetensors cannot hold: save the model before the "
+                "pass that makes it, and run that again after loading"
+            )
 
 
 def _check_overlaps(tensors: Mapping[str, Tensor]) -> None:

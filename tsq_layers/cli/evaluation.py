@@ -12,7 +12,8 @@ from torch import Tensor
 from tsq_layers.cli import models, options
 from tsq_layers.cli.output import write, write_json
 from tsq_layers.errors import CheckpointError
-from tsq_layers.integrations import transformers as bridge
+from tsq_layers.integrations import causal_lm as bridge
+from tsq_layers.integrations import texts
 from tsq_layers.perplexity import perplexity
 
 
@@ -39,9 +40,9 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.token_file is not None:
         tokens = _read_token_file(Path(arguments.token_file))
     else:
-        tokens = bridge.read_tokens(Path(arguments.text), bridge.load_tokenizer(arguments.model))
+        tokens = texts.read_tokens(Path(arguments.text), bridge.load_tokenizer(arguments.model))
     if arguments.tokens is not None:
-        batches = bridge.windows(tokens, arguments.window, max(1, arguments.tokens // arguments.window))
+        batches = texts.windows(tokens, arguments.window, max(1, arguments.tokens // arguments.window))
         tokens = torch.cat([batch["input_ids"].flatten() for batch in batches])
     model = options.placed(models.load(arguments.model, arguments.dtype), arguments.device)
     value = perplexity(model, tokens, window=arguments.window, batch_size=arguments.batch_size)

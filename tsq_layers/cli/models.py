@@ -14,7 +14,7 @@ from tsq_layers.checkpoint.description import DESCRIPTION_FILE
 from tsq_layers.cli.options import OWN_FORMAT
 from tsq_layers.cli.output import summary, write, write_json, write_summary
 from tsq_layers.errors import ConfigError
-from tsq_layers.integrations import transformers as bridge
+from tsq_layers.integrations import causal_lm as bridge
 
 
 def is_foreign(directory: str | Path) -> bool:

@@ -13,7 +13,7 @@ from tsq_layers.config import Method, QuantConfig
 from tsq_layers.errors import ConfigError
 from tsq_layers.export.engines import SERVICES
 from tsq_layers.export.exporting import FORMATS
-from tsq_layers.integrations import transformers as bridge
+from tsq_layers.integrations import texts
 
 OWN_FORMAT = "tsq"
 _CONFIG_OPTIONS = ("bits", "group_size", "method", "symmetric", "embeddings")
@@ -87,8 +87,8 @@ def sequences(arguments: argparse.Namespace) -> int:
 
 def calibration(arguments: argparse.Namespace, tokenizer: Any) -> list[dict[str, Tensor]]:
     """The batches of ``--text``."""
-    tokens = bridge.read_tokens(Path(arguments.text), tokenizer)
-    return bridge.windows(tokens, arguments.sequence_length, sequences(arguments), arguments.batch_size)
+    tokens = texts.read_tokens(Path(arguments.text), tokenizer)
+    return texts.windows(tokens, arguments.sequence_length, sequences(arguments), arguments.batch_size)
 
 
 def add_placement(command: argparse.ArgumentParser) -> None:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from tsq_layers.cli import options
 from tsq_layers.cli.output import write
 from tsq_layers.errors import CalibrationError
-from tsq_layers.integrations import transformers as bridge
+from tsq_layers.integrations import causal_lm as bridge
+from tsq_layers.integrations import texts
 from tsq_layers.planning import plan
 
 
@@ -32,7 +33,7 @@ def run(arguments: argparse.Namespace) -> None:
     example, batches = None, 0
     if config.needs_calibration:
         tokens = torch.empty(count * arguments.sequence_length, dtype=torch.int64, device="meta")
-        windows = bridge.windows(tokens, arguments.sequence_length, count, arguments.batch_size)
+        windows = texts.windows(tokens, arguments.sequence_length, count, arguments.batch_size)
         example, batches = windows[0]["input_ids"], len(windows)
     model = bridge.empty_causal_lm(arguments.model, arguments.dtype)
     try:

@@ -21,7 +21,8 @@ from tsq_layers.config import QuantConfig
 from tsq_layers.demo import assets, picture, results
 from tsq_layers.demo.results import Row
 from tsq_layers.errors import CheckpointError, ConfigError, FewTokensWarning
-from tsq_layers.integrations.transformers import load_causal_lm, load_tokenizer, read_tokens, save_causal_lm, windows
+from tsq_layers.integrations.causal_lm import load_causal_lm, load_tokenizer, save_causal_lm
+from tsq_layers.integrations.texts import read_tokens, windows
 from tsq_layers.perplexity import perplexity
 from tsq_layers.report import library_versions, model_bytes
 

@@ -1,0 +1,157 @@
+"""`TsqHfQuantizer`: what transformers calls while it loads or saves a quantised model."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import register_quantizer
+from transformers.quantizers.base import HfQuantizer
+
+from tsq_layers.checkpoint.description import DESCRIPTION_FILE, NON_PERSISTENT, Description
+from tsq_layers.checkpoint.headers import REPORT, read_headers
+from tsq_layers.checkpoint.outline import QUANT_METHOD, Outline
+from tsq_layers.checkpoint.planning import is_under
+from tsq_layers.errors import ConfigError
+from tsq_layers.integrations.transformers_config import TsqConfig
+from tsq_layers.integrations.transformers_skeleton import Skeleton, skeleton
+from tsq_layers.linear import QuantLinear
+from tsq_layers.report import Report
+from tsq_layers.workflow import quantize
+
+
+@register_quantizer(QUANT_METHOD)
+class TsqHfQuantizer(HfQuantizer):
+    """Packed layers in the place of float ones before a checkpoint is read, and an outline of them in what is saved.
+
+    A float checkpoint is loaded as it is and quantised then, if that needs no calibration.
+
+    Raises:
+        ConfigError: a float checkpoint, and a configuration that needs calibration.
+        CheckpointError: while loading: the files do not fit the outline, or the outline does not fit the model.
+    """
+
+    requires_calibration = False
+    quantization_config: TsqConfig
+
+    def __init__(self, quantization_config: TsqConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._skeleton: Skeleton | None = None
+        self._report: Report | None = None
+
+    def validate_environment(self, *_: Any, **__: Any) -> None:
+        """Whether the configuration can be used for what is to be loaded; called before the model is built."""
+        recipe = self.quantization_config.config
+        if self.pre_quantized:
+            if self.quantization_config.outline is None:
+                raise ConfigError(
+                    "quantization_config in config.json names no layers: save the model again with save_pretrained or save_causal_lm"
+                )
+        elif recipe is None:
+            raise ConfigError("TsqConfig says nothing of how to quantise: give it a QuantConfig(method='rtn', …)")
+        elif recipe.needs_calibration:
+            raise ConfigError(
+                f"method={recipe.method!r}, channel_scaling={recipe.channel_scaling} needs calibration batches, which from_pretrained does not have: "
+                "load the float model and call tsq_layers.quantize(model, config, batches), or give method='rtn'"
+            )
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
+        """None for a quantised checkpoint: its names are those of the modules."""
+        return [] if self.pre_quantized else super().update_weight_conversions(weight_conversions, model)
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Iterable[str] | None = None, dtype: torch.dtype | None = None, **_: Any
+    ) -> None:
+        if not self.pre_quantized:
+            return
+        outline = self.quantization_config.outline
+        assert outline is not None
+        files = [Path(file) for file in checkpoint_files or ()]
+        stored, metadata = read_headers(files)
+        self._skeleton = skeleton(model, outline, stored if files else None, model._get_dtype_plan(dtype))
+        self._report = _report(metadata, files)
+        ignored = {
+            rf"^{NON_PERSISTENT}",
+            *(rf"(^|\.){key.replace('.', chr(92) + '.')}$" for key in outline.placeholders),
+        }
+        model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *ignored}
+        tied = model.all_tied_weights_keys.items()
+        model.all_tied_weights_keys = {
+            key: other for key, other in tied if not any(is_under(name, self._skeleton.layers) for name in (key, other))
+        }
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
+        if not self.pre_quantized:
+            recipe = self.quantization_config.config
+            assert recipe is not None  # validate_environment
+            quantize(model, recipe)
+            self.quantization_config.outline = Outline.of(model)
+        elif self._skeleton is not None:
+            self._skeleton.complete(model)
+            self._skeleton = None
+            if self._report is not None:
+                model.tsq_report = self._report
+        attach(model)
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+        """What ``save_pretrained`` writes; ``model.config`` gets the outline of the model as it is now.
+
+        Tensors that packed layers share are written once. Of a model with adapters only these are saved.
+        """
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return None, {}
+        outline = Outline.of(model)
+        report = getattr(model, "tsq_report", None)
+        recipe = self.quantization_config.config if report is None else report.config
+        _forget_outlines(model)
+        model.config.quantization_config = TsqConfig(recipe, outline=outline)
+        model._weight_conversions = []  # the names that are saved are those of the modules
+        state = {
+            key: tensor
+            for key, tensor in model.state_dict().items()
+            if key not in outline.aliases or not is_under(key, outline.layers)
+        }
+        empty = dict.fromkeys(outline.placeholders, torch.empty(0))
+        return state | empty, {} if report is None else {REPORT: json.dumps(report.to_dict(), allow_nan=False)}
+
+    def is_serializable(self) -> bool:
+        """Whether ``save_pretrained`` can write the model."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether adapters on packed layers can be trained; the packed weights themselves stay as they are."""
+        return True
+
+
+def attach(model: nn.Module) -> None:
+    """Let ``save_pretrained`` of the transformers models in ``model`` know that their layers are quantised.
+
+    Example:
+        >>> attach(nn.Linear(2, 2))  # nothing of transformers in it: nothing is done
+    """
+    for module in model.modules():
+        if not isinstance(module, PreTrainedModel) or isinstance(getattr(module, "hf_quantizer", None), TsqHfQuantizer):
+            continue
+        if any(isinstance(inner, QuantLinear) for inner in module.modules()):
+            module.hf_quantizer = TsqHfQuantizer(TsqConfig())  # type: ignore[assignment]
+
+
+def _forget_outlines(model: nn.Module) -> None:
+    """Configurations of models inside a model say nothing of quantisation: names in them would be other ones."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and hasattr(module.config, "quantization_config"):
+            del module.config.quantization_config
+
+
+def _report(metadata: Mapping[str, str], files: list[Path]) -> Report | None:
+    """What happened to every layer: from the files' metadata, or from ``tsq.json`` beside them."""
+    if REPORT in metadata:
+        return Report.from_dict(json.loads(metadata[REPORT]))
+    beside = files[0].parent / DESCRIPTION_FILE if files else None
+    if beside is None or not beside.exists():
+        return None
+    return Description.from_json(beside.read_text(encoding="utf-8")).report

@@ -1,0 +1,167 @@
+"""A float model of transformers on the meta device, made ready to take the tensors of a quantised checkpoint."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from tsq_layers.checkpoint.description import Description, TensorSpec, entries
+from tsq_layers.checkpoint.headers import AGAIN, present_aliases
+from tsq_layers.checkpoint.outline import Outline
+from tsq_layers.checkpoint.planning import new_layers, replaced_weight
+from tsq_layers.checkpoint.reading import splits_of
+from tsq_layers.errors import CheckpointError
+from tsq_layers.layers import packed, replace
+from tsq_layers.layers.composites import share_hooks
+from tsq_layers.linear import QuantLinear
+from tsq_layers.specification import LayerSpec, dtype_name
+
+
+@dataclass(frozen=True, eq=False)
+class Skeleton:
+    """What was put into a model.
+
+    Args:
+        layers: name → packed layer, all of them.
+        later: those of ``layers`` that share their packed matrix with one before: they are not in the model yet, for
+            transformers would look for their tensors in the files.
+    """
+
+    layers: Mapping[str, nn.Module]
+    later: Mapping[str, nn.Module]
+
+    def complete(self, model: nn.Module) -> None:
+        """Put the rest in, once all tensors are loaded."""
+        for name, layer in self.later.items():
+            _put(model, name, layer)
+
+
+def skeleton(
+    model: Any, outline: Outline, stored: Mapping[str, TensorSpec] | None, dtypes: Mapping[str, torch.dtype]
+) -> Skeleton:
+    """Put empty packed layers into a model in the place of float ones.
+
+    Args:
+        model: a ``PreTrainedModel`` on the meta device.
+        outline: of the model that was saved; of another class perhaps, with or without a head.
+        stored: every tensor of the checkpoint, which is compared with what the layers need; ``None`` if not known.
+        dtypes: part of a name → dtype, for layers that do not have the dtype of the model.
+
+    Raises:
+        CheckpointError: a layer or a tensor is missing or has another shape, with its name.
+    """
+    names = {name: own for name in outline.layers if (own := _own_name(model, name)) is not None}
+    if not names:
+        first = next(iter(outline.layers), "")
+        raise CheckpointError(
+            f"layer {first!r} of the checkpoint, like all others, is not in this {type(model).__name__}"
+        )
+    composites = [own for name in outline.composites if (own := _own_name(model, name)) is not None]
+    splits = splits_of(model, composites)
+    replace(model, splits)
+    specs = {own: _in_dtype(model, own, outline.layers[name], dtypes) for name, own in names.items()}
+    keys = None if stored is None else {_own_key(key, names): spec for key, spec in stored.items()}
+    shared = {_own_key(key, names): _own_key(other, names) for key, other in outline.aliases.items()}
+    layers = new_layers(model, _description(specs, shared if keys is None else present_aliases(shared, keys)))
+    first_layers, later = _apart(layers, keys)
+    if keys is not None:
+        _check(first_layers, keys)
+    for module in splits.values():
+        module._is_hf_initialized = True  # type: ignore[assignment]  # its parameters are not what _init_weights expects
+    for name, layer in layers.items():
+        # A table of its own class may have buffers, which transformers makes anew; the rest needs no initial values.
+        layer._is_hf_initialized = isinstance(layer, QuantLinear) or not layer._buffers  # type: ignore[assignment]
+        _put(model, name, layer if name not in later else nn.Identity())
+    return Skeleton(layers, later)
+
+
+def _own_name(model: Any, name: str) -> str | None:
+    """What a layer is called in this model, which may be the saved one's base model, or have one; ``None``: not in it.
+
+    Raises:
+        CheckpointError: it is not in it, but should be.
+    """
+    prefix = f"{model.base_model_prefix}."
+    for own in (name, f"{prefix}{name}", name.removeprefix(prefix)):
+        if _has(model, own):
+            return own
+    top, base = name.removeprefix(prefix).partition(".")[0], getattr(model, model.base_model_prefix, model)
+    if _has(model, top) or _has(base, top):
+        raise CheckpointError(
+            f"layer {name!r} of the checkpoint is not in this {type(model).__name__}: its config.json is that of another model"
+        )
+    return None
+
+
+def _has(model: nn.Module, name: str) -> bool:
+    """Whether there is such a module, or a parameter in whose place experts were put."""
+    module: Any = model
+    for part in name.split("."):
+        inner = getattr(module, part, None)
+        if isinstance(inner, nn.Parameter) and inner.dim() == 3:
+            return True
+        if not isinstance(inner, nn.Module):
+            return False
+        module = inner
+    return True
+
+
+def _own_key(key: str, names: Mapping[str, str]) -> str:
+    """A tensor's key, with the name of its layer in this model."""
+    parts = key.split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        own = names.get(".".join(parts[:end]))
+        if own is not None:
+            return ".".join([own, *parts[end:]])
+    return key
+
+
+def _in_dtype(model: nn.Module, name: str, spec: LayerSpec, dtypes: Mapping[str, torch.dtype]) -> LayerSpec:
+    """The specification of a layer that computes in the dtype that the model is loaded in."""
+    weight = replaced_weight(model, name, spec)
+    wanted = next((dtype for part, dtype in dtypes.items() if part in name.split(".")), weight.dtype)
+    return dataclasses.replace(spec, dtype=dtype_name(wanted))
+
+
+def _description(specs: Mapping[str, LayerSpec], aliases: Mapping[str, str]) -> Description:
+    return Description(layers=specs, composites=[], aliases=aliases, tensors={}, report=None, library_version="")
+
+
+def _apart(
+    layers: Mapping[str, nn.Module], keys: Mapping[str, TensorSpec] | None
+) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+    """The first layer with each packed matrix, whose tensors are stored, and the others."""
+    holders: dict[int, str] = {}
+    for name, layer in layers.items():
+        (_, _, matrix), *_ = packed(layer)
+        if id(matrix) not in holders or not {f"{name}.words", f"{name}.matrix.words"}.isdisjoint(keys or ()):
+            holders[id(matrix)] = name
+    first = set(holders.values())
+    return (
+        {name: layer for name, layer in layers.items() if name in first},
+        {name: layer for name, layer in layers.items() if name not in first},
+    )
+
+
+def _check(layers: Mapping[str, nn.Module], keys: Mapping[str, TensorSpec]) -> None:
+    """Every tensor of the packed layers is stored, and as the layer needs it; floating point ones are cast."""
+    for name, layer in layers.items():
+        for entry in entries(layer, name):
+            found, wanted = keys.get(entry.key), TensorSpec.of(entry.tensor)
+            if entry.key.startswith("non_persistent:"):
+                continue
+            if found is None:
+                raise CheckpointError(f"layer {name!r}: its tensor {entry.key!r} is not in the checkpoint; {AGAIN}")
+            if found.shape != wanted.shape or (found.dtype != wanted.dtype and not entry.tensor.is_floating_point()):
+                raise CheckpointError(
+                    f"layer {name!r}: its tensor {entry.key!r} is {found} in the checkpoint and should be {wanted}; {AGAIN}"
+                )
+
+
+def _put(model: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, local = name.rpartition(".")
+    share_hooks(model.get_submodule(name), layer)
+    setattr(model.get_submodule(parent), local, layer)
