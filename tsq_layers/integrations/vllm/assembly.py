@@ -123,7 +123,7 @@ class Matrices(nn.Module):
         self.parts = nn.ModuleList(_module(share, dtype, device) for share in stacked(shares))
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x Wᵀ + b: (…, K) → (…, N) in the dtype of ``x``."""
+        """Outputs ``x Wᵀ + b``: (…, K) → (…, N) in the dtype of ``x``."""
         if len(self.parts) == 1:
             return _product(self.parts[0], x, bias)
         outputs, first = [], 0

@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from tsq_layers.checkpoint.description import DESCRIPTION_FILE
 from tsq_layers.errors import CheckpointError, ConfigError
 from tsq_layers.report import checked_fields
 from tsq_layers.specification import LayerSpec
@@ -16,7 +15,8 @@ def layer_specs(values: Mapping[str, Any]) -> dict[str, LayerSpec] | None:
     """The packed layers by their dotted names; ``None`` if it does not say: ``tsq.json`` of the directory does.
 
     Args:
-        values: the content of ``tsq.json``, or a ``quantization_config``.
+        values: the content of ``tsq.json``, with a specification for each name, or a ``quantization_config``, with
+            a list of specifications that each have ``"names"``.
 
     Raises:
         CheckpointError: a layer with unknown, missing or ill-typed keys.
@@ -24,19 +24,36 @@ def layer_specs(values: Mapping[str, Any]) -> dict[str, LayerSpec] | None:
     Example:
         >>> spec = {"in_features": 64, "out_features": 8, "bits": 3, "group_size": 32, "symmetric": False,
         ...     "bias": False, "scale_dtype": "float16", "dtype": "float32"}
-        >>> layer_specs({"quant_method": "tsq", "layers": {"fc": spec}})["fc"].bits
-        3
+        >>> layer_specs({"layers": {"fc": spec}}) == layer_specs({"layers": [{**spec, "names": ["fc"]}]})
+        True
         >>> layer_specs({"quant_method": "tsq"})
     """
     layers = values.get("layers")
     if layers is None:
         return None
-    if not isinstance(layers, Mapping):
-        raise CheckpointError(f"'layers' is {type(layers).__name__}, not a JSON object; save the model again")
+    if isinstance(layers, Mapping):
+        return {name: _spec(name, spec) for name, spec in layers.items()}
+    if not isinstance(layers, list) or not all(isinstance(group, Mapping) and "names" in group for group in layers):
+        raise CheckpointError("'layers' names no layers: the description is damaged; save the model again")
     return {
-        name: LayerSpec(**checked_fields(LayerSpec, spec, f"{DESCRIPTION_FILE}: layer {name!r}"))
-        for name, spec in layers.items()
+        name: _spec(name, {key: value for key, value in group.items() if key != "names"})
+        for group in layers
+        for name in group["names"]
     }
+
+
+def _spec(name: str, values: Any) -> LayerSpec:
+    return LayerSpec(**checked_fields(LayerSpec, values, f"layer {name!r}"))
+
+
+def foreign_keys(values: Mapping[str, Any]) -> tuple[str, ...]:
+    """Keys of tensors that stand in the file for other loaders only, and hold nothing.
+
+    Example:
+        >>> foreign_keys({"placeholders": ["fc.weight"]}), foreign_keys({})
+        (('fc.weight',), ())
+    """
+    return tuple(values.get("placeholders", ()))
 
 
 def parts_of(prefix: str, fused: Mapping[str, Sequence[str]], layers: Mapping[str, LayerSpec]) -> list[str]:

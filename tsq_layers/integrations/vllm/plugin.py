@@ -1,6 +1,7 @@
 """The quantisation method ``"tsq"`` of vLLM: classes that vLLM makes and calls. Importing this registers it."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +18,14 @@ from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 from tsq_layers.checkpoint.description import DESCRIPTION_FILE, NON_PERSISTENT
 from tsq_layers.errors import ConfigError
 from tsq_layers.integrations.vllm.assembly import Intake, Matrices
-from tsq_layers.integrations.vllm.description import METHOD, check_unclaimed, check_within, layer_specs, parts_of
+from tsq_layers.integrations.vllm.description import (
+    METHOD,
+    check_unclaimed,
+    check_within,
+    foreign_keys,
+    layer_specs,
+    parts_of,
+)
 from tsq_layers.integrations.vllm.sharding import Cut, Span, row_spans
 from tsq_layers.specification import LayerSpec
 
@@ -29,18 +37,24 @@ class TsqConfig(QuantizationConfig):  # type: ignore[misc]
     """Which layers are packed, and how each is.
 
     Args:
+        values: the ``quantization_config`` of ``config.json``, or ``tsq.json``.
+
+    Attributes:
         layers: by their names in vLLM's model; ``None`` until ``tsq.json`` of the directory is read.
     """
 
-    def __init__(self, layers: dict[str, LayerSpec] | None = None) -> None:
+    def __init__(self, values: Mapping[str, Any]) -> None:
         super().__init__()
-        self.layers = layers
+        self._describe(values)
         self._claimed: set[str] = set()
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "TsqConfig":
         """From the ``quantization_config`` of ``config.json``, or where that has none from ``tsq.json``."""
-        return cls(layer_specs(config))
+        return cls(config)
+
+    def _describe(self, values: Mapping[str, Any]) -> None:
+        self.layers, self._foreign = layer_specs(values), foreign_keys(values)
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:  # noqa: ARG002
         """Read ``tsq.json`` beside the model, if ``config.json`` does not name the layers.
@@ -51,7 +65,7 @@ class TsqConfig(QuantizationConfig):  # type: ignore[misc]
         if self.layers is not None:
             return
         values = get_hf_file_to_dict(DESCRIPTION_FILE, model_name, revision)
-        self.layers = None if values is None else layer_specs(values)
+        self._describe(values or {})
         if self.layers is None:
             raise ConfigError(
                 f"{model_name} holds no {DESCRIPTION_FILE} that names its layers: give a directory that tsq_layers saved"
@@ -82,7 +96,8 @@ class TsqConfig(QuantizationConfig):  # type: ignore[misc]
         """
         if get_pp_group().world_size == 1:  # otherwise other processes build some of them
             check_unclaimed(self.layers or {}, self._claimed)
-        return WeightsMapper(orig_to_new_prefix={NON_PERSISTENT: None})
+        left_out = [re.escape(NON_PERSISTENT), *(f"{re.escape(key)}$" for key in self._foreign)]
+        return WeightsMapper(orig_to_new_regex={re.compile(f"^(?:{'|'.join(left_out)}).*"): None})
 
     def get_name(self) -> str:
         return METHOD
@@ -162,7 +177,7 @@ class TsqLinearMethod(LinearMethodBase):  # type: ignore[misc]
         self._intakes = []
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x Wᵀ + b: (…, K) → (…, N)."""
+        """Outputs ``x Wᵀ + b``: (…, K) → (…, N)."""
         output: Tensor = layer.matrices(x, bias)
         return output
 
@@ -193,7 +208,9 @@ def _cuts(layer: nn.Module, names: list[str], sizes: list[int], columns: Span | 
 
 def _wholes(layer: nn.Module, sizes: list[int]) -> list[int]:
     """Rows of each part over all processes."""
-    if isinstance(layer, QKVParallelLinear):  # output_sizes counts heads that several processes run several times
+    if isinstance(layer, QKVParallelLinear) and len(sizes) == len(
+        _QKV
+    ):  # output_sizes counts heads that several processes run several times
         kv_heads = layer.total_num_kv_heads
         return [layer.total_num_heads * layer.head_size, kv_heads * layer.head_size, kv_heads * layer.v_head_size]
     return list(getattr(layer, "output_sizes", [layer.output_size] if len(sizes) == 1 else sizes))

@@ -100,7 +100,7 @@ def share_of(name: str, spec: LayerSpec, cut: Cut) -> LayerSpec:
     spec = dataclasses.replace(spec, out_features=rows + cut.padding)
     if cut.columns is None:
         return spec
-    start, columns = cut.columns
+    columns = cut.columns.length
     _check_columns(name, spec, cut.columns)
     one_group = spec.group_size >= spec.in_features
     return dataclasses.replace(
