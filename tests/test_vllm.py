@@ -3,7 +3,6 @@
 import gc
 import importlib.util
 import json
-import math
 import os
 import socket
 import subprocess
@@ -118,7 +117,7 @@ MIXED = {
     "overrides": {"v_proj": {"bits": 5}, "layers.1.mlp.up_proj": {"group_size": 64}, "o_proj": {"symmetric": True}},
 }
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
-    **{f"{bits} bits": ({**RTN, "bits": bits}, "llama") for bits in (1, 2, 4, 6, 8)},
+    **{f"{bits} bits": ({**RTN, "bits": bits}, "llama") for bits in (1, 2, 8)},
     "mixed, with a packed output layer": ({**RTN, **MIXED}, "llama"),
     "offsets and a rotation": ({"bits": 3, "group_size": 32, "zero_points": "float", "rotation": 32}, "llama"),
     "tables": ({"method": "lnq", "bits": 3, "group_size": 32}, "llama"),
@@ -167,7 +166,7 @@ def packed_down(model: Any) -> Tensor:
 
 def refusal(directory: Path, capfd: pytest.CaptureFixture[str]) -> str:
     """What the user reads: the engine's error, or the log of the process behind it."""
-    with pytest.raises(Exception) as caught:  # noqa: PT011, B017
+    with pytest.raises(Exception) as caught:
         served(directory)
     return str(caught.value) + "".join(capfd.readouterr())
 
@@ -175,7 +174,7 @@ def refusal(directory: Path, capfd: pytest.CaptureFixture[str]) -> str:
 def test_packed_embeddings_are_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     model = tsq.quantize(llama(), tsq.QuantConfig(**RTN, embeddings=True))
     text = refusal(saved(model, tmp_path), capfd)
-    assert "layer 'model.embed_tokens.matrix' is quantised" in text
+    assert "layer 'model.embed_tokens' is quantised" in text
     assert "embeddings=False" in text
 
 
@@ -256,9 +255,3 @@ def test_a_client_is_answered_over_http(server: tuple[str, nn.Module]) -> None:
         with torch.no_grad():
             ids = torch.cat([ids, model(ids.unsqueeze(0)).logits[0, -1].argmax().view(1)])
     assert answer["choices"][0]["token_ids"] == ids[len(TOKENS) :].tolist()
-
-
-def test_perplexity_is_that_of_the_log_probabilities(tmp_path: Path) -> None:
-    model = tsq.quantize(llama(), tsq.QuantConfig(**RTN))
-    found = math.exp(-log_probabilities(served(saved(model, tmp_path))).mean())
-    assert found == pytest.approx(tsq.perplexity(model, TOKENS, window=len(TOKENS)), rel=1e-3)

@@ -94,16 +94,15 @@ def check_unclaimed(layers: Iterable[str], claimed: Iterable[str]) -> None:
         ConfigError: the first of them.
 
     Example:
-        >>> check_unclaimed(["wte.matrix"], [])
+        >>> check_unclaimed(["wte"], [])
         Traceback (most recent call last):
-        tsq_layers.errors.ConfigError: layer 'wte.matrix' is quantised, but is no linear layer in vLLM's model: only \
+        tsq_layers.errors.ConfigError: layer 'wte' is quantised, but is no linear layer in vLLM's model: only \
 linear layers are served packed; quantise with embeddings=False, or skip=('wte',)
     """
     known = set(claimed)
     for name in layers:
         if name not in known:
-            kept = name.removesuffix(".matrix")
             raise ConfigError(
                 f"layer {name!r} is quantised, but is no linear layer in vLLM's model: only linear layers are served packed; "
-                f"quantise with embeddings=False, or skip=({kept!r},)"
+                f"quantise with embeddings=False, or skip=({name!r},)"
             )
