@@ -1,5 +1,6 @@
 """Every example runs, and shows what it is there to show."""
 
+import importlib.util
 import re
 import runpy
 import sys
@@ -45,7 +46,7 @@ def quantised_kinds(text: str) -> set[str]:
 
 
 def test_all_families_are_tested() -> None:
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {"any_module", *FAMILIES}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {"any_module", "serve_vllm", *FAMILIES}
 
 
 def test_any_module_is_best_by_two_stage(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,6 +65,15 @@ def test_family_is_quantised_saved_and_loaded(
     assert quantised_kinds(text) == FAMILIES[family]
     assert 0 < float(shown(text, r"relative error of the \w+ (\S+)")) < 0.25
     assert shown(text, r"loaded: same \w+: (\w+)") == "True"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+@pytest.mark.filterwarnings("ignore")  # vLLM's own
+def test_a_served_model_gives_the_same_tokens(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("serve_vllm", monkeypatch=monkeypatch)
+    assert shown(capsys.readouterr().out, r"served: same tokens: (\w+)") == "True"
 
 
 def test_other_outputs_after_loading_are_seen(

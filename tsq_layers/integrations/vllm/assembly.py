@@ -124,14 +124,24 @@ class Matrices(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Outputs ``x Wᵀ + b``: (…, K) → (…, N) in the dtype of ``x``."""
-        if len(self.parts) == 1:
-            return _product(self.parts[0], x, bias)
+        matrices = self._matrices()
+        if len(matrices) == 1:
+            return _product(matrices[0], x, bias)
         outputs, first = [], 0
-        for matrix in self.parts:
+        for matrix in matrices:
             rows = matrix.out_features
             outputs.append(_product(matrix, x, None if bias is None else bias.narrow(0, first, rows)))
             first += rows
         return torch.cat(outputs, -1)
+
+    def warm_up(self, bias: Tensor | None, dtype: torch.dtype, device: torch.device) -> None:
+        """Compile what runs with one row of input and with few, so that no request waits for it."""
+        with torch.inference_mode():
+            for rows in (1, 2):
+                self(torch.zeros(rows, self._matrices()[0].in_features, dtype=dtype, device=device), bias)
+
+    def _matrices(self) -> list[QuantLinear | nn.Linear]:
+        return [matrix for matrix in self.parts if isinstance(matrix, QuantLinear | nn.Linear)]
 
 
 def stacked(shares: Sequence[Share]) -> list[Share]:
@@ -172,7 +182,7 @@ def _below(upper: Share, lower: Share) -> Share:
     return Share(f"{upper.name} and {lower.name}", spec, tensors)
 
 
-def _module(share: Share, dtype: torch.dtype, device: torch.device) -> nn.Module:
+def _module(share: Share, dtype: torch.dtype, device: torch.device) -> QuantLinear | nn.Linear:
     if share.spec is None:
         weight = share.tensors["weight"].to(device, dtype)
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
@@ -197,7 +207,7 @@ def _named(layer: QuantLinear) -> dict[str, Tensor]:
 # --- running ---------------------------------------------------------------------------------------
 
 
-def _product(matrix: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
+def _product(matrix: QuantLinear | nn.Linear, x: Tensor, bias: Tensor | None) -> Tensor:
     if not isinstance(matrix, QuantLinear):
         return F.linear(x, matrix.weight, None if bias is None else bias.to(x.dtype))
     run = _operation if torch.compiler.is_compiling() else _run
@@ -221,7 +231,7 @@ def _run(
     rotation: int | None,
     activation_bits: int | None,
 ) -> Tensor:
-    if signs is scaling is values is activation_bits is None:
+    if signs is scaling is values is None and activation_bits is None:
         return kernels.linear(x, words, grids, shifts, bias, bits, group_size, columns)
     parts = running.Parts(words, grids, shifts, signs, scaling, values, places)
     return running.linear(x, bias, parts, running.Form(bits, group_size, columns, rotation), activation_bits)

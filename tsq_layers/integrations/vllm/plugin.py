@@ -129,7 +129,7 @@ class TsqLinearMethod(LinearMethodBase):  # type: ignore[misc]
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -162,7 +162,7 @@ class TsqLinearMethod(LinearMethodBase):  # type: ignore[misc]
 
         return load
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Put the matrices in the place of the placeholders, on their device.
 
         Raises:
@@ -174,9 +174,10 @@ class TsqLinearMethod(LinearMethodBase):  # type: ignore[misc]
         for key in keys:
             delattr(layer, key)
         layer.matrices = Matrices(shares, self._dtype, device)
+        layer.matrices.warm_up(layer.bias, self._dtype, device)
         self._intakes = []
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Outputs ``x Wᵀ + b``: (…, K) → (…, N)."""
         output: Tensor = layer.matrices(x, bias)
         return output
@@ -187,7 +188,7 @@ class TsqLinearMethod(LinearMethodBase):  # type: ignore[misc]
         )
 
 
-def _cuts(layer: nn.Module, names: list[str], sizes: list[int], columns: Span | None) -> list[tuple[int, Cut]]:
+def _cuts(layer: Any, names: list[str], sizes: list[int], columns: Span | None) -> list[tuple[int, Cut]]:
     """Rows that the file holds of each named layer, and what of it this process runs."""
     if isinstance(layer, ParallelLMHead):
         indices = layer.shard_indices
@@ -206,7 +207,7 @@ def _cuts(layer: nn.Module, names: list[str], sizes: list[int], columns: Span | 
     return [(whole, Cut(rows, columns)) for whole, rows in zip(wholes, spans, strict=True)]
 
 
-def _wholes(layer: nn.Module, sizes: list[int]) -> list[int]:
+def _wholes(layer: Any, sizes: list[int]) -> list[int]:
     """Rows of each part over all processes."""
     if isinstance(layer, QKVParallelLinear) and len(sizes) == len(
         _QKV
