@@ -184,7 +184,9 @@ def test_packed_experts_are_refused(tmp_path: Path, capfd: pytest.CaptureFixture
         MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, num_local_experts=2)
     )
     model = tsq.quantize(random(model), tsq.QuantConfig(**RTN))
-    assert "experts" in refusal(saved(model, tmp_path), capfd)
+    text = refusal(saved(model, tmp_path), capfd)
+    assert "layer 'model.layers.0.mlp.experts.gate_up_proj.0' is quantised, but" in text
+    assert "skip=('model.layers.*.mlp.experts.gate_up_proj.*',)" in text
 
 
 def test_a_missing_tensor_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

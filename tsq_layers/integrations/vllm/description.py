@@ -1,5 +1,6 @@
 """Which layers a directory holds packed, from its ``tsq.json`` or the ``quantization_config`` of its ``config.json``."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -102,7 +103,8 @@ linear layers are served packed; quantise with embeddings=False, or skip=('wte',
     known = set(claimed)
     for name in layers:
         if name not in known:
+            pattern = re.sub(r"\b\d+\b", "*", name)
             raise ConfigError(
                 f"layer {name!r} is quantised, but is no linear layer in vLLM's model: only linear layers are served packed; "
-                f"quantise with embeddings=False, or skip=({name!r},)"
+                f"quantise with embeddings=False, or skip=({pattern!r},)"
             )
