@@ -1,5 +1,6 @@
 """Every example runs, and shows what it is there to show."""
 
+import importlib.util
 import re
 import runpy
 import sys
@@ -24,7 +25,7 @@ FAMILIES = {  # the kinds of layers that each family is quantised in
     "vision": {"Linear", "Conv2d"},
     "experts": {"Linear"},
 }
-INTEGRATIONS = {"finetune", "from_pretrained", "harness"}
+INTEGRATIONS = {"export", "finetune", "from_pretrained", "harness", "import_gptq", "serve_vllm"}
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
@@ -46,7 +47,7 @@ def quantised_kinds(text: str) -> set[str]:
 
 
 def test_all_families_are_tested() -> None:
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {"any_module", "export", "import_gptq", *FAMILIES, *INTEGRATIONS}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {"any_module", *FAMILIES, *INTEGRATIONS}
 
 
 def test_any_module_is_best_by_two_stage(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,6 +118,15 @@ def test_harness_scores_a_quantised_model(capsys: pytest.CaptureFixture[str], mo
     pytest.importorskip("lm_eval")
     run("harness", monkeypatch=monkeypatch)
     assert 0 <= float(shown(capsys.readouterr().out, r"what_follows: (\S+) right")) <= 1
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+@pytest.mark.filterwarnings("ignore")  # vLLM's own
+def test_a_served_model_gives_the_same_tokens(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("serve_vllm", monkeypatch=monkeypatch)
+    assert shown(capsys.readouterr().out, r"served: same tokens: (\w+)") == "True"
 
 
 def test_other_outputs_after_loading_are_seen(

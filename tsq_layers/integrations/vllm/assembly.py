@@ -1,0 +1,245 @@
+"""What runs inside a layer of vLLM: one matrix, or several beside each other where they cannot be one.
+
+vLLM fuses layers that share their input (q, k and v; gate and up). Neighbours of the same form and basis
+are stacked, which is exact: rows of packed buffers are rows of the weight. Others (another width, group
+size, or full precision) run one by one, and their outputs are put side by side.
+
+In a graph that ``torch.compile`` makes of the whole model a matrix is one opaque operation, as the
+best way to run it depends on the number of rows of input, which such a graph leaves open.
+
+Shapes: N outputs, K inputs.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tsq_layers import kernels, running
+from tsq_layers.errors import CheckpointError
+from tsq_layers.integrations.vllm.sharding import Cut, part, share_of
+from tsq_layers.linear import QuantLinear
+from tsq_layers.specification import LayerSpec, dtype_name
+
+_BASIS = ("rotation_signs", "column_scale_bits")
+
+
+class Share(NamedTuple):
+    """What this process runs of a layer of the file.
+
+    Args:
+        name: of the layer.
+        spec: of the share; ``None`` in full precision.
+        tensors: its buffers by name.
+    """
+
+    name: str
+    spec: LayerSpec | None
+    tensors: dict[str, Tensor]
+
+
+class Intake:
+    """Takes the buffers of a layer one by one, as they are read, and keeps this process' share of each.
+
+    Args:
+        name: of the layer in the file.
+        spec: of the whole layer; ``None`` in full precision.
+        shape: (N, K) that vLLM expects of the whole layer.
+        cut: what this process runs of it.
+
+    Raises:
+        CheckpointError: the layer has another shape than vLLM expects.
+        ConfigError: it cannot be cut so.
+
+    Example:
+        >>> intake = Intake("fc", None, (2, 3), Cut())
+        >>> intake.take("weight", torch.ones(2, 3))
+        >>> intake.share().tensors["weight"].shape
+        torch.Size([2, 3])
+    """
+
+    def __init__(self, name: str, spec: LayerSpec | None, shape: tuple[int, int], cut: Cut) -> None:
+        self.name, self.spec, self.cut = name, spec, cut
+        if spec is not None and (spec.out_features, spec.in_features) != shape:
+            raise CheckpointError(
+                f"layer {name!r} is {spec.out_features}×{spec.in_features} in the file, and vLLM expects {shape[0]}×{shape[1]}: config.json and tsq.json do not belong together"
+            )
+        self.share_spec = None if spec is None else share_of(name, spec, cut)
+        self.expected = {"weight": torch.empty(shape, device="meta")} if spec is None else _buffers(name, spec)
+        self._tensors: dict[str, Tensor] = {}
+
+    def take(self, key: str, tensor: Tensor) -> None:
+        """Keep the share of a buffer.
+
+        Raises:
+            CheckpointError: the layer has no such buffer, or of another shape or dtype.
+        """
+        expected = self.expected.get(key)
+        if expected is None:
+            raise CheckpointError(
+                f"layer {self.name!r} has no {key!r}, it has {', '.join(self.expected)}: tsq.json and the tensors do not belong together"
+            )
+        fits = tensor.shape == expected.shape and (self.spec is None or tensor.dtype == expected.dtype)
+        if not fits:
+            raise CheckpointError(
+                f"{self.name}.{key} is {dtype_name(tensor.dtype)} {list(tensor.shape)}, and tsq.json needs "
+                f"{dtype_name(expected.dtype)} {list(expected.shape)}: the file is damaged, or not of this model"
+            )
+        self._tensors[key] = part(key, tensor, self.spec, self.cut)
+
+    def share(self) -> Share:
+        """All that was taken.
+
+        Raises:
+            CheckpointError: a buffer is missing.
+        """
+        missing = [key for key in self.expected if key not in self._tensors]
+        if missing:
+            raise CheckpointError(f"the file holds no {self.name}.{missing[0]}: it is incomplete; save the model again")
+        return Share(self.name, self.share_spec, self._tensors)
+
+
+class Matrices(nn.Module):
+    """The matrices of one layer of vLLM, which all see the same input.
+
+    Args:
+        shares: in the order of their outputs.
+        dtype: of weights in full precision.
+        device: where to.
+
+    Example:
+        >>> packed = QuantLinear(64, 8, bits=3, group_size=32, bias=False)
+        >>> both = [Share(name, LayerSpec.of(packed), _named(packed)) for name in ("gate", "up")]
+        >>> matrices = Matrices(both, torch.float32, torch.device("cpu"))
+        >>> len(matrices.parts), matrices(torch.zeros(5, 64)).shape
+        (1, torch.Size([5, 16]))
+    """
+
+    def __init__(self, shares: Sequence[Share], dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(_module(share, dtype, device) for share in stacked(shares))
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Outputs ``x Wᵀ + b``: (…, K) → (…, N) in the dtype of ``x``."""
+        matrices = self._matrices()
+        if len(matrices) == 1:
+            return _product(matrices[0], x, bias)
+        outputs, first = [], 0
+        for matrix in matrices:
+            rows = matrix.out_features
+            outputs.append(_product(matrix, x, None if bias is None else bias.narrow(0, first, rows)))
+            first += rows
+        return torch.cat(outputs, -1)
+
+    def warm_up(self, bias: Tensor | None, dtype: torch.dtype, device: torch.device) -> None:
+        """Compile what runs with one row of input and with few, so that no request waits for it."""
+        with torch.inference_mode():
+            for rows in (1, 2):
+                self(torch.zeros(rows, self._matrices()[0].in_features, dtype=dtype, device=device), bias)
+
+    def _matrices(self) -> list[QuantLinear | nn.Linear]:
+        return [matrix for matrix in self.parts if isinstance(matrix, QuantLinear | nn.Linear)]
+
+
+def stacked(shares: Sequence[Share]) -> list[Share]:
+    """Neighbours that can be one matrix put together, exactly.
+
+    Reads values of small tensors; at loading only.
+    """
+    result: list[Share] = []
+    for share in shares:
+        if result and _fit_together(result[-1], share):
+            result[-1] = _below(result[-1], share)
+        else:
+            result.append(share)
+    return result
+
+
+def _fit_together(upper: Share, lower: Share) -> bool:
+    if upper.spec is None or lower.spec is None:
+        return upper.spec is lower.spec
+    if _form(upper.spec) != _form(lower.spec) or upper.spec.outliers or upper.spec.outlier_columns:
+        return False
+    return all(torch.equal(upper.tensors[key], lower.tensors[key]) for key in _BASIS if key in upper.tensors)
+
+
+def _form(spec: LayerSpec) -> LayerSpec:
+    """What must be the same: all but the number of rows, and what belongs to the bias, which vLLM holds."""
+    return dataclasses.replace(spec, out_features=1, bias=False, dtype="float32")
+
+
+def _below(upper: Share, lower: Share) -> Share:
+    spec = upper.spec
+    if spec is not None and lower.spec is not None:
+        spec = dataclasses.replace(spec, out_features=spec.out_features + lower.spec.out_features)
+    tensors = {
+        key: tensor if key in _BASIS else torch.cat([tensor, lower.tensors[key]])
+        for key, tensor in upper.tensors.items()
+    }
+    return Share(f"{upper.name} and {lower.name}", spec, tensors)
+
+
+def _module(share: Share, dtype: torch.dtype, device: torch.device) -> QuantLinear | nn.Linear:
+    if share.spec is None:
+        weight = share.tensors["weight"].to(device, dtype)
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        return linear
+    layer = dataclasses.replace(share.spec, bias=False).build(share.name)
+    for key, tensor in share.tensors.items():
+        setattr(layer, key, tensor.to(device))
+    layer.dtype_marker = torch.empty(0, dtype=dtype, device=device)
+    return layer
+
+
+def _buffers(name: str, spec: LayerSpec) -> dict[str, Tensor]:
+    """The buffers that the file holds of a layer, on the meta device."""
+    return _named(dataclasses.replace(spec, bias=False).build(name))
+
+
+def _named(layer: QuantLinear) -> dict[str, Tensor]:
+    return {key: buffer for key, buffer in layer.named_buffers() if key not in layer._non_persistent_buffers_set}
+
+
+# --- running ---------------------------------------------------------------------------------------
+
+
+def _product(matrix: QuantLinear | nn.Linear, x: Tensor, bias: Tensor | None) -> Tensor:
+    if not isinstance(matrix, QuantLinear):
+        return F.linear(x, matrix.weight, None if bias is None else bias.to(x.dtype))
+    run = _operation if torch.compiler.is_compiling() else _run
+    output: Tensor = run(x, bias, *matrix.parts, *matrix.form, matrix.activation_bits)
+    return output
+
+
+def _run(
+    x: Tensor,
+    bias: Tensor | None,
+    words: Tensor,
+    grids: Tensor,
+    shifts: Tensor | None,
+    signs: Tensor | None,
+    scaling: Tensor | None,
+    values: Tensor | None,
+    places: Tensor | None,
+    bits: int,
+    group_size: int,
+    columns: int,
+    rotation: int | None,
+    activation_bits: int | None,
+) -> Tensor:
+    if signs is scaling is values is None and activation_bits is None:
+        return kernels.linear(x, words, grids, shifts, bias, bits, group_size, columns)
+    parts = running.Parts(words, grids, shifts, signs, scaling, values, places)
+    return running.linear(x, bias, parts, running.Form(bits, group_size, columns, rotation), activation_bits)
+
+
+_operation = torch.library.custom_op("tsq_layers::serve", _run, mutates_args=())
+
+
+@_operation.register_fake
+def _(x: Tensor, bias: Tensor | None, words: Tensor, *_: object) -> Tensor:  # noqa: ARG001
+    return x.new_empty(*x.shape[:-1], words.shape[0])
