@@ -24,11 +24,13 @@ from torch import Tensor
 from tsq_layers.config import QuantConfig
 from tsq_layers.errors import CalibrationError, DampingWarning, LayerError, SingularHessianError
 from tsq_layers.records import LayerStatistics
-from tsq_layers.solver.blocks import fold, in_original_order, product, stack, take_columns, take_rows
+from tsq_layers.solver.blocks import chunks, fold, in_original_order, product, stack, take_columns, take_rows
 from tsq_layers.sync import to_host
 
 _LARGEST_DAMPING = 1.0
 _CHUNK_ELEMENTS = 2**24  # entries of H that are factorised at once, where it has blocks: bounds the temporaries
+_PANEL = 256  # columns of H by which a loss is summed
+_PANEL_ELEMENTS = 2**20  # weights whose loss is summed at once: bounds the temporaries
 _VANISHING = 2.0**-100  # a mean of diag H below this: its damping would underflow in float32
 
 
@@ -201,9 +203,42 @@ def _divided(rows: Tensor, factor: Tensor, order: Tensor) -> Tensor:
     return in_original_order(found.flatten(0, 1), order)
 
 
-def squared_error(difference: Tensor, hessian: Tensor) -> Tensor:
-    """Mean squared output error of each row, diag(D H Dᵀ), for a weight difference D (N, K) → (N,)."""
-    return (product(difference, hessian) * difference).sum(1)
+def squared_error(difference: Tensor, hessian: Tensor, ridge: Tensor | None = None) -> Tensor:
+    """Mean squared output error of each row, diag(D H Dᵀ), for a weight difference D (N, K) → (N,).
+
+    H is symmetric, so only what is left of and on its diagonal blocks is looked at: half the work of D H.
+
+    Args:
+        difference: D, float (N, K).
+        hessian: (K, K) or (B, K, K).
+        ridge: a scalar tensor or (B,), by which H is to be damped less; where nothing is left of it, the error is
+            exactly 0.
+    """
+    metrics = stack(hessian)
+    pieces = chunks(difference, metrics, _PANEL_ELEMENTS)
+    if ridge is None:
+        return torch.cat([_squared_error(*piece) for piece in pieces])
+    less = ridge.reshape(-1, 1).expand(len(metrics), len(difference) // len(metrics)).reshape(-1, 1)
+    found, first = [], 0
+    for rows, own in pieces:
+        found.append(_squared_error(rows, own, less[first : first + len(rows)]))
+        first += len(rows)
+    return torch.cat(found)
+
+
+def _squared_error(rows: Tensor, metrics: Tensor, less: Tensor | None = None) -> Tensor:
+    """:func:`squared_error` of some blocks, or of some rows of one: (b·c, K), (b, K, K) and (b·c, 1)."""
+    found = rows.new_zeros(len(rows))
+    for start in range(0, rows.shape[1], _PANEL):
+        stop = min(start + _PANEL, rows.shape[1])
+        panel = rows[:, start:stop]
+        if start:
+            found.add_(product(panel, metrics[:, start:stop, :start]).mul_(rows[:, :start]).sum(1), alpha=2)
+        own = product(panel, metrics[:, start:stop, start:stop])
+        if less is not None:
+            own -= panel * less
+        found += own.mul_(panel).sum(1)
+    return found
 
 
 def check_shapes(weight: Tensor, statistics: LayerStatistics, name: str) -> None:
