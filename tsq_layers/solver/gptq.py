@@ -72,15 +72,15 @@ def _assign(
 ) -> Tensor:
     """:func:`assign` for some blocks: (b, n, K), (b, K, K), (b, K) and twice (b, n, G) → (b, n, K)."""
     left = take_rows(target.mT.contiguous(), order)
-    grids = _Grids(scales.mT.contiguous(), zeros.mT.contiguous(), order // group_size, grid.code_max(bits))
     codes = torch.empty(left.shape, dtype=torch.uint8, device=left.device)
+    grids = _Grids(scales.mT.contiguous(), zeros.mT.contiguous(), order // group_size, grid.code_max(bits))
     for start in range(0, left.shape[1], _BLOCK):
         _Block(left, factor, grids, codes, start, min(start + _BLOCK, left.shape[1])).solve()
     return take_rows(codes, order.argsort(-1)).mT.contiguous()
 
 
 class _Grids:
-    """The grids of columns in processing order, made for a block of columns at a time.
+    """The grids of columns in processing order, made for a block of columns at a time, in the same memory.
 
     Args:
         scales: (b, G, n).
@@ -90,12 +90,25 @@ class _Grids:
     """
 
     def __init__(self, scales: Tensor, zeros: Tensor, group_of: Tensor, most: int) -> None:
-        self.scales, self.zeros, self.group_of, self.most = scales, zeros, group_of, most
+        blocks, groups, rows = scales.shape
+        firsts = torch.arange(blocks, device=group_of.device).unsqueeze(1) * groups
+        self.scales, self.zeros, self.places, self.most = (
+            scales.flatten(0, 1),
+            zeros.flatten(0, 1),
+            group_of + firsts,
+            most,
+        )
+        self._memory = scales.new_empty(5, blocks * min(_BLOCK, group_of.shape[1]), rows)
 
-    def of(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Scales and zero points, (b, stop − start, n)."""
-        group_of = self.group_of[:, start:stop]
-        return take_rows(self.scales, group_of), take_rows(self.zeros, group_of)
+    def of(self, start: int, stop: int) -> tuple[Tensor, ...]:
+        """Scales, zero points, least and largest steps, and room for the steps, (b, stop − start, n) each."""
+        places = self.places[:, start:stop].flatten()
+        scale, zero, low, high, steps = self._memory[:, : len(places)]
+        torch.index_select(self.scales, 0, places, out=scale)
+        torch.index_select(self.zeros, 0, places, out=zero)
+        torch.neg(zero, out=low)
+        torch.add(low, self.most, out=high)
+        return tuple(values.unflatten(0, (-1, stop - start)) for values in (scale, zero, low, high, steps))
 
 
 class _Block:
@@ -116,9 +129,7 @@ class _Block:
         carry = factor[:, :stop, part] / diagonal.unsqueeze(1)
         self.carry = carry[:, start:]
         self.best = _added(self.error, carry[:, :start], left[:, :start])
-        self.scale, self.zero = grids.of(start, stop)
-        self.low, self.high = -self.zero, grids.most - self.zero
-        self.steps = torch.empty_like(self.best)
+        self.scale, self.zero, self.low, self.high, self.steps = grids.of(start, stop)
 
     def solve(self) -> None:
         """Choose the codes and leave their errors."""
@@ -140,7 +151,7 @@ class _Block:
         columns = zip(*(values[:, start:stop].unbind(1) for values in working), strict=True)
         for column, (best, steps, error, scale, low, high) in enumerate(columns, start=start):
             if column > start:
-                _add(best.unsqueeze(1), self.carry[:, start:column, column:column + 1], self.error[:, start:column])
+                _add(best.unsqueeze(1), self.carry[:, start:column, column : column + 1], self.error[:, start:column])
             torch.div(best, scale, out=steps)
             torch.clamp(steps.round_(), low, high, out=steps)
             error.addcmul_(steps, scale, value=-1)

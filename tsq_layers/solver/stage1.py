@@ -131,11 +131,15 @@ def _fit_chunk(
     best_scale, best_zero = first_scale, first_zero = _by_group(scale_NG, blocks), _by_group(zero_NG, blocks)
     best_gain = torch.full_like(best_scale, -torch.inf)
     pulled_Gcg = weigh(weight_Gcg, metric)
+    steps, work = torch.empty_like(weight_Gcg), torch.empty_like(weight_Gcg)  # fresh memory costs more than a candidate
     tie = _tie(weight_Gcg)
     for scale, zero in _candidates(weight_Gcg, first_scale, first_zero, bits, factors, both_zeros):
-        steps = grid.steps(weight_Gcg, scale.unsqueeze(-1), zero.unsqueeze(-1), bits)
-        along = torch.linalg.vecdot(steps, pulled_Gcg)
-        across = torch.linalg.vecdot(steps, weigh(steps, metric))
+        torch.div(weight_Gcg, scale.unsqueeze(-1), out=steps)
+        low = -zero.unsqueeze(-1)
+        torch.maximum(steps.round_(), low, out=steps)  # clamp with bounds that broadcast is ten times slower
+        torch.minimum(steps, low + grid.code_max(bits), out=steps)
+        along = torch.mul(steps, pulled_Gcg, out=work).sum(-1)
+        across = weigh(steps, metric, out=work).mul_(steps).sum(-1)
         gain = along.square() / across
         better = (along > 0) & (across > 0) & (gain > best_gain * tie)
         best_gain = torch.where(better, gain, best_gain)
@@ -156,9 +160,9 @@ def _by_row(values: Tensor, blocks: int) -> Tensor:
     return rearrange(values, "(b G) c -> (b c) G", b=blocks)
 
 
-def weigh(values_Gcg: Tensor, metric: Tensor) -> Tensor:
+def weigh(values_Gcg: Tensor, metric: Tensor, out: Tensor | None = None) -> Tensor:
     """Values (b G, c, g) times the metric of their group, (b G, g, g) or a diagonal (b G, 1, g)."""
-    return torch.bmm(values_Gcg, metric) if metric.shape[1] > 1 else values_Gcg * metric
+    return torch.bmm(values_Gcg, metric, out=out) if metric.shape[1] > 1 else torch.mul(values_Gcg, metric, out=out)
 
 
 def _candidates(
