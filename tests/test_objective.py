@@ -60,15 +60,15 @@ ORDERS = ["as-is", "descending", "random"]
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("K", [1, 2, 9, 40], ids=lambda K: f"K={K}")
-def test_factor_is_that_of_the_inverse_in_processing_order(K: int, order: str) -> None:
+def test_factor_is_that_of_the_damped_matrix_in_processing_order(K: int, order: str) -> None:
     H = case(K, T=3 * K).H
     chosen = orders(H)[order]
-    damped, U, used, ridge = objective.factorise(H, chosen, 0.01)
+    damped, V, used, ridge = objective.factorise(H, chosen, 0.01)
     expected = oracle.damped(H, 0.01)
     assert_close(damped, expected, **CLOSE)
-    assert_close(U.T @ U, torch.linalg.inv(expected[chosen][:, chosen]), **CLOSE)
-    assert torch.equal(U, U.triu())
-    assert (U.diagonal() > 0).all()
+    assert_close(V @ V.T, expected[chosen][:, chosen], **CLOSE)
+    assert torch.equal(V, V.triu())
+    assert (V.diagonal() > 0).all()
     assert used == 0.01
     assert_close(ridge, 0.01 * H.diagonal().mean(), **CLOSE)
 
@@ -76,25 +76,25 @@ def test_factor_is_that_of_the_inverse_in_processing_order(K: int, order: str) -
 def test_factor_differs_when_the_order_is_reversed() -> None:
     H = case().H
     order = orders(H)["random"]
-    U = objective.factorise(H, order, 0.01)[1]
+    V = objective.factorise(H, order, 0.01)[1]
     wrong = order.flip(0)
     with pytest.raises(AssertionError):
-        assert_close(U.T @ U, torch.linalg.inv(oracle.damped(H, 0.01)[wrong][:, wrong]), **CLOSE)
+        assert_close(V @ V.T, oracle.damped(H, 0.01)[wrong][:, wrong], **CLOSE)
 
 
-def test_factor_differs_from_that_of_the_undamped_inverse() -> None:
+def test_factor_differs_from_that_of_the_undamped_matrix() -> None:
     H = case().H
     order = torch.arange(len(H))
-    U = objective.factorise(H, order, 0.01)[1]
+    V = objective.factorise(H, order, 0.01)[1]
     with pytest.raises(AssertionError):
-        assert_close(U.T @ U, torch.linalg.inv(H), **CLOSE)
+        assert_close(V @ V.T, H, **CLOSE)
 
 
 def test_factorise_of_zeros_is_the_identity_times_the_damping() -> None:
-    damped, U, used, _ = objective.factorise(torch.zeros(5, 5, dtype=torch.float64), torch.arange(5), 0.01)
+    damped, V, used, _ = objective.factorise(torch.zeros(5, 5, dtype=torch.float64), torch.arange(5), 0.01)
     eye = torch.eye(5, dtype=torch.float64)
     assert_close(damped, 0.01 * eye, **CLOSE)
-    assert_close(U, 10 * eye, **CLOSE)
+    assert_close(V, 0.1 * eye, **CLOSE)
     assert used == 0.01
 
 
@@ -110,11 +110,11 @@ def test_singular_hessian_of_few_tokens_needs_no_more_damping_than_configured() 
 def test_more_damping_is_named(b: float, damping: float, used: float) -> None:
     H = torch.tensor([[1.0, b], [b, 1.0]], dtype=torch.float64)
     with pytest.warns(DampingWarning, match=rf"mlp\.up: damping was raised from {damping:g} to {used:g} to factorise"):
-        damped, U, found, ridge = objective.factorise(H, torch.arange(2), damping, "mlp.up")
+        damped, V, found, ridge = objective.factorise(H, torch.arange(2), damping, "mlp.up")
     assert found == pytest.approx(used, rel=1e-12)
     assert float(ridge) == pytest.approx(used, rel=1e-12)
     assert_close(damped, oracle.damped(H, used), **CLOSE)
-    assert_close(U.T @ U, torch.linalg.inv(damped), **CLOSE)
+    assert_close(V @ V.T, damped, **CLOSE)
 
 
 @pytest.mark.parametrize(
@@ -141,8 +141,8 @@ def test_hopeless_hessian_is_an_error(H: Tensor) -> None:
 def test_shifted_target_equals_the_oracle(order: str, strength: float) -> None:
     c = case()
     chosen = orders(c.H)[order]
-    damped, U, *_ = objective.factorise(c.H, chosen, 0.01)
-    shifted = objective.shift_target(c.W, c.R, U, chosen, strength)
+    damped, V, *_ = objective.factorise(c.H, chosen, 0.01)
+    shifted = objective.shift_target(c.W, c.R, V, chosen, strength)
     assert_close(shifted, oracle.shift_target(c.W, damped, c.R, strength), **CLOSE)
 
 
@@ -152,8 +152,8 @@ def test_shifted_target_equals_the_oracle(order: str, strength: float) -> None:
 def test_shifted_target_differs_when_the_deviation_is_corrupted(corrupt) -> None:
     c = case()
     order = orders(c.H)["random"]
-    damped, U, *_ = objective.factorise(c.H, order, 0.01)
-    shifted = objective.shift_target(c.W, c.R, U, order, 1.0)
+    damped, V, *_ = objective.factorise(c.H, order, 0.01)
+    shifted = objective.shift_target(c.W, c.R, V, order, 1.0)
     with pytest.raises(AssertionError):
         assert_close(shifted, oracle.shift_target(c.W, damped, corrupt(c.R), 1.0), **CLOSE)
 
@@ -161,8 +161,8 @@ def test_shifted_target_differs_when_the_deviation_is_corrupted(corrupt) -> None
 def test_shifted_target_differs_when_the_order_is_reversed() -> None:
     c = case()
     order = orders(c.H)["random"]
-    damped, U, *_ = objective.factorise(c.H, order, 0.01)
-    shifted = objective.shift_target(c.W, c.R, U, order.flip(0), 1.0)
+    damped, V, *_ = objective.factorise(c.H, order, 0.01)
+    shifted = objective.shift_target(c.W, c.R, V, order.flip(0), 1.0)
     with pytest.raises(AssertionError):
         assert_close(shifted, oracle.shift_target(c.W, damped, c.R, 1.0), **CLOSE)
 
@@ -173,8 +173,8 @@ def test_shifted_target_differs_when_the_order_is_reversed() -> None:
 def loss_differences(c: Case, R: Tensor) -> tuple[Tensor, Tensor]:
     """Differences between candidates of the library's loss at this R and of E‖Qx − Wx̃‖²."""
     order = torch.arange(c.H.shape[0])
-    U = objective.factorise(c.H, order, 0.0)[1]
-    target = objective.shift_target(c.W, R, U, order, 1.0)
+    V = objective.factorise(c.H, order, 0.0)[1]
+    target = objective.shift_target(c.W, R, V, order, 1.0)
     candidates = [c.W, torch.zeros_like(c.W), c.W.round(), c.W.roll(1, dims=1)]
     library = [float(objective.squared_error(Q - target, c.H).sum()) for Q in candidates]
     brute = [oracle.brute_force_loss(Q, c.W, c.X, c.X_ref) for Q in candidates]
@@ -346,13 +346,13 @@ def test_every_block_is_damped_and_factorised_for_itself(elements: int, monkeypa
     monkeypatch.setattr(objective, "_CHUNK_ELEMENTS", elements)
     cases = block_cases()
     H, order = torch.stack([c.H for c in cases]), block_orders(cases)
-    damped, U, used, ridge = objective.factorise(H, order, 0.01)
+    damped, V, used, ridge = objective.factorise(H, order, 0.01)
     assert used == 0.01
     for b, c in enumerate(cases):
         expected = oracle.damped(c.H, 0.01)
         assert_close(damped[b], expected, **CLOSE)
-        assert_close(U[b].T @ U[b], torch.linalg.inv(expected[order[b]][:, order[b]]), **CLOSE)
-        assert torch.equal(U[b], U[b].triu())
+        assert_close(V[b] @ V[b].T, expected[order[b]][:, order[b]], **CLOSE)
+        assert torch.equal(V[b], V[b].triu())
         assert_close(ridge[b], 0.01 * c.H.diagonal().mean(), **CLOSE)
 
 
@@ -360,12 +360,12 @@ def test_every_block_is_damped_and_factorised_for_itself(elements: int, monkeypa
 def test_blocks_have_the_factors_that_they_have_alone(K: int) -> None:
     cases = block_cases(K)
     H, order = torch.stack([c.H for c in cases]), block_orders(cases)
-    U = objective.factorise(H, order, 0.01)[1]
+    V = objective.factorise(H, order, 0.01)[1]
     alone = [objective.factorise(c.H, chosen, 0.01)[1] for c, chosen in zip(cases, order, strict=True)]
     for b, expected in enumerate(alone):
-        assert_close(U[b], expected, **CLOSE)
+        assert_close(V[b], expected, **CLOSE)
         with pytest.raises(AssertionError):
-            assert_close(U[b], alone[b - 1], **CLOSE)
+            assert_close(V[b], alone[b - 1], **CLOSE)
 
 
 def test_factors_differ_when_the_orders_are_those_of_other_blocks() -> None:
@@ -379,10 +379,10 @@ def test_factors_differ_when_the_orders_are_those_of_other_blocks() -> None:
 def test_block_never_seen_is_the_identity_times_the_damping_and_leaves_the_others_alone() -> None:
     H = torch.stack([c.H for c in block_cases(K=5)])
     H[1] = 0
-    damped, U, used, ridge = objective.factorise(H, torch.arange(5).expand(B, 5), 0.01)
+    damped, V, used, ridge = objective.factorise(H, torch.arange(5).expand(B, 5), 0.01)
     eye = torch.eye(5, dtype=torch.float64)
     assert_close(damped[1], 0.01 * eye, **CLOSE)
-    assert_close(U[1], 10 * eye, **CLOSE)
+    assert_close(V[1], 0.1 * eye, **CLOSE)
     assert_close(damped[2], oracle.damped(H[2], 0.01), **CLOSE)
     assert float(ridge[1]) == used == 0.01
 
@@ -397,13 +397,13 @@ def test_more_damping_is_given_to_the_blocks_that_need_it_and_named() -> None:
     order = torch.tensor([[0, 1], [1, 0], [0, 1], [1, 0]])
     message = r"mlp\.up: damping was raised from 0\.01 to 1 to factorise the Hessian of 2 of its 4 blocks; more"
     with pytest.warns(DampingWarning, match=message):
-        damped, U, used, ridge = objective.factorise(H, order, 0.01, "mlp.up")
+        damped, V, used, ridge = objective.factorise(H, order, 0.01, "mlp.up")
     assert used == pytest.approx(1.0, rel=1e-12)
     expected = torch.tensor([0.01, 0.1, 0.01, 1.0], dtype=torch.float64)
     assert_close(ridge, expected, **CLOSE)
     for b, damping in enumerate(expected.tolist()):
         assert_close(damped[b], oracle.damped(H[b], damping), **CLOSE)
-        assert_close(U[b].T @ U[b], torch.linalg.inv(damped[b][order[b]][:, order[b]]), **CLOSE)
+        assert_close(V[b] @ V[b].T, damped[b][order[b]][:, order[b]], **CLOSE)
 
 
 def test_hopeless_block_is_an_error_that_says_how_many() -> None:
@@ -422,8 +422,8 @@ def block_targets(cases: list[Case], Rs: list[Tensor], strength: float) -> Tenso
 def shifted_blocks(cases: list[Case], strength: float) -> Tensor:
     W, S = stacked(cases)
     order = block_orders(cases)
-    U = objective.factorise(S.hessian / S.count, order, 0.01)[1]
-    return objective.shift_target(W, S.deviation / S.count, U, order, strength)
+    V = objective.factorise(S.hessian / S.count, order, 0.01)[1]
+    return objective.shift_target(W, S.deviation / S.count, V, order, strength)
 
 
 @pytest.mark.parametrize("strength", [0.25, 1.0], ids=lambda s: f"strength={s}")

@@ -210,12 +210,12 @@ def test_feedback_metric_differs_when_the_order_is_reversed() -> None:
 
 
 def test_feedback_metric_of_rounding_errors_is_the_layer_loss() -> None:
-    # With E the errors of the working weights, W' − Q = E Ũ in processing order (see solver/gptq.py).
+    # With E the errors of the working weights, E diag(V) = (W' − Q) V in processing order (see solver/gptq.py).
     H, D = some_hessian(), normal(N, K)
     order = H.diagonal().argsort(descending=True)
-    damped, U, *_ = objective.factorise(H, order, 0.01)
-    E = torch.linalg.solve_triangular(U / U.diagonal().unsqueeze(1), D[:, order], upper=True, left=False)
-    loss = (E.square() * stage1.feedback_metric(U, order)[order]).sum(1)
+    damped, V, *_ = objective.factorise(H, order, 0.01)
+    E = D[:, order] @ V / V.diagonal()
+    loss = (E.square() * stage1.feedback_metric(V, order)[order]).sum(1)
     assert_close(loss, objective.squared_error(D, damped), **CLOSE)
 
 

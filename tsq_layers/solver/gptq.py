@@ -1,15 +1,22 @@
 """GPTQ on static grids: integers column by column, each error carried to the columns left.
 
-arXiv 2210.17323, in the form of math's LDL factorisation: H⁻¹ = UᵀU with U upper triangular; with
-Ũ = diag(U)⁻¹ U (unit diagonal), rounding column j by e_j = w_j − q_j changes the columns after it
-by −e_j Ũ_{j, j+1:}. Grids are fixed beforehand, so any processing order is free: columns are
-permuted for the loop and the codes permuted back.
+arXiv 2210.17323, without the inverse of H that is usually formed for it. With H = V Vᵀ in processing
+order, V upper triangular, and the errors δ_i = w'_i − q_i of the columns that are done, column j is
+rounded at
 
-Rows of different blocks have different H, factors and orders, and advance together column by column.
+    x_j = w'_j + Σ_{i<j} δ_i V_ij / V_jj
 
-Updates are applied recursively: a range of columns is halved, the left half solved, its errors
-carried to the right half by one matrix product, then the right half. Only the smallest ranges
-work column by column.
+which is the minimiser over column j of what is left of the loss once the columns after it have made up
+for it as well as they can: Babai's nearest plane (arXiv 2507.18553). It is the same algorithm: the usual
+form with H⁻¹ = UᵀU, U = V⁻¹, subtracts e_i U_ij / U_ii for the rounding errors e_i = x_i − q_i from
+the columns after i, and e = −δ in V's basis. Forming U costs twice what V does, and a rounding error
+of float32 more; the δ are errors of the weight itself, so nothing is kept beside them.
+
+Grids are fixed beforehand, so any processing order is free: columns are permuted for the loop and the
+codes permuted back. Rows of different blocks have different H, factors and orders, and advance together.
+
+The sums are formed when they are needed: for a block of columns by one matrix product over all columns
+before it, inside the block by halves, and in the smallest ranges column by column.
 """
 
 import torch
@@ -18,24 +25,32 @@ from torch import Tensor
 from tsq_layers import grid
 from tsq_layers.solver.blocks import fold, stack, take_rows
 
-_LEAF = 16
+_LEAF = 32  # columns that are summed one by one
+_BLOCK = 128  # columns whose sums over all before them are one product
 _CHUNK_ELEMENTS = 2**24  # weights whose columns advance together, where there are blocks: bounds the working memory
 
 
 def assign(
     target: Tensor, factor: Tensor, order: Tensor, scales: Tensor, zeros: Tensor, bits: int, group_size: int
 ) -> Tensor:
-    """Codes that approximate ``target`` under the metric whose inverse has the factor ``factor``.
+    """Codes that approximate ``target`` under the metric with the factor ``factor``.
 
     Args:
         target: W' float32 (N, K).
-        factor: U float32 (K, K), H⁻¹ = UᵀU, in processing order; (B, K, K) for blocks of rows.
+        factor: V float32 (K, K), H = V Vᵀ, upper triangular in processing order; (B, K, K) for blocks of rows.
         order: processing order of the columns, int64 (K,) or (B, K).
         scales: float32 (N, G).
         zeros: float (N, G).
 
     Returns:
         codes uint8 (N, K), in the original column order.
+
+    Example:
+        >>> metric = torch.tensor([[1.0, 0.9], [0.9, 1.0]])
+        >>> V = torch.linalg.cholesky(metric.flip(0, 1)).flip(0, 1)
+        >>> one = torch.ones(1, 1)
+        >>> assign(torch.tensor([[1.4, 1.4]]), V, torch.arange(2), one, 0 * one, 2, 2)
+        tensor([[1, 2]], dtype=torch.uint8)
     """
     factors = stack(factor)
     blocks = factors.shape[0]
@@ -47,62 +62,113 @@ def assign(
         fold(scales.to(target.dtype), blocks),
         fold(zeros.to(target.dtype), blocks),
     )
-    parts = zip(*(values.split(together) for values in arguments), strict=True)
-    return torch.cat([_assign(*part, bits=bits, group_size=group_size) for part in parts]).flatten(0, 1)
+    parts = list(zip(*(values.split(together) for values in arguments), strict=True))
+    found = [_assign(*part, bits=bits, group_size=group_size) for part in parts]
+    return (found[0] if len(found) == 1 else torch.cat(found)).flatten(0, 1)
 
 
 def _assign(
     target: Tensor, factor: Tensor, order: Tensor, scales: Tensor, zeros: Tensor, *, bits: int, group_size: int
 ) -> Tensor:
     """:func:`assign` for some blocks: (b, n, K), (b, K, K), (b, K) and twice (b, n, G) → (b, n, K)."""
-    group_of = order // group_size
-    zero = take_rows(zeros.mT.contiguous(), group_of)
-    work = _Loop(
-        weight=take_rows(target.mT.contiguous(), order),
-        carry=factor / factor.diagonal(dim1=-2, dim2=-1).unsqueeze(-1),
-        scale=take_rows(scales.mT.contiguous(), group_of),
-        low=-zero,
-        high=grid.code_max(bits) - zero,
-    )
-    work.solve(0, target.shape[-1])
-    codes = work.steps.add_(zero).to(torch.uint8)
+    left = take_rows(target.mT.contiguous(), order)
+    codes = torch.empty(left.shape, dtype=torch.uint8, device=left.device)
+    grids = _Grids(scales.mT.contiguous(), zeros.mT.contiguous(), order // group_size, grid.code_max(bits))
+    for start in range(0, left.shape[1], _BLOCK):
+        _Block(left, factor, grids, codes, start, min(start + _BLOCK, left.shape[1])).solve()
     return take_rows(codes, order.argsort(-1)).mT.contiguous()
 
 
-class _Loop:
-    """Working memory of one run, which it changes; columns of the layer are contiguous rows here, (b, K, n)."""
+class _Grids:
+    """The grids of columns in processing order, made for a block of columns at a time, in the same memory.
 
-    def __init__(self, *, weight: Tensor, carry: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> None:
-        self.weight, self.scale, self.low, self.high = weight, scale, low, high
-        self.carry = carry
-        self.steps = torch.empty_like(weight)
-        self.error = torch.empty_like(weight)
+    Args:
+        scales: (b, G, n).
+        zeros: (b, G, n).
+        group_of: group of each column in processing order, int64 (b, K).
+        most: the largest code.
+    """
 
-    def solve(self, start: int, stop: int) -> None:
-        """Choose the integers of columns start … stop−1 and leave their errors in ``error``."""
+    def __init__(self, scales: Tensor, zeros: Tensor, group_of: Tensor, most: int) -> None:
+        blocks, groups, rows = scales.shape
+        firsts = torch.arange(blocks, device=group_of.device).unsqueeze(1) * groups
+        self.scales, self.zeros, self.places, self.most = (
+            scales.flatten(0, 1),
+            zeros.flatten(0, 1),
+            group_of + firsts,
+            most,
+        )
+        self._memory = scales.new_empty(5, blocks * min(_BLOCK, group_of.shape[1]), rows)
+
+    def of(self, start: int, stop: int) -> tuple[Tensor, ...]:
+        """Scales, zero points, least and largest steps, and room for the steps, (b, stop − start, n) each."""
+        places = self.places[:, start:stop].flatten()
+        scale, zero, low, high, steps = self._memory[:, : len(places)]
+        torch.index_select(self.scales, 0, places, out=scale)
+        torch.index_select(self.zeros, 0, places, out=zero)
+        torch.neg(zero, out=low)
+        torch.add(low, self.most, out=high)
+        return tuple(values.unflatten(0, (-1, stop - start)) for values in (scale, zero, low, high, steps))
+
+
+class _Block:
+    """Columns start … stop−1. Columns of the layer are contiguous rows here, (b, K, n).
+
+    Args:
+        left: W' of the columns that are not done and W' − Q of those that are; changed.
+        factor: V.
+        grids: of all columns.
+        codes: uint8, like ``left``; changed.
+        start, stop: which columns.
+    """
+
+    def __init__(self, left: Tensor, factor: Tensor, grids: _Grids, codes: Tensor, start: int, stop: int) -> None:
+        part = slice(start, stop)
+        self.error, self.codes = left[:, part], codes[:, part]
+        diagonal = factor.diagonal(dim1=-2, dim2=-1)[:, part]
+        carry = factor[:, :stop, part] / diagonal.unsqueeze(1)
+        self.carry = carry[:, start:]
+        self.best = _added(self.error, carry[:, :start], left[:, :start])
+        self.scale, self.zero, self.low, self.high, self.steps = grids.of(start, stop)
+
+    def solve(self) -> None:
+        """Choose the codes and leave their errors."""
+        self._range(0, self.best.shape[1])
+        self.codes.copy_(self.steps.add_(self.zero))
+
+    def _range(self, start: int, stop: int) -> None:
+        """Columns to which everything before ``start`` has been added."""
         if stop - start <= _LEAF:
             self._columns(start, stop)
             return
         middle = start + (stop - start) // 2
-        self.solve(start, middle)
-        self._carry_over(start, middle, stop)
-        self.solve(middle, stop)
-
-    def _carry_over(self, start: int, middle: int, stop: int) -> None:
-        later, error = self.weight[:, middle:stop], self.error[:, start:middle]
-        carry = self.carry[:, start:middle, middle:stop].mT
-        if later.shape[0] == 1:
-            later[0].addmm_(carry[0], error[0], alpha=-1)
-        else:
-            later.baddbmm_(carry, error, alpha=-1)
+        self._range(start, middle)
+        _add(self.best[:, middle:stop], self.carry[:, start:middle, middle:stop], self.error[:, start:middle])
+        self._range(middle, stop)
 
     def _columns(self, start: int, stop: int) -> None:
-        working = (self.weight, self.steps, self.error, self.scale, self.low, self.high, self.carry.unsqueeze(-1))
+        working = (self.best, self.steps, self.error, self.scale, self.low, self.high)
         columns = zip(*(values[:, start:stop].unbind(1) for values in working), strict=True)
-        for column, (weight, steps, error, scale, low, high, carry) in enumerate(columns, start=start + 1):
-            torch.div(weight, scale, out=steps)
+        for column, (best, steps, error, scale, low, high) in enumerate(columns, start=start):
+            if column > start:
+                _add(best.unsqueeze(1), self.carry[:, start:column, column : column + 1], self.error[:, start:column])
+            torch.div(best, scale, out=steps)
             torch.clamp(steps.round_(), low, high, out=steps)
-            torch.addcmul(weight, steps, scale, value=-1, out=error)
-            if column < stop:
-                later = self.weight.narrow(1, column, stop - column)
-                later.addcmul_(carry.narrow(1, column, stop - column), error.unsqueeze(1), value=-1)
+            error.addcmul_(steps, scale, value=-1)
+
+
+def _added(values: Tensor, carry: Tensor, errors: Tensor) -> Tensor:
+    """Values (b, m, n) and what errors (b, k, n) carry to them by (b, k, m); a single block by the faster kernel."""
+    if values.shape[0] == 1:
+        return torch.addmm(values[0], carry[0].mT, errors[0]).unsqueeze(0)
+    return torch.baddbmm(values, carry.mT, errors)
+
+
+def _add(values: Tensor, carry: Tensor, errors: Tensor) -> None:
+    """:func:`_added` in place."""
+    if values.shape[0] > 1:
+        values.baddbmm_(carry.mT, errors)
+    elif values.shape[1] > 1:
+        values[0].addmm_(carry[0].mT, errors[0])
+    else:
+        values[0, 0].addmv_(errors[0].mT, carry[0, :, 0])

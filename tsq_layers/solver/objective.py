@@ -24,13 +24,14 @@ from torch import Tensor
 from tsq_layers.config import QuantConfig
 from tsq_layers.errors import CalibrationError, DampingWarning, LayerError, SingularHessianError
 from tsq_layers.records import LayerStatistics
-from tsq_layers.solver.blocks import in_original_order, product, take_columns, take_rows
+from tsq_layers.solver.blocks import chunks, fold, in_original_order, product, stack, take_columns, take_rows
 from tsq_layers.sync import to_host
 
 _LARGEST_DAMPING = 1.0
 _CHUNK_ELEMENTS = 2**24  # entries of H that are factorised at once, where it has blocks: bounds the temporaries
+_PANEL = 256  # columns of H by which a loss is summed
+_PANEL_ELEMENTS = 2**20  # weights whose loss is summed at once: bounds the temporaries
 _VANISHING = 2.0**-100  # a mean of diag H below this: its damping would underflow in float32
-_LEAF = 128  # triangles up to this size are inverted by one solve
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +46,7 @@ class Problem:
             every step, else W.
         refine_target: what stage 2 approximates, float32 (N, K): W', or W without deviation.
         hessian: damped H, float32 (K, K), a mean over tokens.
-        factor: U upper triangular with H⁻¹ = UᵀU, rows and columns in processing order (K, K).
+        factor: V upper triangular with H = V Vᵀ, rows and columns in processing order (K, K).
         order: the processing order of the columns, int64 (K,).
         damping: the λ that was used, the largest of all blocks.
         ridge: λ·mean(diag H), a scalar tensor or (B,).
@@ -87,12 +88,13 @@ def build(weight: Tensor, statistics: LayerStatistics, config: QuantConfig, name
         else torch.arange(diagonal.shape[-1], device=diagonal.device).expand_as(diagonal)
     )
     wanted, strength, ridged = config.settled()
-    damped, factor, damping, ridge = factorise(hessian, order, wanted, name)
+    deviation = statistics.deviation if config.uses_deviation else None
     shifted = weight
-    if config.uses_deviation and statistics.deviation is not None:
-        deviation = (statistics.deviation / count).to(torch.float32)
-        shifting = factor if ridged == wanted else factorise(hessian, order, ridged, name)[1]
-        shifted = shift_target(weight, deviation, shifting, order, strength)
+    if deviation is not None and ridged != wanted:  # first, so that this factor is gone when the other one is made
+        shifted = shift_target(weight, deviation / count, factorise(hessian, order, ridged, name)[1], order, strength)
+    damped, factor, damping, ridge = factorise(hessian, order, wanted, name, in_place=True)
+    if deviation is not None and ridged == wanted:
+        shifted = shift_target(weight, deviation / count, factor, order, strength)
     return Problem(
         weight=weight,
         grid_target=shifted if config.deviation == "target" else weight,
@@ -106,30 +108,34 @@ def build(weight: Tensor, statistics: LayerStatistics, config: QuantConfig, name
 
 
 def factorise(
-    hessian: Tensor, order: Tensor, damping: float, name: str = "layer"
+    hessian: Tensor, order: Tensor, damping: float, name: str = "layer", *, in_place: bool = False
 ) -> tuple[Tensor, Tensor, float, Tensor]:
-    """Damp H and factorise its inverse in processing order.
+    """Damp H and factorise it in processing order.
 
-    With H (reordered) = V Vᵀ, V upper triangular, the factor of the inverse is U = V⁻¹: one
-    Cholesky factorisation of the flipped matrix and one triangular solve, no explicit inverse.
-    Every block is damped by the mean of its own diagonal, and more only where it needs it.
+    H (reordered) = V Vᵀ, V upper triangular: the Cholesky factor of the matrix with its rows and columns
+    in the opposite order, turned round. No inverse is formed. Every block is damped by the mean of its
+    own diagonal, and more only where it needs it.
 
     Args:
         hessian: float (K, K) or (B, K, K).
         order: int64 (K,) or (B, K).
+        damping: λ.
+        name: how messages call the layer.
+        in_place: H is not needed any more: what is returned as damped H may be the same tensor.
 
     Returns:
-        damped H in the original order and U, rows and columns in processing order, with
-        H⁻¹ = UᵀU, both shaped like H; the largest λ that was used; λ·mean(diag H), a scalar tensor
-        or (B,).
+        damped H in the original order and V, rows and columns in processing order, both shaped like
+        H; the largest λ that was used; λ·mean(diag H), a scalar tensor or (B,).
 
     Raises:
         SingularHessianError: not even λ = 1 was enough. Every λ above the given one warns.
     """
-    mean = hessian.diagonal(dim1=-2, dim2=-1).mean(-1)
+    damped = hessian if in_place else hessian.clone()
+    diagonal = hessian.diagonal(dim1=-2, dim2=-1).clone()
+    mean = diagonal.mean(-1)
     mean = torch.where(mean > _VANISHING, mean, torch.ones_like(mean))  # (nearly) only zeros came in: the identity
     ridge = damping * mean
-    damped = _damp(hessian, ridge)
+    damped.diagonal(dim1=-2, dim2=-1).copy_(diagonal + ridge.unsqueeze(-1))
     factor, info = _factors(damped, order)
     used, raised = damping, 0
     while failed := int(to_host(info.count_nonzero())[0]):
@@ -141,7 +147,7 @@ def factorise(
         used = min(used * 10, _LARGEST_DAMPING)
         again = info.argsort(descending=True)[:failed] if info.dim() else ...
         ridge[again] = used * mean[again]
-        damped[again] = _damp(hessian[again], ridge[again])
+        damped.diagonal(dim1=-2, dim2=-1).copy_(diagonal + ridge.unsqueeze(-1))
         factor[again], info[again] = _factors(damped[again], order[again])
     if raised:
         warnings.warn(
@@ -156,14 +162,8 @@ def _which(info: Tensor, failed: int) -> str:
     return f" of {failed} of its {len(info)} blocks" if info.dim() else ""
 
 
-def _damp(hessian: Tensor, ridge: Tensor) -> Tensor:
-    damped = hessian.clone()
-    damped.diagonal(dim1=-2, dim2=-1).add_(ridge.unsqueeze(-1))
-    return damped
-
-
 def _factors(damped: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-    """U of every block, and 0 for each that could be factorised (U means nothing where it could not)."""
+    """V of every block, and 0 for each that could be factorised (V means nothing where it could not)."""
     if damped.dim() == 2:
         return _factor(damped, order)
     count = max(1, _CHUNK_ELEMENTS // damped[0].numel())
@@ -174,22 +174,7 @@ def _factors(damped: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
 def _factor(damped: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
     backwards = order.flip(-1)
     lower, info = torch.linalg.cholesky_ex(take_columns(take_rows(damped, backwards), backwards))
-    return _upper_inverse(lower.flip(-2, -1)), info
-
-
-def _upper_inverse(upper: Tensor) -> Tensor:
-    """Inverse of upper triangular matrices (…, K, K), by halves: a third of the work of a dense solve."""
-    size = upper.shape[-1]
-    if size <= _LEAF:
-        identity = torch.eye(size, dtype=upper.dtype, device=upper.device)
-        solution: Tensor = torch.linalg.solve_triangular(upper, identity.expand_as(upper), upper=True)
-        return solution
-    half = size // 2
-    inverse = torch.zeros_like(upper)
-    first, second = _upper_inverse(upper[..., :half, :half]), _upper_inverse(upper[..., half:, half:])
-    inverse[..., :half, :half], inverse[..., half:, half:] = first, second
-    torch.matmul(first @ upper[..., :half, half:], -second, out=inverse[..., :half, half:])
-    return inverse
+    return lower.flip(-2, -1), info
 
 
 def shift_target(weight: Tensor, deviation: Tensor, factor: Tensor, order: Tensor, strength: float) -> Tensor:
@@ -198,15 +183,62 @@ def shift_target(weight: Tensor, deviation: Tensor, factor: Tensor, order: Tenso
     At strength 1 this is the least-squares refit of the full-precision outputs from the
     quantised stream's inputs; a smaller strength is the propagation strength of QEP (arXiv
     2504.09629) and regularises an R that is estimated from few tokens.
+
+    H⁻¹ is two triangular solves, of W R or of R, whichever has fewer rows.
     """
-    pulled = product(weight, take_columns(deviation, order))
-    shift = in_original_order(product(product(pulled, factor.mT), factor), order)
-    return weight - strength * shift
+    deviation = deviation.to(weight.dtype)
+    blocks = stack(deviation).shape[0]
+    if weight.shape[0] > blocks * weight.shape[1]:
+        solved = _divided(deviation.reshape(-1, weight.shape[1]), factor, order)
+        return weight - strength * product(weight, solved.view_as(deviation))
+    return weight - strength * _divided(product(weight, deviation), factor, order)
 
 
-def squared_error(difference: Tensor, hessian: Tensor) -> Tensor:
-    """Mean squared output error of each row, diag(D H Dᵀ), for a weight difference D (N, K) → (N,)."""
-    return (product(difference, hessian) * difference).sum(1)
+def _divided(rows: Tensor, factor: Tensor, order: Tensor) -> Tensor:
+    """Rows (N, K) times H⁻¹ of their block."""
+    factors, orders = stack(factor), order.reshape(-1, order.shape[-1])
+    found = take_columns(fold(rows, len(factors)), orders)
+    found = torch.linalg.solve_triangular(factors.mT, found, upper=False, left=False)
+    found = torch.linalg.solve_triangular(factors, found, upper=True, left=False)
+    return in_original_order(found.flatten(0, 1), order)
+
+
+def squared_error(difference: Tensor, hessian: Tensor, ridge: Tensor | None = None) -> Tensor:
+    """Mean squared output error of each row, diag(D H Dᵀ), for a weight difference D (N, K) → (N,).
+
+    H is symmetric, so only what is left of and on its diagonal blocks is looked at: half the work of D H.
+
+    Args:
+        difference: D, float (N, K).
+        hessian: (K, K) or (B, K, K).
+        ridge: a scalar tensor or (B,), by which H is to be damped less; where nothing is left of it, the error is
+            exactly 0.
+    """
+    metrics = stack(hessian)
+    pieces = chunks(difference, metrics, _PANEL_ELEMENTS)
+    if ridge is None:
+        return torch.cat([_squared_error(*piece) for piece in pieces])
+    less = ridge.reshape(-1, 1).expand(len(metrics), len(difference) // len(metrics)).reshape(-1, 1)
+    found, first = [], 0
+    for rows, own in pieces:
+        found.append(_squared_error(rows, own, less[first : first + len(rows)]))
+        first += len(rows)
+    return torch.cat(found)
+
+
+def _squared_error(rows: Tensor, metrics: Tensor, less: Tensor | None = None) -> Tensor:
+    """:func:`squared_error` of some blocks, or of some rows of one: (b·c, K), (b, K, K) and (b·c, 1)."""
+    found = rows.new_zeros(len(rows))
+    for start in range(0, rows.shape[1], _PANEL):
+        stop = min(start + _PANEL, rows.shape[1])
+        panel = rows[:, start:stop]
+        if start:
+            found.add_(product(panel, metrics[:, start:stop, :start]).mul_(rows[:, :start]).sum(1), alpha=2)
+        own = product(panel, metrics[:, start:stop, start:stop])
+        if less is not None:
+            own -= panel * less
+        found += own.mul_(panel).sum(1)
+    return found
 
 
 def check_shapes(weight: Tensor, statistics: LayerStatistics, name: str) -> None:

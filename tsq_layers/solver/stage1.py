@@ -11,10 +11,10 @@ so a coarse scan suffices. Two metrics M are offered:
 
 ``"blocks"``, the paper's group-wise reconstruction loss: M = H_ii, the group's diagonal block of H.
 
-``"feedback"``: M = diag(1/U_jj²), U the factor of H⁻¹ in processing order. GPTQ carries the error of
-each column to the columns after it; what is left in the end is exactly Σ_j ε_j² / U_jj² with ε_j the
-rounding error of column j's working weight, since 1/U_jj² is the part of x_j that the columns after
-it cannot make up for. H_ii counts errors that GPTQ is about to cancel. Measured on eight layers of
+``"feedback"``: M = diag(V_jj²), H = V Vᵀ in processing order. GPTQ carries the error of each column
+to the columns after it; what is left in the end is exactly Σ_j ε_j² V_jj² with ε_j the rounding
+error of column j's working weight, since V_jj² is the part of x_j that the columns after it cannot
+make up for. H_ii counts errors that GPTQ is about to cancel. Measured on eight layers of
 SmolLM2-135M (groups of 64, 16k tokens, R = 0), mean relative layer loss on held-out tokens after
 GPTQ and stage 2, beside weight-MSE grids without stage 2:
 
@@ -39,18 +39,19 @@ from tsq_layers import grid
 from tsq_layers.solver.blocks import chunks, stack
 
 _CHUNK_ELEMENTS = 2**20  # weights that are scanned at once: bounds the temporaries
+_TIE = 64  # units of rounding within which numbers count as equal, lest the order of a sum decide
 _CLIP_RANGE = {1: (0.8, 0.3), 2: (0.95, 0.45), 3: (1.0, 0.65), 4: (1.0, 0.75)}
 _CLIP_COUNT = 6
 _WEIGHT_CLIP_COUNT = 20
 
 
 def feedback_metric(factor: Tensor, order: Tensor) -> Tensor:
-    """1/U_jj² of every column, in original order; arguments as in ``objective.Problem``.
+    """V_jj² of every column, in original order; arguments as in ``objective.Problem``.
 
     Returns:
         float32 (K,), or (B, 1, K) for a factor (B, K, K).
     """
-    diagonal = factor.diagonal(dim1=-2, dim2=-1).square().reciprocal()
+    diagonal = factor.diagonal(dim1=-2, dim2=-1).square()
     metric = torch.empty_like(diagonal).scatter_(-1, order, diagonal)
     return metric if metric.dim() == 1 else metric.unsqueeze(-2)
 
@@ -130,16 +131,25 @@ def _fit_chunk(
     best_scale, best_zero = first_scale, first_zero = _by_group(scale_NG, blocks), _by_group(zero_NG, blocks)
     best_gain = torch.full_like(best_scale, -torch.inf)
     pulled_Gcg = weigh(weight_Gcg, metric)
+    steps, work = torch.empty_like(weight_Gcg), torch.empty_like(weight_Gcg)  # fresh memory costs more than a candidate
+    tie = _tie(weight_Gcg)
     for scale, zero in _candidates(weight_Gcg, first_scale, first_zero, bits, factors, both_zeros):
-        steps = grid.steps(weight_Gcg, scale.unsqueeze(-1), zero.unsqueeze(-1), bits)
-        along = torch.linalg.vecdot(steps, pulled_Gcg)
-        across = torch.linalg.vecdot(steps, weigh(steps, metric))
+        torch.div(weight_Gcg, scale.unsqueeze(-1), out=steps)
+        low = -zero.unsqueeze(-1)
+        torch.maximum(steps.round_(), low, out=steps)  # clamp with bounds that broadcast is ten times slower
+        torch.minimum(steps, low + grid.code_max(bits), out=steps)
+        along = torch.mul(steps, pulled_Gcg, out=work).sum(-1)
+        across = weigh(steps, metric, out=work).mul_(steps).sum(-1)
         gain = along.square() / across
-        better = (along > 0) & (across > 0) & (gain > best_gain)
+        better = (along > 0) & (across > 0) & (gain > best_gain * tie)
         best_gain = torch.where(better, gain, best_gain)
         best_scale = torch.where(better, along / across, best_scale)
         best_zero = torch.where(better, zero, best_zero)
     return _by_row(best_scale, blocks), _by_row(best_zero, blocks)
+
+
+def _tie(values: Tensor) -> float:
+    return 1 + _TIE * torch.finfo(values.dtype).eps
 
 
 def _by_group(values: Tensor, blocks: int) -> Tensor:
@@ -150,9 +160,9 @@ def _by_row(values: Tensor, blocks: int) -> Tensor:
     return rearrange(values, "(b G) c -> (b c) G", b=blocks)
 
 
-def weigh(values_Gcg: Tensor, metric: Tensor) -> Tensor:
+def weigh(values_Gcg: Tensor, metric: Tensor, out: Tensor | None = None) -> Tensor:
     """Values (b G, c, g) times the metric of their group, (b G, g, g) or a diagonal (b G, 1, g)."""
-    return torch.bmm(values_Gcg, metric) if metric.shape[1] > 1 else values_Gcg * metric
+    return torch.bmm(values_Gcg, metric, out=out) if metric.shape[1] > 1 else torch.mul(values_Gcg, metric, out=out)
 
 
 def _candidates(
@@ -162,7 +172,8 @@ def _candidates(
     zeros = [zero]
     if both_zeros:
         exact = weight.amin(-1).clamp(max=0) / -scale
-        zeros = [exact.floor().clamp(0, grid.code_max(bits)), exact.ceil().clamp(0, grid.code_max(bits))]
+        below, above = (exact * _tie(weight)).floor(), (exact / _tie(weight)).ceil()
+        zeros = [below.clamp(0, grid.code_max(bits)), above.clamp(0, grid.code_max(bits))]
     if bits > 4:  # clipping hardly pays: the range as it is
         yield scale, zero
     for factor, candidate in zip(factors, itertools.cycle(zeros), strict=False):

@@ -10,9 +10,9 @@ from tsq_layers.config import QuantConfig
 from tsq_layers.errors import LayerError, StateError
 from tsq_layers.records import Outliers, QuantizedWeight
 from tsq_layers.solver import codebook, offsets
-from tsq_layers.solver.blocks import product
+from tsq_layers.solver.blocks import product, scaled
 from tsq_layers.solver.coded import Coded
-from tsq_layers.solver.objective import Problem
+from tsq_layers.solver.objective import Problem, squared_error
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +56,7 @@ class State:
         sparse: outliers, added to what the codes stand for, float32 (N, K), made of values that are stored.
         outliers: the same, as they are stored.
         residual: Q − W' and (Q − W') H of the present state, once asked for.
+        loss: (Q − W') H (Q − W')ᵀ of each row of the present state, where a step knows it, (N,); H damped.
         objective: see ``SolverResult``.
         seconds: step → wall time.
     """
@@ -68,6 +69,7 @@ class State:
     sparse: Tensor | None = None
     outliers: Outliers | None = None
     residual: tuple[Tensor, Tensor] | None = None
+    loss: Tensor | None = None
     objective: dict[str, Tensor] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -136,12 +138,31 @@ class State:
             values += offsets.spread(self.offsets, layer.group_size, values.shape[1])
         return values if self.sparse is None else values + self.sparse
 
+    def change(self) -> None:
+        """Forget what is known of the state before."""
+        self.residual = self.loss = None
+
+    def difference(self, layer: Layer) -> Tensor:
+        """Q − W', (N, K)."""
+        if self.residual is not None:
+            return self.residual[0]
+        return self.dequantized(layer).sub_(layer.known.refine_target)
+
     def errors(self, layer: Layer) -> tuple[Tensor, Tensor]:
         """Q − W' and (Q − W') H, H damped; computed once for each state."""
         if self.residual is None:
-            difference = self.dequantized(layer) - layer.known.refine_target
+            difference = self.difference(layer)
             self.residual = difference, product(difference, layer.known.hessian)
         return self.residual
+
+    def losses(self, layer: Layer) -> Tensor:
+        """(Q − W') H (Q − W')ᵀ of each row, H not damped, (N,)."""
+        difference, ridge = self.difference(layer), layer.known.ridge
+        if self.residual is not None:
+            return ((self.residual[1] - scaled(difference, ridge)) * difference).sum(1)
+        if self.loss is not None:
+            return (self.loss - scaled(difference, ridge).mul_(difference).sum(1)).clamp_(min=0)
+        return squared_error(difference, layer.known.hessian, ridge)
 
     def stored(self, layer: Layer) -> QuantizedWeight:
         """The present codes and grids, or tables, as they are stored."""

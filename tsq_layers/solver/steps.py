@@ -142,15 +142,20 @@ def refine(layer: Layer, state: State) -> None:
     """All scales, and offsets, on the layer-wise loss, codes frozen; and the objective of both solvers."""
     config, positive = layer.config, state.grids(layer)[0].shape[1]
     difference, pulled = state.errors(layer)
+    before = (pulled * difference).sum(1)
     small = _small_problem(layer, state, pulled)
+    del difference, pulled
+    state.change()
     solutions = {"descent": stage2.descent(small, config.refine_sweeps, positive)}
     solutions["exact"] = stage2.exact(small, fallback=solutions["descent"], positive=positive)
     solution, dtype = solutions[config.refine], config.torch_scale_dtype
     if state.offsets is None:
-        state.scales = stage2.accept(small, solution, dtype)
+        state.scales = chosen = stage2.accept(small, solution, dtype)
     else:
         state.scales, state.offsets = offsets.accept(small, solution, state.offsets, config.bits, dtype)
-    before = (pulled * difference).sum(1)
+        middle = grid.code_max(config.bits) / 2
+        chosen = torch.cat([state.scales, state.offsets + middle * state.scales], 1)
+    state.loss = before + small.loss(chosen)
     found = {"assign": small.start, **solutions}
     state.objective = {step: before + small.objective(value) for step, value in found.items()}
 

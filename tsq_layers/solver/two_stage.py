@@ -18,7 +18,7 @@ from tsq_layers.config import QuantConfig
 from tsq_layers.errors import LayerError
 from tsq_layers.precision import full_precision
 from tsq_layers.records import LayerStatistics, QuantizedWeight
-from tsq_layers.solver import blocks, objective, steps
+from tsq_layers.solver import objective, steps
 from tsq_layers.solver.result import SolverResult
 from tsq_layers.solver.state import Layer, State
 from tsq_layers.sync import clock
@@ -122,8 +122,9 @@ class TwoStageGroupQuantizer:
         if not steps.asked_for(self.config)[name]:
             return
         started = clock(self._layer.weight)
+        if name != "refine":
+            self._state.change()
         step(self._layer, self._state)
-        self._state.residual = None
         self._state.seconds[name] = clock(self._layer.weight) - started
 
     @full_precision()
@@ -176,11 +177,13 @@ class TwoStageGroupQuantizer:
         Raises:
             LayerError: statistics that do not fit the weight.
         """
-        difference, pulled = self._state.errors(self._layer)
-        if statistics is not None:
-            objective.check_shapes(difference, statistics, self.name)
-            return objective.squared_error(difference, (statistics.hessian / statistics.count).to(torch.float32))
-        return self._undamped(difference, pulled)
+        if statistics is None:
+            if self._is_next("refine"):
+                self._state.errors(self._layer)  # which that step needs
+            return self._state.losses(self._layer)
+        difference = self._state.difference(self._layer)
+        objective.check_shapes(difference, statistics, self.name)
+        return objective.squared_error(difference, (statistics.hessian / statistics.count).to(torch.float32))
 
     def quantized_weight(self) -> QuantizedWeight:
         """The present codes, with scales and zero points or tables."""
@@ -191,10 +194,11 @@ class TwoStageGroupQuantizer:
         """W', what grids and codes approximate, float32 (N, K)."""
         return self._layer.known.grid_target
 
-    def _signal(self) -> Tensor:
-        target = self._layer.known.refine_target
-        return self._undamped(target, blocks.product(target, self._layer.known.hessian))
+    def _is_next(self, step: str) -> bool:
+        """Whether a step is the next one of those that are asked for."""
+        left = [name for name, wanted in steps.asked_for(self.config).items() if wanted]
+        return next((name for name in left if name not in self._state.seconds), None) == step
 
-    def _undamped(self, difference: Tensor, pulled: Tensor) -> Tensor:
-        """Row losses under the undamped H; exactly 0 where that is 0."""
-        return ((pulled - blocks.scaled(difference, self._layer.known.ridge)) * difference).sum(1)
+    def _signal(self) -> Tensor:
+        known = self._layer.known
+        return objective.squared_error(known.refine_target, known.hessian, known.ridge)

@@ -68,7 +68,9 @@ def _best(
     scale, zero, steps = present
     old_scale, old_zero, least = scale, zero, torch.zeros_like(scale)
     goal = values - clipping.divided(pulled, metric)
-    force = product(values, metric) - pulled
+    weighed = product(values, metric)
+    force = weighed - pulled
+    rounding = torch.finfo(values.dtype).eps * (weighed * values).sum(1, keepdim=True)  # a gain of less is none
     for step in _STEPS:
         tried = (old_zero + step).clamp(0, grid.code_max(bits))
         integers = grid.steps(goal, old_scale, tried, bits)
@@ -76,7 +78,7 @@ def _best(
         best = grid.storable(torch.where((best > 0) & torch.isfinite(best), best, old_scale), dtype)
         moved = integers * best - values
         loss = ((product(moved, metric) + 2 * pulled) * moved).sum(1, keepdim=True)
-        lower = loss < least
+        lower = loss < least - rounding
         least = torch.where(lower, loss, least)
         scale, zero = torch.where(lower, best, scale), torch.where(lower, tried, zero)
         steps = torch.where(lower, integers, steps)
