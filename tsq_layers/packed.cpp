@@ -6,7 +6,10 @@
 // to whole vectors; a code that is read behind the end of a piece meets a zero. Any number of columns and any group
 // size are therefore the same loop.
 //
-//   y_n = sum over pieces of  scale · (sum of code · x)  +  shift · (sum of x)
+//   y_n = sum over columns of  (scale · code + shift) · x,   shift = −scale · zero, or the offset
+//
+// A field is not even shifted: masked in its place it is code · 2^right, which a float holds exactly, and the power of
+// two goes into the scale. Only the field at the sign has to be.
 //
 // N rows of the weight, K columns, G groups a row, W words a row, M rows of input, T tables a row.
 
@@ -73,6 +76,7 @@ struct Piece {
   int64_t first, count, vectors, group;  // columns, of which whole vectors are read
   int64_t word[3];                       // where its words begin, in each plane
   uint32_t right[3];                     // by how much they are shifted
+  bool top;                              // whether one of them reaches the sign
 };
 
 struct Layout {
@@ -94,13 +98,14 @@ struct Layout {
       }
     }
     for (int64_t column = 0; column < columns;) {
-      Piece piece{column, std::min(columns, (column / group_size + 1) * group_size) - column, 0, column / group_size, {}, {}};
+      Piece piece{column, std::min(columns, (column / group_size + 1) * group_size) - column, 0, column / group_size, {}, {}, false};
       for (size_t i = 0; i < planes.size(); ++i) {
         const Plane& plane = planes[i];
         int64_t field = column / plane.words;
         piece.count = std::min(piece.count, (field + 1) * plane.words - column);
         piece.word[i] = plane.start + column - field * plane.words;
         piece.right[i] = plane.bits * field;
+        piece.top |= field == 32 / plane.bits - 1;
       }
       piece.vectors = (piece.count + LANES - 1) / LANES;
       vectors += piece.vectors;
@@ -139,33 +144,31 @@ inline Words codes(const Fields& fields, int64_t i) {
 
 inline Floats floats(Words code) { return __builtin_convertvector((Ints)code, Floats); }
 
-// table[code] for up to 16 levels.
+// table[code] for up to 16 levels; bits of an index above those of a code may be anything.
 template <int BITS>
 struct Table {
-  static constexpr int LEVELS = 1 << BITS;
+  static constexpr uint32_t LEVELS = 1 << BITS;
 #if defined(__AVX2__)
-  __m256 low, high;
+  Floats low, high;
   explicit Table(const float* levels) {
-    alignas(32) float wide[16] = {};
-    std::memcpy(wide, levels, sizeof(float) * LEVELS);
-    low = _mm256_load_ps(wide);
-    high = _mm256_load_ps(wide + 8);
+    float wide[16];
+    for (uint32_t i = 0; i < 16; ++i) wide[i] = levels[i % LEVELS];
+    low = load<Floats>(wide);
+    high = load<Floats>(wide + 8);
   }
   inline Floats operator()(Words index) const {
     // The instruction reads three bits of an index; the fourth is moved to the sign, which chooses.
-    __m256 value = _mm256_permutevar8x32_ps(low, (__m256i)index);
-    if (BITS == 4) {
-      __m256 other = _mm256_permutevar8x32_ps(high, (__m256i)index);
-      value = _mm256_blendv_ps(value, other, (__m256)(index << 28));
-    }
-    return (Floats)value;
+    const __m256 value = _mm256_permutevar8x32_ps((__m256)low, (__m256i)index);
+    if constexpr (BITS < 4) return (Floats)value;
+    const __m256 other = _mm256_permutevar8x32_ps((__m256)high, (__m256i)index);
+    return (Floats)_mm256_blendv_ps(value, other, (__m256)(index << 28));
   }
 #else
   const float* levels;
   explicit Table(const float* levels_) : levels(levels_) {}
   inline Floats operator()(Words index) const {
     Floats value;
-    for (int lane = 0; lane < LANES; ++lane) value[lane] = levels[index[lane] & (LEVELS - 1)];
+    for (int lane = 0; lane < LANES; ++lane) value[lane] = levels[index[lane] % LEVELS];
     return value;
   }
 #endif
@@ -274,6 +277,8 @@ struct Row {
     } else {
       std::fill(zeros.begin(), zeros.end(), (float)(packed.levels / 2));
     }
+    if (!packed.offsets)
+      for (int64_t g = 0; g < count; ++g) shifts[g] = -scales[g] * zeros[g];
   }
 };
 
@@ -282,117 +287,164 @@ struct Row {
 // Inputs in the order of the pieces: [piece][vector][row of input][lane], zeros where a piece or the rows end.
 struct Inputs {
   std::vector<float> values;
-  std::vector<float> sums;  // [piece][row of input][lane]
 
-  Inputs(const float* x, int64_t count, const Layout& layout)
-      : values(layout.vectors * count * LANES), sums(layout.pieces.size() * count * LANES) {
+  // M is 1, 2 or 4; rows that there are not are zero.
+  Inputs(const float* x, int64_t count, int64_t M, const Layout& layout) : values(layout.vectors * M * LANES) {
     float* to = values.data();
-    float* total = sums.data();
     for (const Piece& piece : layout.pieces) {
-      for (int64_t v = 0; v < piece.vectors; ++v) {
-        int64_t filled = std::min(LANES, piece.count - v * LANES);
-        for (int64_t m = 0; m < count; ++m, to += LANES) {
-          std::memcpy(to, x + m * layout.columns + piece.first + v * LANES, sizeof(float) * filled);
-          for (int64_t lane = 0; lane < LANES; ++lane) total[m * LANES + lane] += to[lane];
-        }
+      for (int64_t v = 0; v < piece.vectors; ++v, to += M * LANES) {
+        const int64_t column = piece.first + v * LANES, filled = std::min(LANES, piece.count - v * LANES);
+        for (int64_t m = 0; m < count; ++m) std::memcpy(to + m * LANES, x + m * layout.columns + column, sizeof(float) * filled);
       }
-      total += count * LANES;
     }
   }
 };
 
-// The sum of code · x in one piece: R rows of the weight, M rows of input.
-template <int BITS, int M, int R, int... r>
-inline void affine(
-    const Row* rows, const Piece& piece, const float* x, int64_t end, Floats (&part)[R][M], std::integer_sequence<int, r...>) {
-  const Fields fields[R] = {Fields(rows[r].at, piece)...};
-  Floats sums[R][M] = {};
+// The codes of a piece as floats, times a power of two: masks and factors of the planes.
+template <int BITS, bool TOP>
+struct Decoder {
+  static constexpr bool SHIFTED = TOP;
+  static constexpr int FIRST = BITS & 8 ? 8 : BITS & 4 ? 4 : BITS & 2 ? 2 : 1;
+  static constexpr int SECOND = (BITS - FIRST) & 2 ? 2 : (BITS - FIRST) & 1, THIRD = BITS - FIRST - SECOND;
+  Words mask[3];
+  float factor[3];
+  float unit;  // of what comes out
+
+  explicit Decoder(const Piece& piece) {
+    const int bits[3] = {FIRST, SECOND, THIRD}, place[3] = {0, FIRST, FIRST + SECOND};
+    unit = power(-(int)piece.right[0]);
+    for (int i = 0; i < 3; ++i) {
+      mask[i] = Words{} + (((1u << bits[i]) - 1) << piece.right[i]);
+      factor[i] = power(place[i] + (int)piece.right[0] - (int)piece.right[i]);
+    }
+    if (SHIFTED) unit = 1;
+  }
+
+  static float power(int exponent) {
+    const uint32_t bits = (uint32_t)(127 + exponent) << 23;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+  }
+
+  inline Floats operator()(const Fields& fields, int64_t i) const {
+    if constexpr (SHIFTED) {
+      return floats(codes<BITS>(fields, i));
+    } else {
+      Floats code = floats(load<Words>(fields.at[0] + i) & mask[0]);
+      if constexpr (SECOND > 0) code = fma(floats(load<Words>(fields.at[1] + i) & mask[1]), all(factor[1]), code);
+      if constexpr (THIRD > 0) code = fma(floats(load<Words>(fields.at[2] + i) & mask[2]), all(factor[2]), code);
+      return code;
+    }
+  }
+};
+
+template <int M, int R>
+struct Sums {
+  Floats of[R][M] = {};
+};
+
+// One piece of R rows of the weight, times M rows of input.
+template <int M, int R, typename Weights>
+inline void add(Sums<M, R>& total, const float* x, int64_t end, const Weights& weights) {
+  Sums<M, R> sums = total;
   for (int64_t i = 0; i < end; i += LANES) {
     Floats inputs[M];
 #pragma GCC unroll 4
-    for (int m = 0; m < M; ++m) inputs[m] = load<Floats>(x + i * M + m * LANES);
+    for (int m = 0; m < M; ++m) {
+      inputs[m] = load<Floats>(x + i * M + m * LANES);
+#if defined(__AVX2__)
+      if (M == 1) asm("" : "+x"(inputs[m]));  // loaded once, not by each of the rows
+#endif
+    }
 #pragma GCC unroll 4
-    for (int n = 0; n < R; ++n) {
-      const Floats code = floats(codes<BITS>(fields[n], i));
+    for (int r = 0; r < R; ++r) {
+      const Floats weight = weights(r, i);
 #pragma GCC unroll 4
-      for (int m = 0; m < M; ++m) sums[n][m] = fma(code, inputs[m], sums[n][m]);
+      for (int m = 0; m < M; ++m) sums.of[r][m] = fma(weight, inputs[m], sums.of[r][m]);
     }
   }
-#pragma GCC unroll 4
-  for (int n = 0; n < R; ++n)
-#pragma GCC unroll 4
-    for (int m = 0; m < M; ++m) part[n][m] = sums[n][m];
+  total = sums;
 }
 
-// R rows of the weight times M rows of input.
-template <int BITS, Kind KIND, int M, int R>
-void product(const Packed& packed, const Row* rows, const Inputs& inputs, Floats (&total)[R][M]) {
-  for (int r = 0; r < R; ++r)
-    for (int m = 0; m < M; ++m) total[r][m] = Floats{};
-  const float* x = inputs.values.data();
-  const float* sums = inputs.sums.data();
-  for (const Piece& piece : packed.layout.pieces) {
-    Floats part[R][M];
-    const int64_t end = piece.vectors * LANES;
-    if constexpr (KIND == Kind::affine) {
-      affine<BITS, M>(rows, piece, x, end, part, std::make_integer_sequence<int, R>());
-      for (int r = 0; r < R; ++r) {
-        const float scale = rows[r].scales[piece.group];
-        const float shift = packed.offsets ? rows[r].shifts[piece.group] : -scale * rows[r].zeros[piece.group];
-        for (int m = 0; m < M; ++m) {
-          total[r][m] = fma(all(scale), part[r][m], fma(all(shift), load<Floats>(sums + m * LANES), total[r][m]));
-        }
-      }
-      sums += M * LANES;
-    } else {
-      for (int r = 0; r < R; ++r) {
-        const Fields fields(rows[r].at, piece);
-        const Table<BITS> table(rows[r].scales.data() + (packed.tables == 1 ? 0 : piece.group * packed.levels));
-        for (int64_t i = 0; i < end; i += LANES) {
-          Floats value = table(codes<BITS>(fields, i));
-#pragma GCC unroll 4
-          for (int m = 0; m < M; ++m) total[r][m] = fma(value, load<Floats>(x + i * M + m * LANES), total[r][m]);
-        }
-      }
-    }
-    x += end * M;
-  }
+template <int BITS, bool TOP, int M, int R, int... r>
+inline void affine(
+    Sums<M, R>& total, const Row* const* rows, const Piece& piece, const float* x, std::integer_sequence<int, r...>) {
+  const Decoder<BITS, TOP> decoder(piece);
+  const Fields fields[R] = {Fields(rows[r]->at, piece)...};
+  const Floats scales[R] = {all(rows[r]->scales[piece.group] * decoder.unit)...};
+  const Floats shifts[R] = {all(rows[r]->shifts[piece.group])...};
+  add<M, R>(total, x, piece.vectors * LANES, [&](int n, int64_t i) __attribute__((always_inline)) {
+    return fma(decoder(fields[n], i), scales[n], shifts[n]);
+  });
 }
 
-template <int BITS, Kind KIND, int M, int R>
-void rows_of_output(const Packed& packed, Row* rows, const Inputs& inputs, int64_t first, const float* bias, float* y) {
-  Floats total[R][M];
-  product<BITS, KIND, M, R>(packed, rows, inputs, total);
-  for (int r = 0; r < R; ++r)
-    for (int m = 0; m < M; ++m) y[m * packed.rows + first + r] = sum(total[r][m]) + (bias ? bias[first + r] : 0.0f);
+template <int BITS, int M, int R, int... r>
+inline void table(
+    Sums<M, R>& total, const Row* const* rows, const Piece& piece, int64_t first, const float* x,
+    std::integer_sequence<int, r...>) {
+  const Fields fields[R] = {Fields(rows[r]->at, piece)...};
+  const Table<BITS> tables[R] = {Table<BITS>(rows[r]->scales.data() + first)...};
+  add<M, R>(total, x, piece.vectors * LANES, [&](int n, int64_t i) __attribute__((always_inline)) {
+    return tables[n](codes<BITS>(fields[n], i));
+  });
+}
+
+// How many rows of the weight go together: as many as the registers hold.
+template <int BITS, Kind KIND, int M>
+constexpr int together() {
+  constexpr bool single = BITS == 1 || BITS == 2 || BITS == 4 || BITS == 8;
+  return M == 1 && single && (KIND == Kind::affine || BITS < 4) ? 4 : 2;
 }
 
 template <int BITS, Kind KIND, int M>
-void block(const Packed& packed, Row* rows, const Inputs& inputs, int64_t first, int64_t count, const float* bias, float* y) {
-  constexpr int R = M == 1 ? 4 : 2;
-  if (count == R) return rows_of_output<BITS, KIND, M, R>(packed, rows, inputs, first, bias, y);
-  for (int64_t r = 0; r < count; ++r) rows_of_output<BITS, KIND, M, 1>(packed, rows + r, inputs, first + r, bias, y);
+void output(
+    const Packed& packed, const std::vector<Row>& of, const Inputs& inputs, int64_t first, int64_t inputs_count,
+    const float* bias, float* y) {
+  constexpr int R = together<BITS, KIND, M>();
+  constexpr auto each = std::make_integer_sequence<int, R>();
+  const Layout& layout = packed.layout;
+  for (int64_t start = 0; start < (int64_t)of.size() && first + start < packed.rows; start += R) {
+    const int64_t count = std::min<int64_t>(R, packed.rows - first - start);
+    const Row* rows[R];
+    for (int r = 0; r < R; ++r) rows[r] = &of[start + std::min<int64_t>(r, count - 1)];
+    Sums<M, R> total;
+    const float* x = inputs.values.data();
+    const char* next = (const char*)(rows[0]->at + R * layout.words);  // what will be read next, if rows lie in order
+    const int64_t step = R * layout.words * (int64_t)sizeof(int32_t) / layout.pieces.size();
+    for (const Piece& piece : layout.pieces) {
+      for (int64_t byte = 0; byte < step; byte += 64) __builtin_prefetch(next + byte);
+      next += step;
+      if constexpr (KIND == Kind::table) {
+        table<BITS, M, R>(total, rows, piece, packed.tables == 1 ? 0 : piece.group * packed.levels, x, each);
+      } else if (piece.top) {
+        affine<BITS, true, M, R>(total, rows, piece, x, each);
+      } else {
+        affine<BITS, false, M, R>(total, rows, piece, x, each);
+      }
+      x += piece.vectors * LANES * M;
+    }
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t n = first + start + r;
+      for (int64_t m = 0; m < inputs_count; ++m) y[m * packed.rows + n] = sum(total.of[r][m]) + (bias ? bias[n] : 0.0f);
+    }
+  }
 }
+
+constexpr int64_t ROWS = 4;  // a multiple of all together()
 
 template <int BITS, Kind KIND>
 void few(const Packed& packed, const std::vector<Inputs>& inputs, int64_t inputs_total, const float* bias, float* y) {
-  const int64_t R = inputs_total == 1 ? 4 : 2;
-  const int64_t blocks = (packed.rows + R - 1) / R;
-  at::parallel_for(0, blocks, std::max<int64_t>(1, GRAIN / (packed.layout.columns * R)), [&](int64_t begin, int64_t end) {
-    std::vector<Row> rows(R, Row(packed));
+  const int64_t blocks = (packed.rows + ROWS - 1) / ROWS;
+  at::parallel_for(0, blocks, std::max<int64_t>(1, GRAIN / (packed.layout.columns * ROWS)), [&](int64_t begin, int64_t end) {
+    std::vector<Row> rows(ROWS, Row(packed));
     for (int64_t b = begin; b < end; ++b) {
-      const int64_t first = b * R, count = std::min(R, packed.rows - first);
-      for (int64_t r = 0; r < count; ++r) rows[r].template read<BITS>(packed, first + r);
+      const int64_t first = b * ROWS;
+      for (int64_t r = 0; r < ROWS && first + r < packed.rows; ++r) rows[r].template read<BITS>(packed, first + r);
       for (size_t i = 0; i < inputs.size(); ++i) {
-        float* to = y + i * INPUTS * packed.rows;
-        switch (std::min<int64_t>(INPUTS, inputs_total - i * INPUTS)) {
-          case 1: if (R == 4) block<BITS, KIND, 1>(packed, rows.data(), inputs[i], first, count, bias, to);
-                  else for (int64_t r = 0; r < count; ++r) rows_of_output<BITS, KIND, 1, 1>(packed, &rows[r], inputs[i], first + r, bias, to);
-                  break;
-          case 2: block<BITS, KIND, 2>(packed, rows.data(), inputs[i], first, count, bias, to); break;
-          case 3: block<BITS, KIND, 3>(packed, rows.data(), inputs[i], first, count, bias, to); break;
-          default: block<BITS, KIND, 4>(packed, rows.data(), inputs[i], first, count, bias, to);
-        }
+        const int64_t count = std::min<int64_t>(INPUTS, inputs_total - i * INPUTS);
+        const auto run = count == 1 ? output<BITS, KIND, 1> : count == 2 ? output<BITS, KIND, 2> : output<BITS, KIND, 4>;
+        run(packed, rows, inputs[i], first, count, bias, y + i * INPUTS * packed.rows);
       }
     }
   });
@@ -501,7 +553,8 @@ at::Tensor linear(
   } else {
     std::vector<Inputs> inputs;
     for (int64_t first = 0; first < inputs_total; first += INPUTS) {
-      inputs.emplace_back(x_MK.const_data_ptr<float>() + first * columns, std::min(INPUTS, inputs_total - first), layout);
+      const int64_t count = std::min(INPUTS, inputs_total - first);
+      inputs.emplace_back(x_MK.const_data_ptr<float>() + first * columns, count, count > 2 ? INPUTS : count, layout);
     }
     const float* added = bias_ ? bias_->const_data_ptr<float>() : nullptr;
     dispatch(packed, [&](auto B, auto KIND) {
