@@ -27,7 +27,7 @@ from tsq_layers.errors import CompileWarning
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Of inputs, outputs and dequantised weights."""
 
-FEW_ROWS = 32
+FEW_ROWS = 16
 """Up to this many rows of input codes are multiplied as they are decoded; with more, blocks of the matrix are made first."""
 
 _SOURCE = Path(__file__).with_name("packed.cpp")

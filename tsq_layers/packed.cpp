@@ -34,7 +34,7 @@ namespace {
 
 constexpr int64_t LANES = 8;
 constexpr int64_t INPUTS = 4;         // rows of input that share the decoding of a code
-constexpr int64_t BLOCK = 1 << 18;    // weights that are dequantised at a time, and multiplied while in the cache
+constexpr int64_t BLOCK = 1 << 19;    // weights that are dequantised at a time, and multiplied while in the cache
 constexpr int64_t GRAIN = 1 << 16;    // weights that are worth a thread
 
 typedef float Floats __attribute__((vector_size(32)));
@@ -348,13 +348,30 @@ struct Sums {
 template <int M, int R, typename Weights>
 inline void add(Sums<M, R>& total, const float* x, int64_t end, const Weights& weights) {
   Sums<M, R> sums = total;
-  for (int64_t i = 0; i < end; i += LANES) {
+  int64_t i = 0;
+  if constexpr (M == 1 && R == 2) {  // two vectors at a time, so that sums do not wait for one another
+    Sums<M, R> others;
+    for (; i + LANES < end; i += 2 * LANES) {
+      Floats one = load<Floats>(x + i), two = load<Floats>(x + i + LANES);
+#if defined(__AVX2__)
+      asm("" : "+x"(one), "+x"(two));  // loaded once, not by each of the rows
+#endif
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        sums.of[r][0] = fma(weights(r, i), one, sums.of[r][0]);
+        others.of[r][0] = fma(weights(r, i + LANES), two, others.of[r][0]);
+      }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) sums.of[r][0] += others.of[r][0];
+  }
+  for (; i < end; i += LANES) {
     Floats inputs[M];
 #pragma GCC unroll 4
     for (int m = 0; m < M; ++m) {
       inputs[m] = load<Floats>(x + i * M + m * LANES);
 #if defined(__AVX2__)
-      if (M == 1) asm("" : "+x"(inputs[m]));  // loaded once, not by each of the rows
+      if constexpr (M == 1) asm("" : "+x"(inputs[m]));
 #endif
     }
 #pragma GCC unroll 4
