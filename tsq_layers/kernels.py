@@ -14,10 +14,11 @@ table[code]               tables (N, T, 2^bits)   ``None``
 
 Grids are float16, bfloat16 or float32. There is a table for each row (T = 1) or each group (T = G).
 
-With many rows of input the weight is dequantised once and multiplied, uncompiled. With few rows
-(decoding) the words are the traffic, so one pass over them must do everything, see
-:mod:`tsq_layers.few_rows`. Those functions are compiled here, one for each kind of call; inside
-somebody else's ``torch.compile`` they are inlined, and wherever tensors have no values (fake, meta,
+With few rows of input (decoding) the words are the traffic, so one pass over them must do everything;
+with many the weight is dequantised and multiplied. On a CPU both are the operations of
+:mod:`tsq_layers.native`. On other devices, and where those cannot be built, many rows run uncompiled, and
+few by :mod:`tsq_layers.few_rows`, functions that are compiled here, one for each kind of call; inside
+somebody else's ``torch.compile`` they are inlined. Wherever tensors have no values (fake, meta,
 exporting) the plain path runs.
 
 Shapes: N rows of the weight (outputs), K columns (inputs), G groups a row, W words a row, M rows of
@@ -36,7 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from tsq_layers import grid, packing
+from tsq_layers import grid, native, packing
 from tsq_layers.errors import CompileWarning, LayerError
 from tsq_layers.few_rows import Format, few_rows, one_pass
 
@@ -76,6 +77,10 @@ def dequantize(
         tensor([[-1.0000, -0.5000,  0.0000,  0.5000]])
     """
     form, rows = _format(grids, bits, group_size, columns), words.shape[0]
+    if dtype in native.DTYPES and _native(words):
+        packing.check_words(words, bits, columns)
+        made: Tensor = torch.ops.tsq_layers.dequantize.default(words, grids, shifts, bits, form.group_size, columns, dtype)
+        return made
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or rows * columns <= _BLOCK:
         return _dequantize(words, grids, shifts, form, dtype)
     # A block of rows at a time: the many float32 intermediates stay small.
@@ -207,9 +212,23 @@ class _Linear(torch.autograd.Function):
         return to_x, None, None, None, to_bias, None
 
 
+def _native(tensor: Tensor) -> bool:
+    """Whether an operation of :mod:`tsq_layers.native` can take it: on a CPU, with values or inside ``torch.compile``."""
+    if tensor.device.type != "cpu" or torch.compiler.is_exporting():
+        return False
+    return (torch.compiler.is_compiling() or _has_values(tensor)) and native.usable()
+
+
+def _has_values(tensor: Tensor) -> bool:
+    plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type != "meta"
+    return plain and not is_in_torch_dispatch_mode() and not torch._C._are_functorch_transforms_active()
+
+
 def _forward(
     x: Tensor, words: Tensor, grids: Tensor, shifts: Tensor | None, bias: Tensor | None, form: Format
 ) -> Tensor:
+    if x.dtype in native.DTYPES and _native(x):
+        return _run_native(x, words, grids, shifts, bias, form)
     # While exporting, the number of rows may be a symbol that must not be compared.
     if torch.compiler.is_exporting() or not one_pass(form.bits, form.group_size, form.columns):
         return _dense(x, words, grids, shifts, bias, form)
@@ -226,6 +245,17 @@ def _forward(
     return y_MN.to(x.dtype).reshape(*x.shape[:-1], words.shape[0])
 
 
+def _run_native(
+    x: Tensor, words: Tensor, grids: Tensor, shifts: Tensor | None, bias: Tensor | None, form: Format
+) -> Tensor:
+    rows = math.prod(x.shape[:-1])
+    if rows > native.FEW_ROWS and x.dtype != torch.float32 and native.multiplies(x.dtype):
+        return _dense(x, words, grids, shifts, bias, form)
+    packing.check_words(words, form.bits, form.columns)
+    y: Tensor = torch.ops.tsq_layers.linear.default(x, words, grids, shifts, bias, *form, native.FEW_ROWS)
+    return y
+
+
 def _dense(x: Tensor, words: Tensor, grids: Tensor, shifts: Tensor | None, bias: Tensor | None, form: Format) -> Tensor:
     return F.linear(x, dequantize(words, grids, shifts, *form, x.dtype), bias)
 
@@ -238,8 +268,7 @@ _uncompilable: set[str] = set()
 
 def _can_compile(x: Tensor) -> bool:
     """Whether these are tensors with values, on a device where compilation has not failed."""
-    plain = type(x) in (Tensor, torch.nn.Parameter) and x.device.type != "meta" and x.device.type not in _uncompilable
-    return plain and not is_in_torch_dispatch_mode() and not torch._C._are_functorch_transforms_active()
+    return x.device.type not in _uncompilable and _has_values(x)
 
 
 def _compiled_for(key: tuple[Any, ...]) -> Callable[..., Tensor]:

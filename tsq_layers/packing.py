@@ -143,13 +143,18 @@ def unpack(words: Tensor, bits: int, columns: int) -> Tensor:
         >>> unpack(pack(codes, bits=3), bits=3, columns=3)
         tensor([[7, 0, 5]], dtype=torch.uint8)
     """
+    check_words(words, bits, columns)
+    parts = [_unpack_plane(words, plane, columns) for plane in planes(columns, bits)]
+    return parts[0] if len(parts) == 1 else reduce(torch.bitwise_or, parts)
+
+
+def check_words(words: Tensor, bits: int, columns: int) -> None:
+    """Refuse what :func:`pack` does not make of K codes of ``bits`` bits."""
     expected = word_count(columns, bits)
     if words.dim() != 2 or words.dtype != torch.int32 or words.shape[1] != expected:
         raise LayerError(
             f"words are {words.dtype} of shape {tuple(words.shape)}; {columns} codes of {bits} bits need int32 (N, {expected})"
         )
-    parts = [_unpack_plane(words, plane, columns) for plane in planes(columns, bits)]
-    return parts[0] if len(parts) == 1 else reduce(torch.bitwise_or, parts)
 
 
 def _unpack_plane(words_NW: Tensor, plane: Plane, columns: int) -> Tensor:
