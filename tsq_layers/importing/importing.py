@@ -187,6 +187,7 @@ def _fill(model: nn.Module, values: Mapping[str, Tensor], dtype: torch.dtype | N
                 f"tensor {group[0]!r} has shape {tuple(given[0].shape)} in the checkpoint and {tuple(old.shape)} in the model"
             )
         value = given[0].to(dtype) if dtype is not None and given[0].is_floating_point() else given[0]
+        value = value.clone()  # what was read is the file itself, which may be written again
         kept = nn.Parameter(value, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else value
         new |= dict.fromkeys(group, kept)
     for name, value in new.items():
