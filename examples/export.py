@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,18 @@ CLIENTS = {  # format → client → packages that it needs
 PACKAGES = {"compressed_tensors": "compressed-tensors", "gptqmodel": "GPTQModel"}
 
 
+class Client(NamedTuple):
+    """What was loaded: token numbers (B, T) → logits (B, T, V), and the model, where it shows its weights."""
+
+    logits: Callable[[torch.Tensor], torch.Tensor]
+    model: Any = None
+
+    def weight(self, name: str) -> torch.Tensor | None:
+        layer = None if self.model is None else self.model.get_submodule(name)
+        unpacked = getattr(layer, "dequantize_weight", None)  # of GPTQModel's kernels
+        return getattr(layer, "weight", None) if unpacked is None else unpacked().T
+
+
 def small() -> tuple[Any, Any, torch.Tensor]:
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -51,14 +63,14 @@ def small() -> tuple[Any, Any, torch.Tensor]:
     return LlamaForCausalLM(config).eval(), tokenizer, torch.randint(512, (4096,))
 
 
-def with_gptqmodel(path: Path, _: argparse.Namespace) -> Callable[[torch.Tensor], torch.Tensor]:
+def with_gptqmodel(path: Path, _: argparse.Namespace) -> Client:
     gptqmodel = importlib.import_module("gptqmodel")
     arguments = {"device": "cpu", "backend": gptqmodel.BACKEND.GPTQ_TORCH, "dtype": torch.float16}
     model = gptqmodel.GPTQModel.load(str(path), **arguments).model
-    return lambda ids: model(input_ids=ids).logits
+    return Client(lambda ids: model(input_ids=ids).logits, model)
 
 
-def with_transformers(path: Path, options: argparse.Namespace) -> Callable[[torch.Tensor], torch.Tensor]:
+def with_transformers(path: Path, options: argparse.Namespace) -> Client:
     arguments: dict[str, Any] = {"dtype": torch.float32}
     if options.format.startswith("gptq"):
         arguments = {
@@ -68,10 +80,10 @@ def with_transformers(path: Path, options: argparse.Namespace) -> Callable[[torc
     elif options.asymmetric:
         arguments["quantization_config"] = CompressedTensorsConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(path, **arguments).eval()
-    return lambda ids: model(input_ids=ids).logits
+    return Client(lambda ids: model(input_ids=ids).logits, model)
 
 
-def with_llama_cpp(path: Path, options: argparse.Namespace) -> Callable[[torch.Tensor], torch.Tensor]:
+def with_llama_cpp(path: Path, options: argparse.Namespace) -> Client:
     llama_cpp = importlib.import_module("cyllama.llama.llama_cpp")
 
     class Model(llama_cpp.LlamaModel):  # cyllama asks the model for this, which has it in its vocabulary
@@ -97,7 +109,7 @@ def with_llama_cpp(path: Path, options: argparse.Namespace) -> Callable[[torch.T
             found.append(torch.stack([torch.tensor(running.get_logits_ith(i)) for i in range(len(row))]))
         return torch.stack(found)
 
-    return logits
+    return Client(logits)
 
 
 LOADERS = {"gptqmodel": with_gptqmodel, "transformers": with_transformers, "llama.cpp": with_llama_cpp}
@@ -141,12 +153,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if missing:
             print(f"{client}: not compared, {', '.join(missing)} not installed")
             return
-        theirs, found = measured(LOADERS[client](path, options), ids)
+        loaded = LOADERS[client](path, options)
+        theirs, found = measured(loaded.logits, ids)
     versions = ", ".join(f"{name} {version(PACKAGES.get(name, name))}" for name in needed)
     grids = f"{options.bits} bits, {'asymmetric' if options.asymmetric else 'symmetric'}"
     print(f"{options.format}, {grids}, in {client} ({versions}): perplexity {found:.4f}")
     largest, relative = (theirs - ours).abs().max(), (theirs - ours).norm() / ours.norm()
     print(f"largest difference of logits {largest:.3g} of {ours.abs().max():.3g}; relative error {relative:.2e}")
+    weights = {
+        name: (layer.weight, weight)
+        for name, layer in model.named_modules()
+        if isinstance(layer, tsq.QuantLinear) and (weight := loaded.weight(name)) is not None
+    }
+    if weights:
+        same = sum(torch.equal(ours, theirs.to(ours.dtype)) for ours, theirs in weights.values())
+        print(f"weights that are the same, bit for bit: {same} of {len(weights)} layers")
 
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:

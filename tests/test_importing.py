@@ -233,6 +233,8 @@ def test_it_is_saved_loaded_and_reported(tmp_path):
     report = tsq.report(found)
     assert (len(report.quantized), report.config.bits, report.layers[0].method) == (14, 3, None)
     assert report.size_before > report.size_after
+    assert 0 < report.coverage < 1
+    assert "model.embed_tokens.weight" in {parameter.name for parameter in report.gaps()}
     save_causal_lm(found, None, tmp_path / "own")
     loaded = load_causal_lm(tmp_path / "own")
     assert_same(loaded, model)

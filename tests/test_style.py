@@ -33,7 +33,7 @@ ON_THE_DEVICE |= {
     "targets",
     "workflow",
 }  # here a value is read by sync.to_host alone
-MAY_PRINT = {ROOT / "cli.py", ROOT / "__main__.py"}  # what a command says, it prints
+MAY_PRINT = {ROOT / "__main__.py"}  # what a command says, it prints
 
 
 def dotted(node):

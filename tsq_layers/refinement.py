@@ -16,6 +16,7 @@ from tsq_layers.config import QuantConfig
 from tsq_layers.conversion import warn_never_called
 from tsq_layers.errors import ConfigError, LayerError, StateError
 from tsq_layers.layers import packed
+from tsq_layers.layers.offloading import present
 from tsq_layers.linear import QuantLinear
 from tsq_layers.parking import Parking
 from tsq_layers.preparation import Preparation
@@ -176,12 +177,12 @@ def _check_same(
             raise LayerError(f"{name}: there is no such layer in the reference; {cure}")
         if preparation.targets[name].shape != (matrix.out_features, matrix.in_features):
             raise LayerError(f"{name}: it is {preparation.targets[name].shape} in the reference; {cure}")
-    errors = {name: _error(preparation.targets[name].weight, matrix) for name, matrix in layers.items()}
+    errors = {name: _error(preparation.targets[name], matrix) for name, matrix in layers.items()}
     others = dict(reference.named_parameters())
     shared = {
         name: _relative(parameter, others[name])
         for name, parameter in model.named_parameters()
-        if name in others and parameter.shape == others[name].shape
+        if name in others and parameter.shape == others[name].shape and not others[name].is_meta
     }
     for kinds, limit in ((errors, 1.0), (shared, _FOREIGN)):
         found = to_host(*kinds.values()) if kinds else []
@@ -192,8 +193,9 @@ def _check_same(
                 )
 
 
-def _error(weight: Tensor, matrix: QuantLinear) -> Tensor:
-    return _relative(matrix.dequantize(torch.float32).to(weight.device), weight)
+def _error(target: Target, matrix: QuantLinear) -> Tensor:
+    with present(target.module):
+        return _relative(matrix.dequantize(torch.float32), target.weight)
 
 
 def _relative(found: Tensor, expected: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ def add(command: argparse.ArgumentParser) -> None:
         "--dequantize-others", action="store_true", help="write layers that the format cannot hold as floats"
     )
     command.add_argument("--max-shard-size", metavar="SIZE", default="5GB", help="of a file (default: %(default)s)")
-    options.add_dtype(command)
     options.add_json(command, "what was written")
     command.set_defaults(run=run)
 
@@ -22,5 +21,5 @@ def add(command: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Load, and write it as another format."""
     models.check_out(arguments, {"the model that is read": arguments.model})
-    model = models.load_quantised(arguments.model, arguments.dtype)
+    model = models.load_quantised(arguments.model)
     models.save(model, models.tokenizer_of(arguments.model), arguments)

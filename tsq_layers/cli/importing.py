@@ -11,7 +11,6 @@ def add(command: argparse.ArgumentParser) -> None:
     """Its arguments."""
     command.add_argument("model", metavar="DIR", help="directory of a GPTQ or compressed-tensors checkpoint")
     command.add_argument("--out", metavar="DIR", required=True, help="where to save it")
-    options.add_dtype(command)
     options.add_json(command, "what was written")
     command.set_defaults(run=run, format=options.OWN_FORMAT, engine=None)
 
@@ -26,4 +25,4 @@ def run(arguments: argparse.Namespace) -> None:
         raise ConfigError(
             f"{path} holds no checkpoint of another tool: its config.json should have a quantization_config"
         )
-    models.save(models.load(path, arguments.dtype), models.tokenizer_of(path), arguments)
+    models.save(models.load(path), models.tokenizer_of(path), arguments)

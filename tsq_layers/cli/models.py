@@ -29,15 +29,15 @@ def is_foreign(directory: str | Path) -> bool:
     return isinstance(config, dict) and "quantization_config" in config
 
 
-def load(directory: str | Path, dtype: str = "float32") -> nn.Module:
-    """The model of a directory of any kind."""
+def load(directory: str | Path, dtype: str | None = None) -> nn.Module:
+    """The model of a directory of any kind; without ``dtype`` a quantised one has that of its files."""
     if is_foreign(directory):
         with bridge.quiet(bridge._transformers()):
-            return tsq.import_checkpoint(directory, dtype=getattr(torch, dtype))
-    return bridge.load_causal_lm(directory, dtype)
+            return tsq.import_checkpoint(directory, dtype=None if dtype is None else getattr(torch, dtype))
+    return bridge.load_causal_lm(directory, dtype or "float32")
 
 
-def load_quantised(directory: str | Path, dtype: str = "float32") -> nn.Module:
+def load_quantised(directory: str | Path, dtype: str | None = None) -> nn.Module:
     """The same, if it is quantised.
 
     Raises:

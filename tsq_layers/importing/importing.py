@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tsq_layers.config import QuantConfig
+from tsq_layers.coverage import Ownership, ownership, parameter_reports
 from tsq_layers.errors import CheckpointError
 from tsq_layers.importing import compressed_tensors, gptq
 from tsq_layers.importing.architecture import empty_model
@@ -81,7 +82,7 @@ def import_checkpoint(
     places = [_place(model, layer) for layer in packed]
     floats = _float_tensors(model, places, files)
     width = dtype or _common_dtype(floats.values())
-    before = _float_bytes(model, width)
+    before, owned = _float_bytes(model, width), ownership(model, dict(model.named_modules()))
     twins, taken = {}, set()
     for place in places:
         bias = f"{place.layer.name}.bias"
@@ -91,7 +92,7 @@ def import_checkpoint(
     for module, twin in twins.items():
         twin.train(module.training)
     model = replace(model, twins)
-    model.tsq_report = _report(places, twins, before, model)  # type: ignore[assignment]
+    model.tsq_report = _report(places, twins, owned, before, model)  # type: ignore[assignment]
     return model.eval()
 
 
@@ -187,6 +188,7 @@ def _fill(model: nn.Module, values: Mapping[str, Tensor], dtype: torch.dtype | N
                 f"tensor {group[0]!r} has shape {tuple(given[0].shape)} in the checkpoint and {tuple(old.shape)} in the model"
             )
         value = given[0].to(dtype) if dtype is not None and given[0].is_floating_point() else given[0]
+        value = value.clone()  # what was read is the file itself, which may be written again
         kept = nn.Parameter(value, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else value
         new |= dict.fromkeys(group, kept)
     for name, value in new.items():
@@ -199,7 +201,13 @@ def _float_bytes(model: nn.Module, dtype: torch.dtype) -> int:
     return sum(tensor.numel() * dtype.itemsize for tensor in tensors.values())
 
 
-def _report(places: Sequence[_Place], twins: Mapping[nn.Module, nn.Module], before: int, model: nn.Module) -> Report:
+def _report(
+    places: Sequence[_Place],
+    twins: Mapping[nn.Module, nn.Module],
+    owned: Sequence[Ownership],
+    before: int,
+    model: nn.Module,
+) -> Report:
     """What is in the model. How well it was solved, the files do not say."""
     matrices = {place.layer.name: getattr(twins[place.module], "matrix", twins[place.module]) for place in places}
     layers = tuple(
@@ -217,5 +225,5 @@ def _report(places: Sequence[_Place], twins: Mapping[nn.Module, nn.Module], befo
     config = QuantConfig(bits=bits, group_size=size, symmetric=symmetric, method="gptq")
     return Report(
         layers=layers, config=config, size_before=before, size_after=model_bytes(model), paired=False, seconds=0.0,
-        versions=library_versions(),
+        versions=library_versions(), parameters=parameter_reports(owned, layers),
     )  # fmt: skip
