@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import tsq_layers as tsq
 from tsq_layers.checkpoint.description import DESCRIPTION_FILE, Description
+from tsq_layers.checkpoint.headers import description_from_headers, outlined
 from tsq_layers.config import Method, QuantConfig
 from tsq_layers.demo.run import run_demo
 from tsq_layers.errors import CalibrationError, CheckpointError, ConfigError, TSQError
@@ -181,7 +182,7 @@ def _placed(model: nn.Module, device: str) -> nn.Module:
 
 def _inspect(arguments: argparse.Namespace) -> None:
     path = Path(arguments.model) / DESCRIPTION_FILE
-    if not path.exists():
+    if not bridge.is_quantised(path.parent):
         raise ConfigError(
             f"{arguments.model} holds no {DESCRIPTION_FILE}: give a directory that tsq quantize or tsq.save wrote"
         )
@@ -216,7 +217,11 @@ def _report_files(report: Report, arguments: argparse.Namespace) -> list[str]:
 
 
 def _saved_report(path: Path) -> Report:
-    report = Description.from_json(_read(path)).report
+    outline = None if path.exists() else outlined(path.parent)
+    if outline is not None:
+        report = description_from_headers(path.parent, outline).report
+    else:
+        report = Description.from_json(_read(path)).report
     if report is None:
         raise ConfigError(f"{path} holds no report: the model was not made by tsq.quantize or tsq.convert")
     return report
