@@ -254,6 +254,13 @@ def test_what_tsq_load_made_can_be_saved_by_transformers(model: Any, tmp_path: P
     assert torch.equal(logits(loaded(tmp_path / "again")), logits(model))
 
 
+def test_values_that_transformers_does_not_save_are_asked_for_on_the_meta_device(saved: Path) -> None:
+    with torch.device("meta"):
+        empty = llama()
+    with pytest.raises(CheckpointError, match="non_persistent:.*inv_freq.*build the model on a real device"):
+        tsq.load(saved, empty)
+
+
 def test_command_line_takes_the_directory(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(saved)]) == 0
     assert UP in capsys.readouterr().out
