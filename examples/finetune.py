@@ -31,6 +31,11 @@ def small() -> tuple[nn.Module, Tensor, Tensor]:
     return LlamaForCausalLM(config).eval(), tokens[:12288], tokens[12288:]
 
 
+def show(when: str, model: nn.Module, seen: Tensor, unseen: Tensor, length: int) -> None:
+    for name, text in (("trained on", seen), ("held out", unseen)):
+        print(f"perplexity of text {name}, {when}: {tsq.perplexity(model, text, window=length):.2f}", flush=True)
+
+
 def main() -> None:
     steps = int(sys.argv[4]) if sys.argv[4:] else 40
     if sys.argv[1:]:
@@ -41,13 +46,16 @@ def main() -> None:
     else:
         model, tokens, unseen = small()
     length = 256
-    unseen = torch.cat([batch["input_ids"][0] for batch in windows(unseen, length, min(16, unseen.numel() // length))])
+    unseen = torch.cat([batch["input_ids"][0] for batch in windows(unseen, length, min(8, unseen.numel() // length))])
     if not any(isinstance(module, tsq.QuantLinear) for module in model.modules()):
         config = tsq.QuantConfig(bits=2, group_size=64)
         model = tsq.quantize(model, config, windows(tokens, length, min(32, tokens.numel() // length)))
 
+    batches = windows(tokens, length, steps)
+    batches = [batches[i] for i in torch.randperm(steps, generator=torch.Generator().manual_seed(0))]
+    seen = torch.cat([batch["input_ids"][0] for batch in batches[:8]])
     packed = sum(module.words.numel() * 4 for module in model.modules() if isinstance(module, tsq.QuantLinear))
-    print(f"perplexity of held-out text before: {tsq.perplexity(model, unseen, window=length):.2f}")
+    show("before", model, seen, unseen, length)
     torch.manual_seed(0)
     model = add_lora(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -57,7 +65,7 @@ def main() -> None:
 
     optimiser = torch.optim.AdamW(trained, lr=5e-4, weight_decay=0.0)
     started, losses = time.perf_counter(), []
-    for step, batch in enumerate(windows(tokens, length, steps)):
+    for step, batch in enumerate(batches):
         for group in optimiser.param_groups:
             group["lr"] = 5e-4 * min(1.0, (step + 1) / 5, (steps - step) / (steps / 2))  # warm up, then down to zero
         loss = model(**batch, labels=batch["input_ids"]).loss
@@ -68,11 +76,8 @@ def main() -> None:
         losses.append(loss.item())
         if step % 5 == 4:
             print(f"step {step + 1}: loss {sum(losses[-5:]) / 5:.4f}", flush=True)
-    fifth = max(1, steps // 5)
-    first, last = sum(losses[:fifth]) / fifth, sum(losses[-fifth:]) / fifth
-    print(f"loss {first:.4f} in the first fifth, {last:.4f} in the last; {time.perf_counter() - started:.0f} s")
-    model.eval()
-    print(f"perplexity of held-out text after: {tsq.perplexity(model, unseen, window=length):.2f}")
+    print(f"{steps} steps of {length} tokens took {time.perf_counter() - started:.0f} s", flush=True)
+    show("after", model.eval(), seen, unseen, length)
 
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)

@@ -27,6 +27,7 @@ from transformers import (
 from transformers.utils import logging
 
 import tsq_layers as tsq
+from tsq_layers.cli import main
 from tsq_layers.errors import CheckpointError, ConfigError
 from tsq_layers.integrations.transformers import TsqConfig, load_causal_lm, save_causal_lm
 from tsq_layers.linear import QuantLinear
@@ -251,6 +252,18 @@ def test_what_tsq_load_made_can_be_saved_by_transformers(model: Any, tmp_path: P
     tsq.save(model, tmp_path / "plain")
     tsq.load(tmp_path / "plain", llama()).save_pretrained(tmp_path / "again")
     assert torch.equal(logits(loaded(tmp_path / "again")), logits(model))
+
+
+def test_values_that_transformers_does_not_save_are_asked_for_on_the_meta_device(saved: Path) -> None:
+    with torch.device("meta"):
+        empty = llama()
+    with pytest.raises(CheckpointError, match="non_persistent:.*inv_freq.*build the model on a real device"):
+        tsq.load(saved, empty)
+
+
+def test_command_line_takes_the_directory(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(saved)]) == 0
+    assert UP in capsys.readouterr().out
 
 
 # --- quantising on load --------------------------------------------------------------------------

@@ -123,7 +123,9 @@ def _check_keys(kept: Sequence[Entry], added: Sequence[str], description: Descri
     underived = {entry.key for entry in kept if entry.key.startswith(NON_PERSISTENT) and entry.tensor.is_meta}
     missing = sorted((wanted | underived) - stored)
     if missing:
-        raise CheckpointError(f"the checkpoint lacks {_some(missing)}, which the model has; {_OTHER_MODEL}")
+        derived = all(key.startswith(NON_PERSISTENT) for key in missing)
+        cure = "build the model on a real device, where it makes them" if derived else _OTHER_MODEL
+        raise CheckpointError(f"the checkpoint lacks {_some(missing)}, which the model has; {cure}")
     unexpected = sorted(key for key in stored - wanted if not key.startswith(NON_PERSISTENT))
     if unexpected:
         raise CheckpointError(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import tsq_layers as tsq
 from tsq_layers.checkpoint.description import DESCRIPTION_FILE, Description
+from tsq_layers.checkpoint.headers import description_from_headers, outlined
 from tsq_layers.cli import models, options
 from tsq_layers.cli.output import read, write
 from tsq_layers.errors import ConfigError
@@ -45,11 +46,15 @@ def _report(directory: Path) -> Report:
     path = directory / DESCRIPTION_FILE
     if models.is_foreign(directory):
         return tsq.report(models.load(directory))
-    if not path.exists():
+    outline = None if path.exists() else outlined(directory)
+    if outline is None and not path.exists():
         raise ConfigError(
             f"{directory} holds no {DESCRIPTION_FILE}: give a directory that tsq quantize or tsq.save wrote"
         )
-    report = Description.from_json(read(path)).report
+    if outline is None:
+        report = Description.from_json(read(path)).report
+    else:
+        report = description_from_headers(directory, outline).report
     if report is None:
         raise ConfigError(f"{path} holds no report: the model was not made by tsq.quantize or tsq.convert")
     return report
