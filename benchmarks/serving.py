@@ -99,16 +99,22 @@ class Engine:
             text=True,
             env=os.environ | SETTINGS,
         )
-        self.failure = None if self._heard() else self._reason()
+        self.failure: str | None = None
 
-    def rate(self, workload: str) -> float:
-        """Tokens a second, once."""
+    def ready(self) -> bool:
+        """Wait until it has loaded; ``False``, and a reason in ``failure``, if it cannot."""
+        self.failure = None if self._heard() else self._reason()
+        return self.failure is None
+
+    def rate(self, workload: str) -> float | None:
+        """Tokens a second, once; ``None``, and a reason in ``failure``, if it cannot."""
         assert self.process.stdin is not None
         self.process.stdin.write(workload + "\n")
         self.process.stdin.flush()
         heard = self._heard()
         if heard is None:
-            raise RuntimeError(self._reason())
+            self.failure = self._reason()
+            return None
         return float(heard["rate"])
 
     def _heard(self) -> dict[str, Any] | None:
@@ -134,12 +140,15 @@ class Engine:
 
 def measured(engines: dict[str, Engine], rounds: int) -> dict[str, dict[str, list[float]]]:
     """Row → workload → tokens a second in each round; a first run of each is not counted."""
-    rates: dict[str, dict[str, list[float]]] = {row: {name: [] for name in WORKLOADS} for row in engines}
+    running = {row: one for row, one in engines.items() if one.ready()}
+    rates: dict[str, dict[str, list[float]]] = {row: {name: [] for name in WORKLOADS} for row in running}
     for number in range(rounds + 1):
         for workload in WORKLOADS:
-            for row, running in engines.items():
-                rate = running.rate(workload)
-                if number:
+            for row, one in list(running.items()):
+                rate = one.rate(workload)
+                if rate is None:
+                    del running[row], rates[row]
+                elif number:
                     rates[row][workload].append(rate)
     return rates
 
@@ -174,12 +183,13 @@ def main() -> None:
     directories |= {name: Path(path) for name, _, path in (item.partition("=") for item in arguments.more)}
     engines = {row: Engine(directory, arguments.dtype) for row, directory in directories.items()}
     try:
-        for row, failed in ((row, one.failure) for row, one in engines.items() if one.failure):
-            print(f"{row} does not run here: {failed}")
-        rates = measured({row: one for row, one in engines.items() if one.failure is None}, arguments.rounds)
+        rates = measured(engines, arguments.rounds)
     finally:
         for one in engines.values():
             one.close()
+    for row, one in engines.items():
+        if one.failure:
+            print(f"{row} does not run here: {one.failure}")
     print(table(rates))
     if arguments.out:
         arguments.out.write_text(json.dumps(rates, indent=2) + "\n")

@@ -31,6 +31,7 @@ SETTINGS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
+    "TORCHDYNAMO_DISABLE": "1",  # small models run once: compiling would be all that takes time
 }
 VOCABULARY = 300
 TOKENS = torch.arange(40) * 7 % VOCABULARY
