@@ -142,7 +142,9 @@ def _shown(run: dict[str, float]) -> str:
 
 
 def _report(found: dict[str, dict[str, float]], peers: list[str]) -> None:
-    print("\n| run | CPU s | wall s | MiB | × lower bound | × faster peer | × leaner peer |\n|---|---|---|---|---|---|---|")
+    print(
+        "\n| run | CPU s | wall s | MiB | × lower bound | × faster peer | × leaner peer |\n|---|---|---|---|---|---|---|"
+    )
     fastest = min((found[name]["cpu_seconds"] for name in peers), default=float("nan"))
     leanest = min((found[name]["MiB"] for name in peers), default=float("nan"))
     for name, run in found.items():

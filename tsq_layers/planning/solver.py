@@ -49,7 +49,7 @@ def solver_bytes(
         "factorise": (3 if blocks == 1 else 5) * h,
         "shift": (max(2 * w + 4 * h, 6 * h) if rows > blocks * columns else 3.2 * w + 3 * h) * shifted,
         "grids": problem + (4.5 + 15 * s / padded) * scan,
-        "losses": problem + 3.3 * w + h * held_out,
+        "losses": problem + 3.25 * w + h * held_out,
         "assign": problem + max(2 * part, (1.25 + 6 * share) * part + share * h),
         "refine": (problem + 2.25 * w + max(2.5 * (w + q), w + 3.1 * q)) * _refines(config),
     }
