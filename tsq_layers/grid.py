@@ -37,7 +37,8 @@ def to_groups(values_NK: Tensor, group_size: int) -> Tensor:
 def steps(weight: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
     """Nearest integers ``code − zero`` to ``weight / scale``; all arguments broadcast, all float."""
     nearest = (weight / scales).round_()  # maximum and minimum: clamp with bounds that broadcast is ten times slower
-    return torch.minimum(torch.maximum(nearest, -zeros), code_max(bits) - zeros)
+    torch.maximum(nearest, -zeros, out=nearest)
+    return torch.minimum(nearest, code_max(bits) - zeros, out=nearest)
 
 
 def quantize(weight_NK: Tensor, scales_NG: Tensor, zeros_NG: Tensor, bits: int, group_size: int) -> Tensor:

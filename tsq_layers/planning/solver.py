@@ -13,6 +13,8 @@ from tsq_layers.config import QuantConfig
 
 _SIZE = 4  # bytes of a number
 _SCAN = 2**20  # weights that stage 1 looks at together
+_BLOCK = 128  # columns of which GPTQ holds grids and steps
+_PANEL = 256  # columns of H that a loss looks at together
 _TOGETHER = 2**24  # weights that GPTQ works on together, where there are blocks
 
 
@@ -30,25 +32,26 @@ def solver_bytes(
 
     Example:
         >>> solver_bytes((576, 1536), 1, QuantConfig(), shifted=True)
-        66465792
+        40163328
     """
     rows, columns = shape
     groups = grid.group_count(columns, min(config.group_size or columns, columns))
     w, h, s, q = rows * columns, blocks * columns**2, rows * groups, rows * groups**2
     if not config.needs_calibration:
         return _SIZE * (2 * w + 2 * s)
-    problem = (
-        shifted * w + 2 * h + 4 * s
-    )  # the shifted target, damped H and its factor; scales, zeros, and those before
+    problem = shifted * w + 2 * h + 4 * s  # shifted target, damped H and its factor; scales, zeros, and those before
+    padded = s * min(config.group_size or columns, columns)  # short groups are filled up
+    scan = min(padded, _SCAN)
     part = w if blocks == 1 else min(w, max(w // blocks, _TOGETHER))
+    share = min(1.0, _BLOCK / columns)  # of the columns that GPTQ works on at once
     phases = {
         "checks": 1.75 * max(w, h),
-        "factorise": 6 * h,
-        "shift": (4 * h + 4 * w) * shifted,
-        "grids": problem + 5.75 * min(w, _SCAN),
-        "losses": problem + 4.25 * w + h * held_out,
-        "assign": problem + 2 * w + h + 7.75 * part,
-        "refine": (problem + 3.25 * w + max(2.25 * w, 3.1 * q)) * _refines(config),
+        "factorise": (3 if blocks == 1 else 5) * h,
+        "shift": (max(2 * w + 4 * h, 6 * h) if rows > blocks * columns else 3.2 * w + 3 * h) * shifted,
+        "grids": problem + (4.5 + 15 * s / padded) * scan,
+        "losses": problem + 3.25 * w + h * held_out,
+        "assign": problem + max(2 * part, (1.25 + 6 * share) * part + share * h),
+        "refine": (problem + 2.25 * w + max(2.5 * (w + q), w + 3.1 * q)) * _refines(config),
     }
     changed = 0.0
     if config.rotation is not None or config.channel_scaling:
@@ -68,9 +71,11 @@ def solver_flops(shape: tuple[int, int], blocks: int, config: QuantConfig, *, sh
     if not config.needs_calibration:
         return 0.0
     rows, columns = shape
-    refines = _refines(config)
-    products = 2 * (2 + refines + 1) + 6 * shifted + 1 + refines  # losses and signal; the shift; carrying errors; Gram
-    return float(rows * columns**2 * products) + 3.5 * blocks * columns**3
+    half = 1 + min(1.0, _PANEL / columns)  # of a product with H, of which half is looked at
+    losses = 3 * half if not _refines(config) else 2 * half + 2  # nearest codes, GPTQ, signal; stage 2 needs all of one
+    products = losses + 1 + _refines(config) + 2 * shifted  # and the errors carried; Gram; W R
+    solves = 2 * min(rows, blocks * columns) * shifted
+    return float(rows * columns**2 * products + columns**2 * solves + blocks * columns**3 / 3)
 
 
 def _refines(config: QuantConfig) -> bool:

@@ -76,6 +76,7 @@ def _assign(
     grids = _Grids(scales.mT.contiguous(), zeros.mT.contiguous(), order // group_size, grid.code_max(bits))
     for start in range(0, left.shape[1], _BLOCK):
         _Block(left, factor, grids, codes, start, min(start + _BLOCK, left.shape[1])).solve()
+    del left, grids
     return take_rows(codes, order.argsort(-1)).mT.contiguous()
 
 

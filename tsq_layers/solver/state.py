@@ -159,7 +159,8 @@ class State:
         """(Q − W') H (Q − W')ᵀ of each row, H not damped, (N,)."""
         difference, ridge = self.difference(layer), layer.known.ridge
         if self.residual is not None:
-            return ((self.residual[1] - scaled(difference, ridge)) * difference).sum(1)
+            undamped = scaled(difference, ridge)
+            return torch.sub(self.residual[1], undamped, out=undamped).mul_(difference).sum(1)
         if self.loss is not None:
             return (self.loss - scaled(difference, ridge).mul_(difference).sum(1)).clamp_(min=0)
         return squared_error(difference, layer.known.hessian, ridge)
