@@ -35,6 +35,7 @@ PUBLIC = [
     "save",
     "unprepare",
     "unregister",
+    "warmup",
 ]
 
 
