@@ -56,8 +56,9 @@ def test_the_matrix_is_never_made_for_few_rows():
             return out
 
     layer = layer_of(512, 512)
+    arguments = (torch.zeros(1, 512), layer.words, layer.grids, layer.shifts, None, 4, 32, 512, native.FEW_ROWS)
     with Largest() as mode, torch.no_grad():
-        LINEAR(torch.zeros(1, 512), layer.words, layer.grids, layer.shifts, None, 4, 32, 512, native.FEW_ROWS)
+        LINEAR(*arguments)
     assert mode.largest == 512
 
 

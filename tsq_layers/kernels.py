@@ -250,8 +250,8 @@ def _forward(
 def _run_native(
     x: Tensor, words: Tensor, grids: Tensor, shifts: Tensor | None, bias: Tensor | None, form: Format
 ) -> Tensor:
-    rows = math.prod(x.shape[:-1])
-    if rows > native.FEW_ROWS and x.dtype != torch.float32 and native.multiplies(x.dtype):
+    # The number of rows is looked at last: inside torch.compile it would be a guard.
+    if x.dtype != torch.float32 and native.multiplies(x.dtype) and math.prod(x.shape[:-1]) > native.FEW_ROWS:
         return _dense(x, words, grids, shifts, bias, form)
     packing.check_words(words, form.bits, form.columns)
     y: Tensor = torch.ops.tsq_layers.linear.default(x, words, grids, shifts, bias, *form, native.FEW_ROWS)
