@@ -38,6 +38,7 @@ PUBLIC = [
     "save",
     "unprepare",
     "unregister",
+    "warmup",
 ]
 
 

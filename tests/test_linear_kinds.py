@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tsq_layers import few_rows, kernels
+from tsq_layers import few_rows, kernels, native
 from tsq_layers.errors import LayerError
 from tsq_layers.layers.convolution import CONVOLUTIONS
 from tsq_layers.layers.embedding import EMBEDDING
@@ -84,6 +84,7 @@ def test_the_comparison_sees_a_single_bit(kind: str) -> None:
 def test_blocks_of_rows_are_bit_equal_to_the_whole(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = made(kind, 9, 75, 3, 32)
     layer = QuantLinear.from_quantized(weight)
+    monkeypatch.setattr(native, "_usable", False)
     for block in (10, 160, 9 * 75):
         monkeypatch.setattr(kernels, "_BLOCK", block)
         assert torch.equal(layer.dequantize(torch.bfloat16), weight.dequantize(torch.bfloat16))
@@ -293,6 +294,7 @@ def count_graphs(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
     monkeypatch.setattr(kernels, "_compiled", {})
     monkeypatch.setattr(kernels, "_uncompilable", set())
+    monkeypatch.setattr(native, "_usable", False)
     return lambda: counter.frame_count
 
 
@@ -352,6 +354,7 @@ def test_a_machine_that_cannot_compile_is_named_once(
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=broken))
     monkeypatch.setattr(kernels, "_compiled", {})
     monkeypatch.setattr(kernels, "_uncompilable", set())
+    monkeypatch.setattr(native, "_usable", False)
     layer = layer_of(kind)
     for x in (inputs(1, 64), inputs(3, 64)):
         torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
@@ -369,7 +372,10 @@ def test_a_machine_that_cannot_compile_is_named_once(
         ("group tables", 4, torch.float32),
     ],
 )
-def test_inductor_is_as_exact_as_the_plain_path(kind: str, bits: int, dtype: torch.dtype) -> None:
+def test_inductor_is_as_exact_as_the_plain_path(
+    kind: str, bits: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "_usable", False)
     layer = layer_of(kind, 64, 128, bits, 64).to(dtype)
     assert kernels.one_pass(bits, 64, 128)
     x = inputs(1, 128, dtype=dtype)
@@ -378,7 +384,9 @@ def test_inductor_is_as_exact_as_the_plain_path(kind: str, bits: int, dtype: tor
 
 @pytest.mark.compile
 @ignore_torchs_own
-def test_a_compiled_model_inlines_its_layers() -> None:
+@pytest.mark.parametrize("usable", [True, False], ids=["native", "inductor"])
+def test_a_compiled_model_inlines_its_layers(monkeypatch: pytest.MonkeyPatch, usable: bool) -> None:
+    monkeypatch.setattr(native, "_usable", native.usable() and usable)
     model = nn.Sequential(layer_of("offsets", 64, 64, 8), nn.ReLU(), layer_of("row tables", 8, 64, 2))
     x, kept = inputs(3, 64).requires_grad_(), len(kernels._compiled)
     compiled = torch.compile(model, fullgraph=True)

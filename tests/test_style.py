@@ -20,6 +20,7 @@ ON_THE_DEVICE = {
     "layers",
     "linear",
     "lockstep",
+    "native",
     "observation",
     "observer",
     "packing",
@@ -31,6 +32,7 @@ ON_THE_DEVICE |= {
     "solving",
     "storage",
     "targets",
+    "warming",
     "workflow",
 }  # here a value is read by sync.to_host alone
 MAY_PRINT = {ROOT / "__main__.py"}  # what a command says, it prints

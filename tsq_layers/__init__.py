@@ -15,6 +15,7 @@ from tsq_layers.records import LayerStatistics, QuantizedWeight
 from tsq_layers.refinement import refine
 from tsq_layers.report import LayerReport, Report, report
 from tsq_layers.solver import SolverResult, TwoStageGroupQuantizer
+from tsq_layers.warming import warmup
 from tsq_layers.workflow import calibrate, prepare, quantize, unprepare
 
 __all__ = [
@@ -46,4 +47,5 @@ __all__ = [
     "save",
     "unprepare",
     "unregister",
+    "warmup",
 ]

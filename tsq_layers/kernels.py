@@ -79,7 +79,9 @@ def dequantize(
     form, rows = _format(grids, bits, group_size, columns), words.shape[0]
     if dtype in native.DTYPES and _native(words):
         packing.check_words(words, bits, columns)
-        made: Tensor = torch.ops.tsq_layers.dequantize.default(words, grids, shifts, bits, form.group_size, columns, dtype)
+        made: Tensor = torch.ops.tsq_layers.dequantize.default(
+            words, grids, shifts, bits, form.group_size, columns, dtype
+        )
         return made
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or rows * columns <= _BLOCK:
         return _dequantize(words, grids, shifts, form, dtype)
@@ -248,8 +250,8 @@ def _forward(
 def _run_native(
     x: Tensor, words: Tensor, grids: Tensor, shifts: Tensor | None, bias: Tensor | None, form: Format
 ) -> Tensor:
-    rows = math.prod(x.shape[:-1])
-    if rows > native.FEW_ROWS and x.dtype != torch.float32 and native.multiplies(x.dtype):
+    # The number of rows is looked at last: inside torch.compile it would be a guard.
+    if x.dtype != torch.float32 and native.multiplies(x.dtype) and math.prod(x.shape[:-1]) > native.FEW_ROWS:
         return _dense(x, words, grids, shifts, bias, form)
     packing.check_words(words, form.bits, form.columns)
     y: Tensor = torch.ops.tsq_layers.linear.default(x, words, grids, shifts, bias, *form, native.FEW_ROWS)

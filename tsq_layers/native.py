@@ -18,6 +18,7 @@ import tempfile
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ _log = logging.getLogger(__name__)
 _usable: bool | None = None  # not known before the first use
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def usable() -> bool:
     """Whether the operations are there; the first call loads or builds them.
 
@@ -52,7 +53,7 @@ def usable() -> bool:
     return _usable
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def multiplies(dtype: torch.dtype) -> bool:
     """Whether the processor has instructions for products of a half-precision dtype, which beat float32 for many rows."""
     if dtype == torch.bfloat16:
@@ -129,14 +130,10 @@ def _processor() -> str:
     return f"{platform.machine()} {platform.processor()} {flags}"
 
 
-def _fake_linear(
-    x: Tensor, words: Tensor, grids: Tensor, shifts: Tensor | None, bias: Tensor | None,
-    bits: int, group_size: int, columns: int, few_rows: int,
-) -> Tensor:  # fmt: skip  # noqa: ARG001
+def _fake_linear(x: Tensor, words: Tensor, *_: object) -> Tensor:
     return x.new_empty(*x.shape[:-1], words.shape[0])
 
 
-def _fake_dequantize(
-    words: Tensor, grids: Tensor, shifts: Tensor | None, bits: int, group_size: int, columns: int, dtype: torch.dtype
-) -> Tensor:  # noqa: ARG001
+def _fake_dequantize(words: Tensor, *arguments: Any) -> Tensor:
+    *_, columns, dtype = arguments
     return words.new_empty(words.shape[0], columns, dtype=dtype)

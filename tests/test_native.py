@@ -1,0 +1,137 @@
+"""The operations for a CPU: against float64, at every layout of the codes; built once; and named where they cannot be built."""
+
+import subprocess
+
+import pytest
+import torch
+import torch.nn.functional as F
+from grid_kinds import made
+from torch import nn
+
+import tsq_layers as tsq
+from tsq_layers import kernels, native
+from tsq_layers.errors import CompileWarning, LayerError
+from tsq_layers.linear import QuantLinear
+
+KINDS = {"offsets": range(1, 9), "row tables": range(1, 5), "group tables": range(1, 5)}
+CASES = [pytest.param(kind, bits, id=f"{kind}-{bits}") for kind, widths in KINDS.items() for bits in widths]
+LAYOUTS = ((7, 3), (75, 32), (96, 96), (288, 48), (576, 128), (1024, 64))
+ROWS = (1, 2, 3, 4, 5, 16, 17, 40)
+
+needs_operations = pytest.mark.skipif(not native.usable(), reason="no C++ compiler")
+
+
+def layer_of(kind, rows, columns, bits, group_size, **options):
+    torch.manual_seed(bits)
+    return QuantLinear.from_quantized(made(kind, rows, columns, bits, group_size, **options), torch.randn(rows))
+
+
+def off(x, layer):
+    """Largest deviation from float64, in units of what one rounding of each product could make."""
+    weight = layer.quantized_weight().dequantize(torch.float64)
+    found, bias = layer(x).detach().double(), layer.bias.detach().double()
+    bound = F.linear(x.double().abs(), weight.abs(), bias.abs())
+    return float(((found - F.linear(x.double(), weight, bias)).abs() / bound).max()) * 2**24
+
+
+@needs_operations
+@pytest.mark.parametrize(("kind", "bits"), CASES)
+def test_every_layout_and_number_of_rows_is_exact_to_a_few_roundings(kind, bits):
+    for columns, group_size in LAYOUTS:
+        layer = layer_of(kind, 21, columns, bits, group_size)
+        for rows in ROWS:
+            assert off(torch.randn(rows, columns), layer) < 8
+
+
+@needs_operations
+def test_the_bound_notices_one_changed_code():
+    layer, x = layer_of("offsets", 21, 288, 4, 48), torch.randn(3, 288)
+    good = layer(x)
+    layer.words[20, -1] ^= 1 << 31
+    assert (layer(x) - good)[:, 20].abs().min() > 1e-4
+    assert torch.equal(layer(x)[:, :20], good[:, :20])
+
+
+@needs_operations
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("kind", "bits"), CASES)
+def test_the_matrix_is_bit_equal_to_the_grids(kind, bits, dtype):
+    for columns, group_size in LAYOUTS:
+        weight = made(kind, 5, columns, bits, group_size, scale_dtype=torch.float32)
+        assert torch.equal(QuantLinear.from_quantized(weight).dequantize(dtype), weight.dequantize(dtype))
+
+
+@needs_operations
+def test_a_sum_that_cancels_keeps_its_digits():
+    weight = made("offsets", 4, 256, 1, 256)
+    weight.offsets.copy_(-weight.scales)  # levels -s and 0
+    layer = QuantLinear.from_quantized(weight, torch.zeros(4))
+    x = 1e4 + torch.randn(1, 256)
+    layer.words.fill_(-1)  # all codes are 1: the weight is exactly zero
+    assert not layer(x).any()
+
+
+@needs_operations
+def test_nothing_is_read_behind_the_tensors():
+    # The last row ends where the storage ends; what a vector would read beyond it belongs to others.
+    layer = layer_of("offsets", 3, 7, 3, 3)
+    around = torch.full((layer.words.numel() + 64,), -1, dtype=torch.int32)
+    x, good, words = torch.randn(2, 7), None, layer.words.clone()
+    for filling in (0, -1):
+        around.fill_(filling)
+        around[: words.numel()] = words.flatten()
+        layer.words = around[: words.numel()].view_as(words)
+        good = layer(x) if good is None else good
+        assert torch.equal(layer(x), good)
+
+
+@needs_operations
+def test_threads_change_nothing():
+    layer, x = layer_of("offsets", 700, 512, 3, 64), torch.randn(3, 512)
+    one = layer(x)
+    torch.set_num_threads(2)
+    try:
+        assert torch.equal(layer(x), one)
+    finally:
+        torch.set_num_threads(1)
+
+
+@needs_operations
+def test_words_of_another_width_are_refused():
+    layer = QuantLinear(64, 8, bits=4, group_size=32)
+    layer.words = layer.words[:, :-1]
+    with pytest.raises(LayerError, match=r"need int32 \(N, 8\)"):
+        layer(torch.zeros(1, 64))
+
+
+def test_a_machine_without_a_compiler_is_named_once(monkeypatch):
+    monkeypatch.setattr(native, "_usable", None)
+    monkeypatch.setattr(native, "_COMPILERS", ("no-such-compiler",))
+    monkeypatch.delenv("CXX", raising=False)
+    layer, x = QuantLinear(64, 8, bits=4, group_size=32), torch.zeros(1, 64)
+    with pytest.warns(CompileWarning, match="no-such-compiler is on the path.*Install a C\\+\\+ compiler"):
+        layer(x)
+    layer(x)  # warnings are errors here
+    assert not native.usable()
+
+
+def test_a_compiler_that_fails_is_quoted(monkeypatch, tmp_path):
+    monkeypatch.setattr(native, "_usable", None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", "false")
+
+    def fails(command, **_):
+        raise subprocess.CalledProcessError(1, command, stderr="packed.cpp: no such header")
+
+    monkeypatch.setattr(subprocess, "run", fails)
+    with pytest.warns(CompileWarning, match="no such header"):
+        assert not native.usable()
+    assert list((tmp_path / "tsq_layers" / "native").iterdir()) == []
+
+
+@needs_operations
+def test_warmup_names_every_packed_layer():
+    model = nn.Sequential(layer_of("offsets", 8, 64, 4, 32), nn.ReLU(), layer_of("row tables", 8, 8, 2, 8))
+    assert list(tsq.warmup(model)) == ["build", "0", "2"]
+    assert list(tsq.warmup(model.to("meta"))) == []
+    assert kernels.native is native
