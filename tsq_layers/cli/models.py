@@ -11,6 +11,7 @@ from torch import nn
 
 import tsq_layers as tsq
 from tsq_layers.checkpoint.description import DESCRIPTION_FILE
+from tsq_layers.checkpoint.outline import QUANT_METHOD
 from tsq_layers.cli.options import OWN_FORMAT
 from tsq_layers.cli.output import summary, write, write_json, write_summary
 from tsq_layers.errors import ConfigError
@@ -26,7 +27,8 @@ def is_foreign(directory: str | Path) -> bool:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False  # whoever reads it says what is the matter
-    return isinstance(config, dict) and "quantization_config" in config
+    described = config.get("quantization_config") if isinstance(config, dict) else None
+    return described is not None and not (isinstance(described, dict) and described.get("quant_method") == QUANT_METHOD)
 
 
 def load(directory: str | Path, dtype: str | None = None) -> nn.Module:
