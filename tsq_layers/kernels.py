@@ -79,7 +79,9 @@ def dequantize(
     form, rows = _format(grids, bits, group_size, columns), words.shape[0]
     if dtype in native.DTYPES and _native(words):
         packing.check_words(words, bits, columns)
-        made: Tensor = torch.ops.tsq_layers.dequantize.default(words, grids, shifts, bits, form.group_size, columns, dtype)
+        made: Tensor = torch.ops.tsq_layers.dequantize.default(
+            words, grids, shifts, bits, form.group_size, columns, dtype
+        )
         return made
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or rows * columns <= _BLOCK:
         return _dequantize(words, grids, shifts, form, dtype)
