@@ -23,6 +23,7 @@ RICH = {
     "deviation": "refine",
     "deviation_strength": 1.0,
     "deviation_damping": 0.3,
+    "keep_zeros": True,
     "descent_start": "nearest",
     "descent_sweeps": 7,
     "descent_relax": True,

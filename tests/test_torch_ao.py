@@ -9,6 +9,7 @@ from torch import nn
 from torch.ao.pruning import WeightNormSparsifier
 
 import tsq_layers as tsq
+from tsq_layers.errors import LostZerosWarning
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)
@@ -40,7 +41,7 @@ def tagger():
 
 
 def relative(found, wanted):
-    return float((found - wanted).norm() / wanted.norm())
+    return float((found - wanted).detach().norm() / wanted.detach().norm())
 
 
 @pytest.mark.parametrize("order", ["ours first", "theirs first"])
@@ -85,7 +86,8 @@ def pruned():
     sparsifier = WeightNormSparsifier(sparsity_level=0.5, sparse_block_shape=(1, 4), zeros_per_block=4)
     sparsifier.prepare(model, [{"tensor_fqn": "0.weight"}, {"tensor_fqn": "2.weight"}])
     sparsifier.step()
-    return model, sparsifier, [torch.randn(1024, 64) for _ in range(2)]
+    mixed = torch.randn(64, 64)  # otherwise there is no error to carry from one column to others
+    return model, sparsifier, [torch.randn(1024, 64) @ mixed for _ in range(2)]
 
 
 @pytest.mark.parametrize(
@@ -98,9 +100,8 @@ def pruned():
         {"bits": 4, "method": "quantease"},
         {"bits": 4, "method": "cdquant"},
         {"bits": 3, "joint_rounds": 2},
-        {"bits": 4, "zero_points": "float"},
-        {"bits": 3, "outliers": 0.02, "method": "quantease"},
-        {"bits": 3, "method": "lnq"},
+        {"bits": 4, "channel_scaling": True},
+        {"bits": 4, "method": "rtn"},
     ],
     ids=str,
 )
@@ -114,6 +115,52 @@ def test_weights_that_a_sparsifier_has_masked_stay_exactly_zero(changes):
         assert 0.4 < mask.float().mean() < 0.6
         assert not found.get_submodule(name).weight[mask].any()
     assert relative(found(batches[0]), wanted) < 0.6
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"zero_points": "float"},
+        {"method": "lnq"},
+        {"rotation": 32},
+        {"method": "quantease", "outliers": 0.02},
+    ],
+    ids=str,
+)
+def test_zeros_that_cannot_be_kept_are_told(changes):
+    model, sparsifier, _ = pruned()
+    sparsifier.squash_mask()
+    with pytest.warns(
+        LostZerosWarning, match="2 layers look pruned, 0 first.*leave these out, or set keep_zeros=False"
+    ):
+        tsq.prepare(model, tsq.QuantConfig(group_size=32, bits=3, **changes))
+    tsq.unprepare(model)
+    tsq.prepare(model, tsq.QuantConfig(group_size=32, bits=3, keep_zeros=False, **changes))
+
+
+def test_zeros_are_filled_where_that_is_asked_for_and_in_layers_with_few():
+    model, sparsifier, batches = pruned()
+    sparsifier.squash_mask()
+    mask = model[0].weight == 0
+    filled = tsq.quantize(copy.deepcopy(model), tsq.QuantConfig(bits=4, group_size=32, keep_zeros=False), batches)
+    assert filled[0].weight[mask].any()
+    with torch.no_grad():
+        model[4].weight[0, :3] = 0
+    few = tsq.quantize(model, tsq.QuantConfig(bits=8, group_size=32), batches)[4].weight[0, :3]
+    assert few.any()
+
+
+def test_kept_zeros_cost_less_than_zeros_written_over_the_codes():
+    model, sparsifier, batches = pruned()
+    sparsifier.squash_mask()
+    x = torch.cat(batches)
+    kept, filled = (
+        tsq.quantize(copy.deepcopy(model[0]), tsq.QuantConfig(bits=3, group_size=32, keep_zeros=keep), batches).weight
+        for keep in (True, False)
+    )
+    weight = model[0].weight
+    errors = [float((x @ (found - weight).T).detach().norm()) for found in (kept, filled * (weight != 0))]
+    assert errors[0] < errors[1]
 
 
 def test_layers_with_the_mask_still_on_are_left_alone_and_the_report_says_what_to_do():

@@ -40,6 +40,8 @@ def _check_integers(values: Mapping[str, Any]) -> None:
         _check_integer(name, values[name], 1, None)
     for name in ("joint_rounds", "outlier_columns", "guidance", "distill_epochs"):
         _check_integer(name, values[name], 0, None)
+    if values["keep_zeros"] not in (True, False, None):
+        raise ConfigError(f"keep_zeros={values['keep_zeros']!r}: give True, False, or None for layers with many zeros")
     tokens, rotation, activation_bits = (values[n] for n in ("min_expert_tokens", "rotation", "activation_bits"))
     if tokens is not None:
         _check_integer("min_expert_tokens", tokens, 0, None, "an integer of at least 0, or None")

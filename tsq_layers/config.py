@@ -115,6 +115,8 @@ class QuantConfig:
         outlier_columns: number of whole input columns that are kept apart instead (quantease only).
         guidance: groups of output channels whose Hessians are weighted by the gradients of the loss
             (GuidedQuant, arXiv 2505.07004); 0 is off.
+        keep_zeros: whether weights that are exactly zero stay so; ``None``: in layers with many of them (over 5 %), that
+            is, pruned ones. Integer zero points can hold a zero exactly; a rotation, offsets, tables and outliers cannot.
         rotation: largest block of input columns that is rotated by a Hadamard matrix, a power of two;
             ``None`` is off. The input is rotated at run time.
         channel_scaling: scale input columns so that those with large inputs are rounded more finely
@@ -174,6 +176,7 @@ class QuantConfig:
     outliers: float = 0.0
     outlier_columns: int = 0
     guidance: int = 0
+    keep_zeros: bool | None = None
     rotation: int | None = None
     channel_scaling: bool = False
     activation_bits: int | None = None
@@ -256,6 +259,12 @@ class QuantConfig:
     def has_offsets(self) -> bool:
         """Whether grids are scales and offsets that are any number, and not scales and zero points."""
         return self.method == "two-stage" and self.zero_points == "float" and not self.symmetric
+
+    @property
+    def holds_zero(self) -> bool:
+        """Whether a weight of exactly zero can be stored as that."""
+        apart = self.method == "quantease" and (self.outliers > 0 or self.outlier_columns > 0)
+        return not (apart or self.has_offsets or self.tables or self.rotation)
 
     @property
     def tables(self) -> Codebook | None:

@@ -2,7 +2,7 @@
 
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -10,13 +10,15 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from tsq_layers.config import QuantConfig, explicit_patterns
 from tsq_layers.coverage import is_matrix
-from tsq_layers.errors import LayerError, SkippedLayerWarning, UnmatchedPatternWarning
+from tsq_layers.errors import LayerError, LostZerosWarning, SkippedLayerWarning, UnmatchedPatternWarning
 from tsq_layers.layers import LayerKind, rows_of, unsupported, why_not
 from tsq_layers.layers.offloading import is_offloaded, present
 from tsq_layers.patterns import matches
 from tsq_layers.report import LayerReport, memory_extent
 from tsq_layers.sync import to_host
 from tsq_layers.targets import Target
+
+_DENSE = 0.95  # share of weights that are not zero, of a layer that was not pruned
 
 
 def reasons_to_skip(
@@ -130,13 +132,16 @@ def check_inputs(targets: Mapping[str, Target]) -> None:
             )
 
 
-def check_weights(targets: dict[str, Target]) -> None:
+def check_weights(targets: Mapping[str, Target]) -> set[str]:
     """No meta tensors, no NaN or inf; one device-to-host copy for each device.
+
+    Returns:
+        the layers with so many weights of exactly zero that they must have been pruned.
 
     Raises:
         LayerError: a weight that is not floating point, has no values, or holds NaN or inf.
     """
-    finite: dict[torch.device, list[tuple[Target, Tensor]]] = defaultdict(list)
+    found: dict[torch.device, list[tuple[Target, Tensor, Tensor]]] = defaultdict(list)
     for target in targets.values():
         weight = target.weight
         if not weight.is_floating_point():
@@ -149,10 +154,28 @@ def check_weights(targets: dict[str, Target]) -> None:
             )
         with present(target.module):
             weight = target.weight
-            finite[weight.device].append((target, torch.isfinite(weight).all()))
-    for group in finite.values():
-        for (target, _), all_finite in zip(group, to_host(*(flag for _, flag in group)), strict=True):
+            found[weight.device].append((target, torch.isfinite(weight).all(), weight.count_nonzero() / weight.numel()))
+    pruned: set[str] = set()
+    for group in found.values():
+        values = to_host(*(flag for _, flag, _ in group), *(share for _, _, share in group))
+        for (target, _, _), all_finite, share in zip(group, values, values[len(group) :], strict=False):
             if not all_finite:
                 raise LayerError(
                     f"{target.name}: its weight holds NaN or inf; repair the checkpoint, or add the layer to skip"
                 )
+            if share < _DENSE:
+                pruned.add(target.name)
+    return pruned
+
+
+def warn_lost_zeros(targets: Mapping[str, Target], pruned: Collection[str]) -> None:
+    """Warn of pruned layers whose zeros will be filled."""
+    lost = [name for name in targets if name in pruned and targets[name].config.keep_zeros is not False]
+    lost = [name for name in lost if not targets[name].config.holds_zero]
+    if lost:
+        warnings.warn(
+            f"{len(lost)} layers look pruned, {lost[0]} first, and their zeros will be filled: a rotation, float zero points or tables "
+            "cannot hold them; leave these out, or set keep_zeros=False to say that this is intended",
+            LostZerosWarning,
+            stacklevel=5,
+        )

@@ -54,6 +54,10 @@ class FewTokensWarning(TSQWarning):
     """A layer saw too few tokens for its statistics to be trusted."""
 
 
+class LostZerosWarning(TSQWarning):
+    """A layer was pruned, and its configuration cannot hold a zero exactly."""
+
+
 class UnmatchedPatternWarning(TSQWarning):
     """A skip or override pattern matches no layer of the model."""
 

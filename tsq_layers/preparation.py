@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from dataclasses import replace as replace_fields
 from typing import Any
 
 from torch import nn
@@ -10,7 +11,14 @@ from torch.utils.hooks import RemovableHandle
 
 from tsq_layers.config import QuantConfig
 from tsq_layers.coverage import Ownership, ownership
-from tsq_layers.eligibility import check_inputs, check_weights, not_supported, reasons_to_skip, warn_unmatched
+from tsq_layers.eligibility import (
+    check_inputs,
+    check_weights,
+    not_supported,
+    reasons_to_skip,
+    warn_lost_zeros,
+    warn_unmatched,
+)
 from tsq_layers.errors import ConfigError, LayerError, StateError
 from tsq_layers.guidance import Watched
 from tsq_layers.layers import composite_behind, composite_of, kind_of, packed, replace, split_of
@@ -120,7 +128,7 @@ def inspect(model: nn.Module, config: QuantConfig, only: Collection[str] | None 
         raise ConfigError(
             f"nothing to quantise: {type(model).__name__} has no layer of a known kind that skip={config.skip!r} leaves; change skip"
         )
-    check_weights(targets)
+    targets = _keeping_zeros(targets, check_weights(targets))
     check_inputs(targets)
     chosen = {target.module for target in targets.values()}
     used = {original: split for original, split in splits.items() if _is_used(split, chosen)}
@@ -184,6 +192,17 @@ def _originals(splits: Mapping[nn.Module, nn.Module]) -> dict[nn.Module, nn.Modu
         if (old.device, old.dtype) != (new.device, new.dtype):
             original.to(device=new.device, dtype=new.dtype)
     return {split: original for original, split in splits.items()}
+
+
+def _keeping_zeros(targets: Mapping[str, Target], pruned: Collection[str]) -> dict[str, Target]:
+    """The targets with ``keep_zeros`` settled."""
+    warn_lost_zeros(targets, pruned)
+    settled: dict[str, Target] = {}
+    for name, target in targets.items():
+        config = target.config
+        keep = config.holds_zero and (name in pruned if config.keep_zeros is None else config.keep_zeros)
+        settled[name] = replace_fields(target, config=replace_fields(config, keep_zeros=keep))
+    return settled
 
 
 def _split(model: nn.Module) -> tuple[dict[str, nn.Module], dict[nn.Module, nn.Module]]:

@@ -31,7 +31,14 @@ _CHUNK_ELEMENTS = 2**24  # weights whose columns advance together, where there a
 
 
 def assign(
-    target: Tensor, factor: Tensor, order: Tensor, scales: Tensor, zeros: Tensor, bits: int, group_size: int
+    target: Tensor,
+    factor: Tensor,
+    order: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    bits: int,
+    group_size: int,
+    free: Tensor | None = None,
 ) -> Tensor:
     """Codes that approximate ``target`` under the metric with the factor ``factor``.
 
@@ -41,6 +48,9 @@ def assign(
         order: processing order of the columns, int64 (K,) or (B, K).
         scales: float32 (N, G).
         zeros: float (N, G).
+        bits: of a code.
+        group_size: columns that share a scale.
+        free: bool (N, K); where it is false the weight is zero, and stays so. ``None``: nowhere.
 
     Returns:
         codes uint8 (N, K), in the original column order.
@@ -62,18 +72,28 @@ def assign(
         fold(scales.to(target.dtype), blocks),
         fold(zeros.to(target.dtype), blocks),
     )
+    if free is not None:
+        arguments = (*arguments, fold(free, blocks))
     parts = list(zip(*(values.split(together) for values in arguments), strict=True))
-    found = [_assign(*part, bits=bits, group_size=group_size) for part in parts]
+    found = [_assign(bits, group_size, *part) for part in parts]
     return (found[0] if len(found) == 1 else torch.cat(found)).flatten(0, 1)
 
 
 def _assign(
-    target: Tensor, factor: Tensor, order: Tensor, scales: Tensor, zeros: Tensor, *, bits: int, group_size: int
+    bits: int,
+    group_size: int,
+    target: Tensor,
+    factor: Tensor,
+    order: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    free: Tensor | None = None,
 ) -> Tensor:
-    """:func:`assign` for some blocks: (b, n, K), (b, K, K), (b, K) and twice (b, n, G) → (b, n, K)."""
+    """:func:`assign` for some blocks: (b, n, K), (b, K, K), (b, K), twice (b, n, G) and (b, n, K) → (b, n, K)."""
     left = take_rows(target.mT.contiguous(), order)
     codes = torch.empty(left.shape, dtype=torch.uint8, device=left.device)
     grids = _Grids(scales.mT.contiguous(), zeros.mT.contiguous(), order // group_size, grid.code_max(bits))
+    grids.free = None if free is None else take_rows(free.mT.contiguous(), order)
     for start in range(0, left.shape[1], _BLOCK):
         _Block(left, factor, grids, codes, start, min(start + _BLOCK, left.shape[1])).solve()
     del left, grids
@@ -88,7 +108,12 @@ class _Grids:
         zeros: (b, G, n).
         group_of: group of each column in processing order, int64 (b, K).
         most: the largest code.
+
+    Attributes:
+        free: bool (b, K, n), in processing order; where it is false there is no level but zero.
     """
+
+    free: Tensor | None = None
 
     def __init__(self, scales: Tensor, zeros: Tensor, group_of: Tensor, most: int) -> None:
         blocks, groups, rows = scales.shape
@@ -109,7 +134,11 @@ class _Grids:
         torch.index_select(self.zeros, 0, places, out=zero)
         torch.neg(zero, out=low)
         torch.add(low, self.most, out=high)
-        return tuple(values.unflatten(0, (-1, stop - start)) for values in (scale, zero, low, high, steps))
+        found = tuple(values.unflatten(0, (-1, stop - start)) for values in (scale, zero, low, high, steps))
+        if self.free is not None:
+            for limit in found[2:4]:
+                limit.mul_(self.free[:, start:stop])
+        return found
 
 
 class _Block:

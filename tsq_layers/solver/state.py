@@ -25,6 +25,7 @@ class Layer:
         config: how.
         group_size: columns that share a scale, at most K.
         name: how messages call the layer.
+        free: bool (N, K); where it is false the weight is zero, and stays so. ``None``: nowhere.
     """
 
     weight: Tensor
@@ -32,6 +33,7 @@ class Layer:
     config: QuantConfig
     group_size: int
     name: str
+    free: Tensor | None = None
 
     @property
     def known(self) -> Problem:
@@ -137,6 +139,12 @@ class State:
         if self.offsets is not None:
             values += offsets.spread(self.offsets, layer.group_size, values.shape[1])
         return values if self.sparse is None else values + self.sparse
+
+    def keep_zeros(self, layer: Layer) -> None:
+        """Put codes back to zero where the weight is."""
+        if layer.free is not None and self.codes is not None and self.zeros is not None:
+            zeros = offsets.spread(self.zeros, layer.group_size, self.codes.shape[1]).to(torch.uint8)
+            self.codes = torch.where(layer.free, self.codes, zeros)
 
     def change(self) -> None:
         """Forget what is known of the state before."""

@@ -87,7 +87,9 @@ def assign(layer: Layer, state: State) -> None:
     else:
         problem, (scales, zeros) = layer.known, state.grids(layer)
         target = state.reduced(layer, problem.grid_target)
-        state.codes = gptq.assign(target, problem.factor, problem.order, scales, zeros, config.bits, layer.group_size)
+        state.codes = gptq.assign(
+            target, problem.factor, problem.order, scales, zeros, config.bits, layer.group_size, layer.free
+        )
 
 
 def descend(layer: Layer, state: State) -> None:

@@ -74,7 +74,8 @@ class TwoStageGroupQuantizer:
             objective.check_values(values, None, name)
         self.problem = None if statistics is None else objective.build(weight, statistics, config, name)
         self._state.seconds["factorise"] = clock(weight) - started
-        self._layer = Layer(values, self.problem, config, self.group_size, name)
+        free = values != 0 if config.keep_zeros else None
+        self._layer = Layer(values, self.problem, config, self.group_size, name, free)
 
     def initialize_scales(self) -> None:
         """Step 1: the grids (or tables) of the configured method."""
@@ -125,6 +126,7 @@ class TwoStageGroupQuantizer:
         if name != "refine":
             self._state.change()
         step(self._layer, self._state)
+        self._state.keep_zeros(self._layer)
         self._state.seconds[name] = clock(self._layer.weight) - started
 
     @full_precision()
