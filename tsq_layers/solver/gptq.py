@@ -65,7 +65,7 @@ def assign(
     factors = stack(factor)
     blocks = factors.shape[0]
     together = max(1, _CHUNK_ELEMENTS * blocks // max(1, target.numel()))
-    arguments = (
+    arguments: tuple[Tensor, ...] = (
         fold(target, blocks),
         factors,
         order.reshape(blocks, -1),
