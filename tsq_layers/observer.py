@@ -11,7 +11,7 @@ from tsq_layers.errors import CalibrationError
 from tsq_layers.precision import full_precision
 from tsq_layers.records import LayerStatistics
 
-_PANEL = 384  # columns of H updated by one matrix product; narrower panels waste fewer flops on the half not kept
+_PANEL = 128  # columns of H updated by one matrix product; narrower panels waste fewer flops on the half not kept
 _CHUNK_ELEMENTS = 2**20  # inputs that are rearranged by block at once: bounds the copy
 
 _Call = tuple[Tensor, Tensor | None, Tensor | None]  # inputs, those of the full-precision stream, where padding is

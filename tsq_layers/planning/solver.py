@@ -39,7 +39,7 @@ def solver_bytes(
     w, h, s, q = rows * columns, blocks * columns**2, rows * groups, rows * groups**2
     if not config.needs_calibration:
         return _SIZE * (2 * w + 2 * s)
-    problem = shifted * w + 2 * h + 4 * s  # shifted target, damped H and its factor; scales, zeros, and those before
+    problem = shifted * w + 2 * h + 2 * s  # shifted target, damped H and its factor; scales and zeros
     padded = s * min(config.group_size or columns, columns)  # short groups are filled up
     scan = min(padded, _SCAN)
     part = w if blocks == 1 else min(w, max(w // blocks, _TOGETHER))
@@ -51,7 +51,7 @@ def solver_bytes(
         "grids": problem + (4.5 + 15 * s / padded) * scan,
         "losses": problem + 3.25 * w + h * held_out,
         "assign": problem + max(2 * part, (1.25 + 6 * share) * part + share * h),
-        "refine": (problem + 2.25 * w + max(2.5 * (w + q), w + 3.1 * q)) * _refines(config),
+        "refine": (problem + 2 * s + 2.25 * w + max(2.5 * (w + q), w + 3.1 * q)) * _refines(config),
     }
     changed = 0.0
     if config.rotation is not None or config.channel_scaling:
