@@ -25,7 +25,9 @@ FAMILIES = {  # the kinds of layers that each family is quantised in
     "vision": {"Linear", "Conv2d"},
     "experts": {"Linear"},
 }
-INTEGRATIONS = {"export", "finetune", "from_pretrained", "harness", "import_gptq", "serve_vllm"}
+INTEGRATIONS = {
+    "ahead_of_time", "export", "finetune", "from_pretrained", "harness", "import_gptq", "serve_vllm", "with_torch_ao", "with_torchao",
+}  # fmt: skip
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
@@ -119,6 +121,37 @@ def test_harness_scores_a_quantised_model(capsys: pytest.CaptureFixture[str], mo
     pytest.importorskip("lm_eval")
     run("harness", monkeypatch=monkeypatch)
     assert 0 <= float(shown(capsys.readouterr().out, r"what_follows: (\S+) right")) <= 1
+
+
+@pytest.mark.filterwarnings("ignore")  # torchao's own
+def test_torchao_applies_our_configuration_and_its_own(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torchao")
+    run("with_torchao", monkeypatch=monkeypatch)
+    text = capsys.readouterr().out
+    assert re.findall(r"QuantLinear.*bits=(\d)", text) == ["4", "2"]
+    assert "Int8Tensor" in text
+    assert float(shown(text, r"error of the output (\S+)")) < 0.5
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.ao's own
+def test_passes_of_torch_ao_before_and_after(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("with_torch_ao", monkeypatch=monkeypatch)
+    text = capsys.readouterr().out
+    assert "DynamicQuantizedLSTM" in text
+    assert shown(text, r"still zero: (\w+)") == "True"
+    assert float(shown(text, r"error of the output (\S+)")) < 0.1
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.export's own
+def test_an_exported_program_gives_the_same_output(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("ahead_of_time", monkeypatch=monkeypatch)
+    assert shown(capsys.readouterr().out, r"same output: (\w+)") == "True"
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
