@@ -100,8 +100,10 @@ def _quantize(options: argparse.Namespace) -> None:
     """What the process of one of our runs does."""
     cache = assets.cache_directory()
     batches = texts.calibration(cache, options.tokens, 0)
+    before = _peak()
     started, cpu_started = time.perf_counter(), time.process_time()
     model = load_causal_lm(assets.smollm2(cache))
+    least = _least_flops(model, options.tokens, paired="two" in options.one)
     config = tsq.QuantConfig(bits=options.bits, group_size=options.group_size, **OURS[options.one])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FewTokensWarning)
@@ -109,8 +111,6 @@ def _quantize(options: argparse.Namespace) -> None:
         tsq.calibrate(model, batches, progress=False)
         tsq.convert(model)
     times = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu_started}
-    before = _peak()
-    least = _least_flops(load_causal_lm(assets.smollm2(cache)), options.tokens, paired="two" in options.one)
     times["bound"] = 2 * least / (before + _peak())
     (options.out / "times.json").write_text(json.dumps(times), encoding="utf-8")
 

@@ -14,6 +14,8 @@ from tsq_layers.solver.blocks import product, scaled
 from tsq_layers.solver.coded import Coded
 from tsq_layers.solver.objective import Problem, squared_error
 
+_SLACK = 64  # units of rounding: a loss that is less than so many of the part that damping has in it is none
+
 
 @dataclass(frozen=True, eq=False)
 class Layer:
@@ -170,7 +172,9 @@ class State:
             undamped = scaled(difference, ridge)
             return torch.sub(self.residual[1], undamped, out=undamped).mul_(difference).sum(1)
         if self.loss is not None:
-            return (self.loss - scaled(difference, ridge).mul_(difference).sum(1)).clamp_(min=0)
+            damping = scaled(difference, ridge).mul_(difference).sum(1)
+            left = self.loss - damping
+            return torch.where(left > _SLACK * torch.finfo(left.dtype).eps * damping, left, torch.zeros_like(left))
         return squared_error(difference, layer.known.hessian, ridge)
 
     def stored(self, layer: Layer) -> QuantizedWeight:
