@@ -7,6 +7,7 @@ from oracles.exports import gguf_row
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+import tsq_layers as tsq
 from tsq_layers.export import ExportError, export, gguf, gguf_blocks, gguf_file
 from tsq_layers.export.gguf_tokenizer import _LLAMA3, _TEKKEN, tokenizer_metadata
 
@@ -356,4 +357,6 @@ def test_transformers_loads_the_same_model(tmp_path):
     exported(model, tmp_path)
     with torch.no_grad():
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file="model.gguf", dtype=torch.float32)
-        assert torch.equal(loaded.eval()(TOKENS).logits, model(TOKENS).logits)
+        torch.testing.assert_close(loaded.eval()(TOKENS).logits, model(TOKENS).logits, rtol=1e-5, atol=1e-5)
+    weights = {name: layer.weight for name, layer in model.named_modules() if isinstance(layer, tsq.QuantLinear)}
+    assert all(torch.equal(loaded.get_submodule(name).weight, weight) for name, weight in weights.items())

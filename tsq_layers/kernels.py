@@ -77,7 +77,7 @@ def dequantize(
         tensor([[-1.0000, -0.5000,  0.0000,  0.5000]])
     """
     form, rows = _format(grids, bits, group_size, columns), words.shape[0]
-    if dtype in native.DTYPES and _native(words):
+    if dtype in native.DTYPES and _native(words) and not _trains(grids, shifts):
         packing.check_words(words, bits, columns)
         made: Tensor = torch.ops.tsq_layers.dequantize.default(
             words, grids, shifts, bits, form.group_size, columns, dtype
@@ -219,6 +219,11 @@ def _native(tensor: Tensor) -> bool:
     if tensor.device.type != "cpu" or torch.compiler.is_exporting():
         return False
     return (torch.compiler.is_compiling() or _has_values(tensor)) and native.usable()
+
+
+def _trains(grids: Tensor, shifts: Tensor | None) -> bool:
+    """Whether gradients of grids are wanted, which the operations do not have."""
+    return torch.is_grad_enabled() and (grids.requires_grad or (shifts is not None and shifts.requires_grad))
 
 
 def _has_values(tensor: Tensor) -> bool:
