@@ -150,11 +150,6 @@ class PackedStorage(nn.Module):
         return running.Form(self.bits, self.group_size, self.in_features, self.rotation)
 
     @property
-    def _is_plain(self) -> bool:
-        additions = (self.rotation_signs, self.column_scale_bits, self.outlier_bits, self.activation_bits)
-        return all(addition is None for addition in additions)
-
-    @property
     def scales(self) -> Tensor:
         """Scales (N, G) in ``scale_dtype``: a view of ``scale_bits``. Beside tables there are none: (N, 0)."""
         if self.scale_bits is None:
@@ -174,16 +169,21 @@ class PackedStorage(nn.Module):
     @property
     def grids(self) -> Tensor:
         """What :mod:`tsq_layers.kernels` calls so: tables, or else scales."""
-        tables = self.tables
-        return self.scales if tables is None else tables
+        tables = self._buffers["table_bits"]  # not by attribute: that takes a microsecond, and this is asked for at each call
+        bits = self._buffers["scale_bits"] if tables is None else tables
+        assert bits is not None
+        return bits.view(self.scale_dtype)
 
     @property
     def shifts(self) -> Tensor | None:
         """What :mod:`tsq_layers.kernels` calls so: packed zero points, or offsets."""
-        return self.zero_words if self.offset_bits is None else self.offsets
+        offsets = self._buffers["offset_bits"]
+        return self._buffers["zero_words"] if offsets is None else offsets.view(self.scale_dtype)
 
     def _absent_last(self) -> None:
         """Put buffers that are ``None`` behind the others: torch.export numbers them as if they were there."""
+        additions = (self.rotation_signs, self.column_scale_bits, self.outlier_bits, self.activation_bits)
+        self._is_plain = all(addition is None for addition in additions)
         for name in [name for name, buffer in self._buffers.items() if buffer is None]:
             self._buffers[name] = self._buffers.pop(name)
 
