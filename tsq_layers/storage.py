@@ -169,7 +169,9 @@ class PackedStorage(nn.Module):
     @property
     def grids(self) -> Tensor:
         """What :mod:`tsq_layers.kernels` calls so: tables, or else scales."""
-        tables = self._buffers["table_bits"]  # not by attribute: that takes a microsecond, and this is asked for at each call
+        tables = self._buffers[
+            "table_bits"
+        ]  # not by attribute: that takes a microsecond, and this is asked for at each call
         bits = self._buffers["scale_bits"] if tables is None else tables
         assert bits is not None
         return bits.view(self.scale_dtype)
