@@ -34,7 +34,8 @@ namespace {
 
 constexpr int64_t LANES = 8;
 constexpr int64_t INPUTS = 4;         // rows of input that share the decoding of a code
-constexpr int64_t BLOCK = 1 << 19;    // weights that are dequantised at a time, and multiplied while in the cache
+constexpr int64_t BLOCK = 1 << 20;    // weights that are dequantised at a time, and multiplied while in the cache
+constexpr int64_t MANY_INPUTS = 256;  // with more rows of input products of larger blocks are faster
 constexpr int64_t GRAIN = 1 << 16;    // weights that are worth a thread
 
 typedef float Floats __attribute__((vector_size(32)));
@@ -541,7 +542,7 @@ at::Tensor dequantize(
 
 // Blocks of rows of the weight are made and multiplied while they are in the cache.
 void many(const Packed& packed, const at::Tensor& x, at::Tensor& y) {
-  const int64_t columns = packed.layout.columns, step = std::max<int64_t>(64, BLOCK / columns / 16 * 16);
+  const int64_t columns = packed.layout.columns, step = std::max<int64_t>(64, (x.size(0) > MANY_INPUTS ? 2 * BLOCK : BLOCK) / columns / 16 * 16);
   at::Tensor buffer = at::empty({std::min(step, packed.rows), columns}, x.options());
   for (int64_t first = 0; first < packed.rows; first += step) {
     const int64_t count = std::min(step, packed.rows - first);
