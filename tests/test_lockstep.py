@@ -13,6 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from tsq_layers import lockstep
+from tsq_layers.recording import record
 
 
 class Log:
@@ -511,7 +512,7 @@ def test_record_tells_order_calls_and_groups():
         modules["d"](x * 2)
         modules["d"](x * 2)
 
-    recording = lockstep.record(modules, forward)
+    recording = record(modules, forward)
     assert recording.order == tuple("qkvod")
     assert recording.calls == {"q": 1, "k": 1, "v": 1, "o": 1, "d": 2}
     assert recording.groups == (("q", "k", "v"), ("o",), ("d",))
@@ -521,7 +522,7 @@ def test_record_tells_order_calls_and_groups():
 def test_record_takes_a_layer_called_twice_out_of_its_group():
     modules = layers("a", "b", "c")
     x = torch.ones(2)
-    recording = lockstep.record(modules, path(modules, "abca", x))
+    recording = record(modules, path(modules, "abca", x))
     assert recording.groups == (("a",), ("b", "c"))
 
 
@@ -534,7 +535,7 @@ def test_record_separates_an_input_modified_in_place():
         modules["b"](x)
         modules["c"](x)
 
-    assert lockstep.record(modules, forward).groups == (("a",), ("b", "c"))
+    assert record(modules, forward).groups == (("a",), ("b", "c"))
 
 
 def test_record_separates_equal_tensors():
@@ -544,18 +545,18 @@ def test_record_separates_equal_tensors():
         for name in "ab":
             modules[name](torch.ones(2))  # the second may get the memory of the first
 
-    assert lockstep.record(modules, forward).groups == (("a",), ("b",))
+    assert record(modules, forward).groups == (("a",), ("b",))
 
 
 def test_record_groups_inference_tensors_by_identity():
     modules = layers("a", "b")
     with torch.inference_mode():
-        assert lockstep.record(modules, path(modules, "ab")).groups == (("a", "b"),)
+        assert record(modules, path(modules, "ab")).groups == (("a", "b"),)
 
 
 def test_record_keeps_nothing_alive():
     tracked = Tracked()
-    recording = lockstep.record(tracked.modules, tracked.forward)
+    recording = record(tracked.modules, tracked.forward)
     assert recording.groups == (("a",), ("b",), ("c",))
     assert tracked.alive() == 0
 
@@ -563,7 +564,7 @@ def test_record_keeps_nothing_alive():
 def test_record_removes_hooks_after_an_exception():
     modules = layers("a")
     with pytest.raises(ZeroDivisionError):
-        lockstep.record(modules, lambda: 1 / 0)
+        record(modules, lambda: 1 / 0)
     assert_clean(modules)
 
 
@@ -608,7 +609,7 @@ def test_transformers_show_every_layer_all_its_callers(family):
     batches = [torch.randint(50, (1, length)) for length in (3, 5, 7)]
     with torch.no_grad():
         passes = [lambda ids=ids: model(**arguments(ids)) for ids in batches]
-        recording = lockstep.record(modules, passes[0])
+        recording = record(modules, passes[0])
         lockstep.run(passes, modules, log, order=recording.order)
     assert set(recording.order) == set(modules)
     assert log.visits == [(name, [0, 1, 2]) for name in recording.order]
@@ -617,7 +618,7 @@ def test_transformers_show_every_layer_all_its_callers(family):
 
 def test_transformers_llama_groups_by_input():
     model, arguments = llama(pytest.importorskip("transformers"))
-    recording = lockstep.record(targets(model), lambda: model(**arguments(torch.ones(1, 3, dtype=torch.long))))
+    recording = record(targets(model), lambda: model(**arguments(torch.ones(1, 3, dtype=torch.long))))
     groups = [tuple(name.rsplit(".", 1)[-1] for name in group) for group in recording.groups]
     block = [("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)]
     assert groups == [*block, *block, ("lm_head",)]
@@ -625,6 +626,6 @@ def test_transformers_llama_groups_by_input():
 
 def test_transformers_t5_cross_attention_is_one_group():
     model, arguments = t5(pytest.importorskip("transformers"))
-    recording = lockstep.record(targets(model), lambda: model(**arguments(torch.ones(1, 3, dtype=torch.long))))
+    recording = record(targets(model), lambda: model(**arguments(torch.ones(1, 3, dtype=torch.long))))
     (cross,) = [group for group in recording.groups if any("EncDecAttention.k" in name for name in group)]
     assert sorted(cross) == [f"decoder.block.{i}.layer.1.EncDecAttention.{kind}" for i in range(2) for kind in "kv"]

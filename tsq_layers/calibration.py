@@ -30,6 +30,7 @@ from tsq_layers.layers.offloading import entry_device, run_with_weight
 from tsq_layers.observation import Observation, Role
 from tsq_layers.parking import Parking
 from tsq_layers.preparation import Preparation
+from tsq_layers.recording import record
 from tsq_layers.records import LayerStatistics
 from tsq_layers.solving import Shortfall, solve
 from tsq_layers.targets import Solved, Target
@@ -81,7 +82,7 @@ class Calibration:
             for name, target in callers.items():
                 self._wrap(name, target)
             first, batches = peeked(self.batches)
-            self._recording = lockstep.record(modules, lambda: self._pass(Role(first, 0, "quantised")))
+            self._recording = record(modules, lambda: self._pass(Role(first, 0, "quantised")))
             self._experts = Experts(targets, self._recording.order)
             with tqdm(
                 total=len(targets),

@@ -17,7 +17,6 @@ thread runs at a time. When all are suspended, the layer that comes first is vis
     {'0': [2, 3], '1': [2, 3]}
 """
 
-import contextlib
 import contextvars
 import functools
 import threading
@@ -25,17 +24,13 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import nn, overrides
-from torch.utils import _python_dispatch
-from torch.utils.weak import TensorWeakRef
+from torch import nn
 
-from tsq_layers.precision import AUTOCAST_DEVICES
-
-__all__ = ["Arrival", "Recording", "current_pass", "record", "run"]
+from tsq_layers.recording import first_tensor, hooked
+from tsq_layers.thread_state import thread_state
 
 # A wait is cut into pieces, because on some platforms Ctrl-C is not seen inside a wait.
 _POLL_SECONDS = 0.5
@@ -73,65 +68,11 @@ class Arrival:
         Raises:
             TypeError: no argument is a tensor.
         """
-        tensor = _first_tensor(self.args, self.kwargs)
+        tensor = first_tensor(self.args, self.kwargs)
         if tensor is None:
             kinds = [type(value).__name__ for value in (*self.args, *self.kwargs.values())]
             raise TypeError(f"a call in pass {self.pass_index} has no tensor among its arguments, which are {kinds}")
         return tensor
-
-
-@dataclass(frozen=True)
-class Recording:
-    """The calls that one pass made.
-
-    Args:
-        order: the names of the layers that were called, by first call.
-        calls: how often each of them was called.
-        groups: a partition of `order`, by first call. Layers are in one group when their first calls received the very
-            same tensor, unmodified in between. A layer that was called more than once is a group of its own.
-    """
-
-    order: tuple[str, ...]
-    calls: Mapping[str, int]
-    groups: tuple[tuple[str, ...], ...]
-
-
-def record(modules: Mapping[str, nn.Module], run: Callable[[], object]) -> Recording:
-    """Call `run` once, in this thread, and tell which of `modules` it called, in which order and with which input.
-
-    The input of a call is its first tensor argument. Two inputs are the same when they are one tensor object that was
-    not modified in place in between; a modification of an inference tensor cannot be seen.
-
-    Args:
-        modules: the layers to watch, by name.
-        run: makes one forward pass.
-    """
-    calls: Counter[str] = Counter()
-    groups: list[list[str]] = []
-    # By id, for speed. The weak reference tells whether it is still the same tensor, and keeps nothing alive.
-    seen: dict[int, tuple[TensorWeakRef, int | None, list[str]]] = {}
-
-    def watch(name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls[name] += 1
-        if calls[name] > 1:
-            return
-        tensor = _first_tensor(args, kwargs)
-        reference, version, group = seen.get(id(tensor), (None, None, None))
-        if tensor is None or reference is None or reference() is not tensor or version != _version(tensor):
-            group = []
-            groups.append(group)
-            if tensor is not None:
-                seen[id(tensor)] = (TensorWeakRef(tensor), _version(tensor), group)
-        assert group is not None
-        group.append(name)
-
-    with _hooked(modules, watch):
-        run()
-    place = {name: index for index, name in enumerate(calls)}
-    single = [[name] for name in calls if calls[name] > 1]
-    shared = [[name for name in group if calls[name] == 1] for group in groups]
-    partition = sorted((group for group in single + shared if group), key=lambda group: place[group[0]])
-    return Recording(tuple(calls), MappingProxyType(dict(calls)), tuple(map(tuple, partition)))
 
 
 def run(
@@ -223,13 +164,13 @@ class _Scheduler:
         self.visit = visit
         self.order = list(dict.fromkeys(order))
         self.released: set[str] = set()
-        self.enter_state = _thread_state()
+        self.enter_state = thread_state()
         self.turn_over = threading.Semaphore(0)
         self.running: _Pass | None = None
         self.closing = False
 
     def run(self) -> None:
-        with _hooked(self.modules, self.on_call):
+        with hooked(self.modules, self.on_call):
             try:
                 due = self.new_passes()
                 while not self.modules.keys() <= self.released:
@@ -352,64 +293,3 @@ class _Scheduler:
         if left := [pass_.index for pass_ in self.passes if pass_.aborts > _MOST_ABORTS]:
             message = f"passes {left} catch every abort and go on; their threads are left behind, suspended"
             warnings.warn(message, RuntimeWarning, stacklevel=4)
-
-
-@contextlib.contextmanager
-def _hooked(modules: Mapping[str, nn.Module], hook: Callable[..., None]) -> Iterator[None]:
-    """Call `hook(name, module, args, kwargs)` before every call of the modules."""
-    with contextlib.ExitStack() as handles:
-        for name, module in modules.items():
-            handle = module.register_forward_pre_hook(functools.partial(hook, name), with_kwargs=True)
-            handles.callback(handle.remove)
-        yield
-
-
-def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
-    return next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
-
-
-def _version(tensor: torch.Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version
-
-
-def _thread_state() -> Callable[[], contextlib.AbstractContextManager[None]]:
-    """Take what torch keeps per thread in this one; the result enters it in another."""
-    grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-    autocast = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in AUTOCAST_DEVICES]
-    autocast_cache = torch.is_autocast_cache_enabled()
-    stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
-    dispatch_modes = _python_dispatch._get_current_dispatch_mode_stack()
-    function_modes = overrides._get_current_function_mode_stack()
-
-    @contextlib.contextmanager
-    def enter() -> Iterator[None]:
-        # A thread learns the number that torch.set_num_threads was given only when it asks.
-        torch.get_num_threads()
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.inference_mode(inference))
-            stack.enter_context(torch.set_grad_enabled(grad))
-            for kind, enabled, dtype in autocast:
-                torch.set_autocast_enabled(kind, enabled)
-                torch.set_autocast_dtype(kind, dtype)
-            torch.set_autocast_cache_enabled(autocast_cache)
-            if any(enabled for _, enabled, _ in autocast):
-                # As if inside the caller's context: else an inner autocast context would empty the cache at its end.
-                torch.autocast_increment_nesting()
-                stack.callback(torch.autocast_decrement_nesting)
-            if stream is not None:
-                torch.cuda.set_device(stream.device)
-                torch.cuda.set_stream(stream)
-            # Pushed, not entered: what a mode does on entering (resetting a count, say) the caller has done.
-            for mode in dispatch_modes:
-                _python_dispatch._push_mode(mode)
-                stack.callback(_pop_dispatch_mode, mode)
-            for mode in function_modes:
-                overrides._push_mode(mode)
-                stack.callback(overrides._pop_mode)
-            yield
-
-    return enter
-
-
-def _pop_dispatch_mode(mode: _python_dispatch.TorchDispatchMode) -> None:
-    _python_dispatch._pop_mode(getattr(mode, "_dispatch_key", None) or getattr(mode, "_mode_key", None))

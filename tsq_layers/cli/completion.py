@@ -55,8 +55,8 @@ def script(parser: Parser, shell: str) -> str:
         >>> parser = argparse.ArgumentParser(prog="tool")
         >>> command = parser.add_subparsers().add_parser("run", help="it")
         >>> _ = command.add_argument("--how", choices=("fast", "well"))
-        >>> print(script(parser, "fish").splitlines()[-1])
-        complete -c tool -n '__fish_seen_subcommand_from run' -l how -x -a 'fast well' -d ''
+        >>> script(parser, "fish").splitlines()[-1]
+        "complete -c tool -n '__fish_seen_subcommand_from run' -l how -x -a 'fast well' -d ''"
     """
     found = list(commands(parser))
     if shell == "fish":

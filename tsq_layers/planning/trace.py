@@ -14,6 +14,7 @@ from tsq_layers.batches import Batch, Forward, attention_mask, evaluating, moved
 from tsq_layers.errors import CalibrationError
 from tsq_layers.layers.offloading import entry_device
 from tsq_layers.planning.ledger import Ledger, Work
+from tsq_layers.recording import Recording, record
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Trace:
     calls: tuple[Call, ...]
     peak: int
     work: Work
-    recording: lockstep.Recording
+    recording: Recording
 
     @property
     def whole_peak(self) -> int:
@@ -128,7 +129,7 @@ def trace(
     ]
     try:
         with evaluating(model), torch.no_grad():
-            recording = lockstep.record(modules, run)
+            recording = record(modules, run)
     finally:
         for hook in hooks:
             hook.remove()
