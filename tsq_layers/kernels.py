@@ -156,6 +156,8 @@ def linear(
         >>> linear(torch.ones(4), words, torch.tensor([[0.5]]), None, None, 2, 4, 4)
         tensor([-1.])
     """
+    if _is_simple(x, bias, columns):
+        return _run_native(x, words, grids, shifts, bias, Format(bits, group_size, columns))
     check_input(x, columns, words.shape[0])
     x = autocast(x)
     bias = None if bias is None else bias.to(x.dtype)
@@ -165,6 +167,26 @@ def linear(
         output: Tensor = _Linear.apply(x, words, grids, shifts, bias, form)
         return output
     return _forward(x, words, grids, shifts, bias, form)
+
+
+def _is_simple(x: Tensor, bias: Tensor | None, columns: int) -> bool:
+    """A quick look at a call that is nothing but the operation: in a small layer a slow one would cost more than it.
+
+    What it does not let pass, the rest of :func:`linear` looks at again.
+    """
+    return (
+        native.is_loaded()
+        and type(x) is Tensor
+        and x.is_cpu
+        and (x.dtype == torch.float32 or (x.dtype in native.DTYPES and x.numel() <= native.FEW_ROWS * columns))
+        and x.shape[-1:] == (columns,)
+        and (bias is None or bias.dtype == x.dtype)
+        and not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and not is_in_torch_dispatch_mode()
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
 def check_input(x: Tensor, columns: int, rows: int) -> None:
@@ -258,8 +280,11 @@ def _run_native(
     # The number of rows is looked at last: inside torch.compile it would be a guard.
     if x.dtype != torch.float32 and native.multiplies(x.dtype) and math.prod(x.shape[:-1]) > native.FEW_ROWS:
         return _dense(x, words, grids, shifts, bias, form)
-    packing.check_words(words, form.bits, form.columns)
-    y: Tensor = torch.ops.tsq_layers.linear.default(x, words, grids, shifts, bias, *form, native.FEW_ROWS)
+    try:
+        y: Tensor = torch.ops.tsq_layers.linear.default(x, words, grids, shifts, bias, *form, native.FEW_ROWS)
+    except RuntimeError:
+        packing.check_words(words, form.bits, form.columns)  # the operation looks too, and says less
+        raise
     return y
 
 

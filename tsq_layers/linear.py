@@ -192,8 +192,10 @@ class QuantLinear(PackedStorage):
         """
         if not self._is_plain:
             return running.linear(input, self.bias, self.parts, self.form, self.activation_bits)
+        words = self._buffers["words"]  # as in grids
+        assert words is not None
         return kernels.linear(
-            input, self.words, self.grids, self.shifts, self.bias, self.bits, self.group_size, self.in_features
+            input, words, self.grids, self.shifts, self.bias, self.bits, self.group_size, self.in_features
         )
 
     def extra_repr(self) -> str:

@@ -53,6 +53,11 @@ def usable() -> bool:
     return _usable
 
 
+def is_loaded() -> bool:
+    """Whether the operations are there already."""
+    return _usable is True
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def multiplies(dtype: torch.dtype) -> bool:
     """Whether the processor has instructions for products of a half-precision dtype, which beat float32 for many rows."""

@@ -1,15 +1,14 @@
 // Packed layers on a CPU: the two operations that tsq_layers/native.py compiles and registers.
 //
-// A row of codes is cut into *pieces*: stretches of columns in which the field of every plane (see packing.py) and
-// the group are constant. Within a piece neighbouring columns are neighbouring words, so that eight codes are a load,
-// a shift and a mask. The inputs are laid out once for all rows in the order of the pieces, each filled up with zeros
-// to whole vectors; a code that is read behind the end of a piece meets a zero. Any number of columns and any group
-// size are therefore the same loop.
+// A row of codes is cut into *pieces*: stretches of columns in which the place of a code in its word and the group are
+// constant. Within a piece neighbouring columns are neighbouring words, so that eight codes are a load and a mask. The
+// inputs are laid out once for all rows in the order of the pieces, each filled up with zeros to whole vectors; a code
+// that is read behind the end of a piece meets a zero. Any number of columns and any group size are therefore the same loop.
 //
 //   y_n = sum over columns of  (scale · code + shift) · x,   shift = −scale · zero, or the offset
 //
-// A field is not even shifted: masked in its place it is code · 2^right, which a float holds exactly, and the power of
-// two goes into the scale. Only the field at the sign has to be.
+// A code is not even shifted: masked in its place it is code · 2^right, which a float holds exactly, and the power of
+// two goes into the scale. Only one at the sign has to be.
 //
 // N rows of the weight, K columns, G groups a row, W words a row, M rows of input, T tables a row.
 
@@ -20,10 +19,14 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <cstring>
+#include <map>
+#include <mutex>
+#include <new>
 #include <optional>
-#include <utility>
+#include <type_traits>
 #include <vector>
 
 #if defined(__AVX2__)
@@ -33,6 +36,7 @@
 namespace {
 
 constexpr int64_t LANES = 8;
+constexpr int64_t ROWS = 16;           // of the weight, that are prepared together
 constexpr int64_t INPUTS = 4;         // rows of input that share the decoding of a code
 constexpr int64_t BLOCK = 1 << 20;    // weights that are dequantised at a time, and multiplied while in the cache
 constexpr int64_t MANY_INPUTS = 256;  // with more rows of input products of larger blocks are faster
@@ -42,7 +46,18 @@ typedef float Floats __attribute__((vector_size(32)));
 typedef int32_t Ints __attribute__((vector_size(32)));
 typedef uint32_t Words __attribute__((vector_size(32)));
 
-enum class Kind { affine, table };
+// Memory that begins with a line of the cache: a vector across two of them costs twice.
+template <typename T>
+struct Lines {
+  typedef T value_type;
+  static constexpr std::align_val_t LINE{64};
+  T* allocate(size_t count) { return static_cast<T*>(::operator new(count * sizeof(T), LINE)); }
+  void deallocate(T* memory, size_t) { ::operator delete(memory, LINE); }
+  bool operator==(const Lines&) const { return true; }
+};
+
+template <typename T>
+using Buffer = std::vector<T, Lines<T>>;
 
 template <typename V, typename T>
 inline V load(const T* from) {
@@ -67,118 +82,152 @@ inline Floats fma(Floats a, Floats b, Floats c) {
 
 inline Floats all(float value) { return Floats{value, value, value, value, value, value, value, value}; }
 
+inline Floats floats(Words code) { return __builtin_convertvector((Ints)code, Floats); }
+
+inline float sum(Floats value) {
+  typedef float Half __attribute__((vector_size(16)));
+  const Half half = load<Half>((const float*)&value) + load<Half>((const float*)&value + LANES / 2);
+  return (half[0] + half[1]) + (half[2] + half[3]);
+}
+
 // --- layout ---------------------------------------------------------------------------------------
 
 struct Plane {
   int64_t bits, shift, words, start;  // as in packing.py
+  std::vector<uint32_t> word, right;  // of each column, where a row's words are no more than a vector
+
+  Plane(int64_t bits_, int64_t shift_, int64_t columns, int64_t start_)
+      : bits(bits_), shift(shift_), words((columns * bits_ + 31) / 32), start(start_) {
+    if (words > LANES) return;
+    for (int64_t column = 0; column < columns + LANES; ++column) {
+      word.push_back(column % words);
+      right.push_back(std::min<int64_t>(column / words * bits, 31));
+    }
+  }
 };
+
+// A width of one plane is read as it is stored. Of the others, the codes of a row are put together before they are used:
+// where K allows it in *pairs*, that is, the fields of the first plane in twice their room, those of even numbers in one
+// half of the words and those of odd ones in the other, with the bits of the other planes beside them; else in a word each.
+enum class Form { stored, pairs, words };
 
 struct Piece {
   int64_t first, count, vectors, group;  // columns, of which whole vectors are read
-  int64_t word[3];                       // where its words begin, in each plane
-  uint32_t right[3];                     // by how much they are shifted
-  bool top;                              // whether one of them reaches the sign
+  int64_t word;                          // where its words begin
+  uint32_t right, mask;                  // the place of a code in its word
+  float unit;                            // what one is, of what is multiplied
+  bool top;                              // whether a code reaches the sign
 };
 
 struct Layout {
-  int64_t bits, columns, group_size, groups, words, vectors;
+  int64_t bits, columns, groups, stored = 0, words, vectors = 0;  // stored: words a row; words: in the form that is used
+  Form form;
   std::vector<Plane> planes;
   std::vector<Piece> pieces;
 
-  Layout(int64_t bits_, int64_t group_size_, int64_t columns_)
-      : bits(bits_), columns(columns_), group_size(group_size_), groups((columns_ + group_size_ - 1) / group_size_) {
+  Layout(int64_t bits_, int64_t group_size, int64_t columns_)
+      : bits(bits_), columns(columns_), groups((columns_ + group_size - 1) / group_size) {
     int64_t shift = 0;
-    words = vectors = 0;
     for (int64_t p : {8, 4, 2, 1}) {
       if (bits & p) {
-        int64_t count = (columns * p + 31) / 32;
-        // Fields, not bits, fill a word: 32 / p of them.
-        planes.push_back({p, shift, count, words});
+        planes.emplace_back(p, shift, columns, stored);
+        stored += planes.back().words;
         shift += p;
-        words += count;
       }
     }
+    form = planes.size() == 1 ? Form::stored : columns % 32 == 0 ? Form::pairs : Form::words;
+    const int64_t segment = form == Form::words ? columns : planes[0].words;  // columns in the same place of their words
+    words = form == Form::pairs ? 2 * segment : segment;
     for (int64_t column = 0; column < columns;) {
-      Piece piece{column, std::min(columns, (column / group_size + 1) * group_size) - column, 0, column / group_size, {}, {}, false};
-      for (size_t i = 0; i < planes.size(); ++i) {
-        const Plane& plane = planes[i];
-        int64_t field = column / plane.words;
-        piece.count = std::min(piece.count, (field + 1) * plane.words - column);
-        piece.word[i] = plane.start + column - field * plane.words;
-        piece.right[i] = plane.bits * field;
-        piece.top |= field == 32 / plane.bits - 1;
+      const int64_t field = column / segment, group = column / group_size;
+      const int64_t end = std::min({columns, (group + 1) * group_size, (field + 1) * segment});
+      Piece piece{column, end - column, (end - column + LANES - 1) / LANES, group, column - field * segment};
+      if (form == Form::stored) piece.right = bits * field;
+      if (form == Form::pairs) {
+        piece.right = 2 * planes[0].bits * (field / 2);
+        piece.word += field % 2 * segment;
       }
-      piece.vectors = (piece.count + LANES - 1) / LANES;
-      vectors += piece.vectors;
-      column += piece.count;
+      piece.mask = ((1u << bits) - 1) << piece.right;
+      piece.top = piece.right + bits == 32;
+      piece.unit = piece.top ? 1.0f : 1.0f / (float)(1u << piece.right);
       pieces.push_back(piece);
+      vectors += piece.vectors;
+      column = end;
     }
+  }
+
+  // The layout of a kind of layer, made once.
+  static const Layout& of(int64_t bits, int64_t group_size, int64_t columns) {
+    static std::mutex mutex;
+    static std::map<std::array<int64_t, 3>, Layout> known;
+    const std::lock_guard<std::mutex> lock(mutex);
+    return known.try_emplace({bits, group_size, columns}, bits, group_size, columns).first->second;
   }
 };
 
-// Where a piece of a row begins, in each plane, and how far its fields are shifted.
-struct Fields {
-  const int32_t* at[3];
-  uint32_t right[3];
+// Words of up to a vector, each lane choosing one.
+inline Words choose(Words from, Words index) {
+#if defined(__AVX2__)
+  return (Words)_mm256_permutevar8x32_epi32((__m256i)from, (__m256i)index);
+#else
+  Words chosen;
+  for (int lane = 0; lane < LANES; ++lane) chosen[lane] = from[index[lane]];
+  return chosen;
+#endif
+}
 
-  Fields(const int32_t* row, const Piece& piece) {
-    for (int i = 0; i < 3; ++i) {
-      at[i] = row + piece.word[i];
-      right[i] = piece.right[i];
+// The codes of a row, a word each. Up to a vector behind the last is written to `to` and `spare`.
+void unpack(const int32_t* words, const Layout& layout, int32_t* to, int32_t* spare) {
+  for (const Plane& plane : layout.planes) {
+    int32_t* into = plane.shift ? spare : to;
+    const uint32_t mask = (1u << plane.bits) - 1, shift = plane.shift;
+    const int32_t* from = words + plane.start;
+    if (plane.words <= LANES) {
+      const Words row = load<Words>(from);
+      for (int64_t i = 0; i < layout.columns; i += LANES) {
+        const Words code = choose(row, load<Words>(plane.word.data() + i)) >> load<Words>(plane.right.data() + i);
+        store(into + i, (code & mask) << shift);
+      }
+    } else {
+      for (int64_t right = 0, column = 0; column < layout.columns; right += plane.bits, column += plane.words) {
+        const int64_t count = std::min(plane.words, layout.columns - column);
+        for (int64_t i = 0; i < count; i += LANES) {  // what is too much, the next field replaces
+          store(into + column + i, ((load<Words>(from + i) >> (uint32_t)right) & mask) << shift);
+        }
+      }
     }
-  }
-};
-
-// Eight codes of a piece, from column i on. BITS is a constant, so that the masks are, and the planes unroll.
-template <int BITS>
-inline Words codes(const Fields& fields, int64_t i) {
-  if constexpr (BITS == 1 || BITS == 2 || BITS == 4 || BITS == 8) {
-    return (load<Words>(fields.at[0] + i) >> fields.right[0]) & ((1u << BITS) - 1);
-  } else {
-    constexpr int first = BITS & 4 ? 4 : 2, rest = BITS - first, second = rest & 2 ? 2 : 1;
-    Words code = (load<Words>(fields.at[0] + i) >> fields.right[0]) & ((1u << first) - 1);
-    code |= ((load<Words>(fields.at[1] + i) >> fields.right[1]) & ((1u << second) - 1)) << first;
-    if constexpr (rest == 3) code |= ((load<Words>(fields.at[2] + i) >> fields.right[2]) & 1u) << (first + second);
-    return code;
+    if (!plane.shift) continue;
+    for (int64_t i = 0; i < layout.columns; i += LANES) store(to + i, load<Words>(to + i) | load<Words>(spare + i));
   }
 }
 
-inline Floats floats(Words code) { return __builtin_convertvector((Ints)code, Floats); }
-
-// table[code] for up to 16 levels; bits of an index above those of a code may be anything.
-template <int BITS>
-struct Table {
-  static constexpr uint32_t LEVELS = 1 << BITS;
-#if defined(__AVX2__)
-  Floats low, high;
-  explicit Table(const float* levels) {
-    float wide[16];
-    for (uint32_t i = 0; i < 16; ++i) wide[i] = levels[i % LEVELS];
-    low = load<Floats>(wide);
-    high = load<Floats>(wide + 8);
+// The words of a row, put together in pairs. Up to a vector behind the last is written.
+template <int PLANES>
+void pair(const int32_t* words, const Layout& layout, int32_t* to) {
+  const int64_t base = layout.planes[0].bits, length = layout.planes[PLANES - 1].words, parts = layout.planes[0].words / length;
+  const uint32_t lowest = base == 2 ? 0x11111111u : 0x01010101u;
+  for (int64_t odd = 0; odd < 2; ++odd) {
+    for (int64_t part = 0; part < parts; ++part, to += length) {
+      // Beside a field of the first plane stand several of each other plane, one after another.
+      const int32_t* from[PLANES];
+      uint32_t right[PLANES], shift[PLANES];
+      Words mask[PLANES];
+      for (int p = 0; p < PLANES; ++p) {
+        const Plane& plane = layout.planes[p];
+        const int64_t share = plane.words / length;
+        from[p] = words + plane.start + part % share * length;
+        right[p] = base * odd + plane.bits * (part / share);
+        shift[p] = plane.shift;
+        mask[p] = Words{} + lowest * ((1u << plane.bits) - 1);
+      }
+      for (int64_t j = 0; j < length; j += LANES) {  // what is too much, the next part replaces
+        Words code = (load<Words>(from[0] + j) >> right[0]) & mask[0];
+#pragma GCC unroll 2
+        for (int p = 1; p < PLANES; ++p) code |= ((load<Words>(from[p] + j) >> right[p]) & mask[p]) << shift[p];
+        store(to + j, code);
+      }
+    }
   }
-  inline Floats operator()(Words index) const {
-    // The instruction reads three bits of an index; the fourth is moved to the sign, which chooses.
-    const __m256 value = _mm256_permutevar8x32_ps((__m256)low, (__m256i)index);
-    if constexpr (BITS < 4) return (Floats)value;
-    const __m256 other = _mm256_permutevar8x32_ps((__m256)high, (__m256i)index);
-    return (Floats)_mm256_blendv_ps(value, other, (__m256)(index << 28));
-  }
-#else
-  const float* levels;
-  explicit Table(const float* levels_) : levels(levels_) {}
-  inline Floats operator()(Words index) const {
-    Floats value;
-    for (int lane = 0; lane < LANES; ++lane) value[lane] = levels[index[lane] % LEVELS];
-    return value;
-  }
-#endif
-};
-
-inline float sum(Floats value) {
-  float total = 0;
-  for (int lane = 0; lane < LANES; ++lane) total += value[lane];
-  return total;
 }
 
 // --- grids ----------------------------------------------------------------------------------------
@@ -206,7 +255,18 @@ void to_float(const void* from, at::ScalarType type, int64_t first, int64_t coun
     }
   } else {
     const uint16_t* values = (const uint16_t*)from + first;
+#if defined(__F16C__)
+    const auto eight = [](const uint16_t* from) { return (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from)); };
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) store(to + i, eight(values + i));
+    if (i == count) return;
+    uint16_t rest[LANES] = {};
+    std::memcpy(rest, values + i, sizeof(uint16_t) * (count - i));
+    const Floats last = eight(rest);
+    std::memcpy(to + i, &last, sizeof(float) * (count - i));
+#else
     for (int64_t i = 0; i < count; ++i) to[i] = widen(values[i]);
+#endif
   }
 }
 
@@ -227,73 +287,136 @@ void from_float(const float* from, at::ScalarType type, int64_t first, int64_t c
   }
 }
 
-// The packed weight, and what a thread needs of one row of it.
-struct Packed {
-  const Layout& layout;
-  Layout zeros;
-  const at::Tensor &words, &grids;
-  const std::optional<at::Tensor>& shifts;
-  int64_t rows, tables, levels;
-  bool offsets;
+// --- the weight -----------------------------------------------------------------------------------
 
-  Packed(const Layout& layout_, const at::Tensor& words_, const at::Tensor& grids_, const std::optional<at::Tensor>& shifts_)
-      : layout(layout_), zeros(layout_.bits, layout_.groups, layout_.groups), words(words_), grids(grids_), shifts(shifts_),
-        rows(words_.size(0)), tables(grids_.dim() == 3 ? grids_.size(1) : 0), levels(1 << layout_.bits),
-        offsets(shifts_ && shifts_->is_floating_point()) {}
+struct Packed {
+  const Layout &layout, &zeros;
+  const at::Tensor words, grids;
+  const std::optional<at::Tensor> shifts;
+  const int64_t rows, levels, count;  // grids a row: scales, or the levels of all tables
+  const bool tables, offsets;
+
+  Packed(
+      const at::Tensor& words_, const at::Tensor& grids_, const std::optional<at::Tensor>& shifts_, int64_t bits,
+      int64_t group_size, int64_t columns)
+      : layout(Layout::of(bits, grids_.dim() == 3 && grids_.size(1) == 1 ? columns : group_size, columns)), zeros(Layout::of(bits, layout.groups, layout.groups)),
+        words(words_.contiguous()), grids(grids_.contiguous()),
+        shifts(shifts_ ? std::make_optional(shifts_->contiguous()) : std::nullopt), rows(words.size(0)),
+        levels(1 << bits), count(grids.dim() == 3 ? grids.size(1) * levels : layout.groups), tables(grids.dim() == 3),
+        offsets(shifts && shifts->is_floating_point()) {
+    TORCH_CHECK(words.dim() == 2 && words.scalar_type() == at::kInt && words.size(1) == layout.stored, "not words of these codes");
+  }
+
+  int64_t grid(const Piece& piece) const { return !tables ? piece.group : count == levels ? 0 : piece.group * levels; }
 };
 
-struct Row {
-  std::vector<int32_t> words, zero_words;  // of a row at the tensor's end: a vector must not read behind it
-  std::vector<float> scales, shifts, zeros;
-  const int32_t* at = nullptr;
+// Some rows of the weight, ready to be used by one thread. Rows that there are not are zero or left over.
+struct Rows {
+  const Packed& packed;
+  Buffer<int32_t> words, stored, zero_words, codes, spare;
+  Buffer<float> grids, zeros, shifts;
+  const int32_t* at = nullptr;  // words in the form of the layout, a row after another
+  const char* next = nullptr;   // where the words of the next rows are stored
 
-  explicit Row(const Packed& packed)
-      : words(packed.layout.words + LANES), zero_words(packed.zeros.words + LANES),
-        scales((packed.tables ? packed.tables * packed.levels : packed.layout.groups) + LANES),
-        shifts(packed.layout.groups + 2 * LANES), zeros(packed.layout.groups + 2 * LANES) {}
+  explicit Rows(const Packed& packed_) : packed(packed_) {
+    const Layout& layout = packed.layout;
+    words.resize(ROWS * layout.words + LANES);
+    grids.resize(ROWS * packed.count + LANES);
+    if (layout.form != Form::stored) stored.resize(layout.stored + LANES);
+    if (layout.form == Form::words) spare.resize(layout.columns + LANES);
+    if (packed.tables) return;
+    shifts.resize(ROWS * packed.count + LANES);
+    if (packed.offsets) return;
+    zeros.resize(ROWS * packed.count + LANES);
+    codes.assign(layout.groups + LANES, packed.levels / 2);
+    if (!packed.shifts) return;
+    zero_words.resize(packed.zeros.stored + LANES);
+    spare.resize(std::max<size_t>(spare.size(), layout.groups + LANES));
+  }
 
-  static const int32_t* safe(const at::Tensor& tensor, int64_t row, int64_t count, std::vector<int32_t>& copy) {
-    const int32_t* from = tensor.const_data_ptr<int32_t>() + row * count;
-    if ((row + 1) * count + LANES <= tensor.numel()) return from;
-    std::memcpy(copy.data(), from, sizeof(int32_t) * count);
+  void read(int64_t first) {
+    const Layout& layout = packed.layout;
+    const int64_t rows = std::min(ROWS, packed.rows - first), start = first * packed.count, count = rows * packed.count;
+    next = (const char*)(packed.words.const_data_ptr<int32_t>() + (first + ROWS) * layout.stored);
+    if (layout.form == Form::stored) {
+      at = safe(packed.words, first, layout.stored, ROWS, words);
+    } else {
+      for (int64_t r = 0; r < rows; ++r) {
+        const int32_t* row = safe(packed.words, first + r, layout.stored, 1, stored);
+        int32_t* into = words.data() + r * layout.words;
+        if (layout.form == Form::words) unpack(row, layout, into, spare.data());
+        else layout.planes.size() == 2 ? pair<2>(row, layout, into) : pair<3>(row, layout, into);
+      }
+      at = words.data();
+    }
+    to_float(packed.grids.const_data_ptr(), packed.grids.scalar_type(), start, count, grids.data());
+    if (packed.offsets) to_float(packed.shifts->const_data_ptr(), packed.shifts->scalar_type(), start, count, shifts.data());
+    if (packed.offsets || packed.tables) return;
+    for (int64_t r = 0; r < rows; ++r) {
+      if (packed.shifts) unpack(safe(*packed.shifts, first + r, packed.zeros.stored, 1, zero_words), packed.zeros, codes.data(), spare.data());
+      for (int64_t g = 0; g < packed.count; g += LANES) {  // what is too much, the next row replaces
+        const int64_t i = r * packed.count + g;
+        const Floats zero = floats(load<Words>(codes.data() + g));
+        store(zeros.data() + i, zero);
+        store(shifts.data() + i, -load<Floats>(grids.data() + i) * zero);
+      }
+    }
+  }
+
+  // Rows of a tensor of words, of which whole vectors can be read: at the tensor's end a copy.
+  static const int32_t* safe(const at::Tensor& tensor, int64_t row, int64_t words, int64_t rows, Buffer<int32_t>& copy) {
+    const int32_t* from = tensor.const_data_ptr<int32_t>() + row * words;
+    const int64_t left = tensor.numel() - row * words;
+    if (rows * words + LANES <= left) return from;
+    std::memcpy(copy.data(), from, sizeof(int32_t) * std::min(rows * words, left));
     return copy.data();
   }
-
-  template <int BITS>
-  void read(const Packed& packed, int64_t row) {
-    at = safe(packed.words, row, packed.layout.words, words);
-    int64_t count = packed.tables ? packed.tables * packed.levels : packed.layout.groups;
-    to_float(packed.grids.const_data_ptr(), packed.grids.scalar_type(), row * count, count, scales.data());
-    if (packed.tables) return;
-    if (packed.offsets) {
-      to_float(packed.shifts->const_data_ptr(), packed.shifts->scalar_type(), row * count, count, shifts.data());
-    } else if (packed.shifts) {
-      const int32_t* from = safe(*packed.shifts, row, packed.zeros.words, zero_words);
-      for (const Piece& piece : packed.zeros.pieces) {
-        const Fields fields(from, piece);
-        for (int64_t v = 0; v < piece.vectors; ++v) {  // what is stored behind a piece, the next one overwrites
-          store(zeros.data() + piece.first + v * LANES, floats(codes<BITS>(fields, v * LANES)));
-        }
-      }
-    } else {
-      std::fill(zeros.begin(), zeros.end(), (float)(packed.levels / 2));
-    }
-    if (!packed.offsets)
-      for (int64_t g = 0; g < count; ++g) shifts[g] = -scales[g] * zeros[g];
-  }
 };
+
+// table[code] for up to 8 or 16 levels; bits of an index above those of a code may be anything.
+template <int64_t MOST>
+struct Table {
+#if defined(__AVX2__)
+  Floats low, high;
+  Table(const float* levels, int64_t count) {
+    float wide[16];
+    for (int64_t i = 0; i < 16; ++i) wide[i] = levels[i % count];
+    low = load<Floats>(wide);
+    high = load<Floats>(wide + 8);
+  }
+  inline Floats operator()(Words index) const {
+    // The instruction reads three bits of an index; the fourth is moved to the sign, which chooses.
+    const __m256 value = _mm256_permutevar8x32_ps((__m256)low, (__m256i)index);
+    if constexpr (MOST <= 8) return (Floats)value;
+    const __m256 other = _mm256_permutevar8x32_ps((__m256)high, (__m256i)index);
+    return (Floats)_mm256_blendv_ps(value, other, (__m256)(index << 28));
+  }
+#else
+  const float* levels;
+  uint32_t mask;
+  Table(const float* levels_, int64_t count) : levels(levels_), mask(count - 1) {}
+  inline Floats operator()(Words index) const {
+    Floats value;
+    for (int lane = 0; lane < LANES; ++lane) value[lane] = levels[index[lane] & mask];
+    return value;
+  }
+#endif
+};
+
+struct Affine {};
 
 // --- few rows of input ----------------------------------------------------------------------------
 
 // Inputs in the order of the pieces: [piece][vector][row of input][lane], zeros where a piece or the rows end.
 struct Inputs {
-  std::vector<float> values;
+  const int64_t count, width;  // rows of input, and how many there is room for: 1, 2 or 4
+  Buffer<float> values;
 
-  // M is 1, 2 or 4; rows that there are not are zero.
-  Inputs(const float* x, int64_t count, int64_t M, const Layout& layout) : values(layout.vectors * M * LANES) {
+  Inputs(const float* x, int64_t count_, const Layout& layout)
+      : count(count_), width(count_ > 2 ? INPUTS : count_), values(layout.vectors * width * LANES) {
     float* to = values.data();
     for (const Piece& piece : layout.pieces) {
-      for (int64_t v = 0; v < piece.vectors; ++v, to += M * LANES) {
+      for (int64_t v = 0; v < piece.vectors; ++v, to += width * LANES) {
         const int64_t column = piece.first + v * LANES, filled = std::min(LANES, piece.count - v * LANES);
         for (int64_t m = 0; m < count; ++m) std::memcpy(to + m * LANES, x + m * layout.columns + column, sizeof(float) * filled);
       }
@@ -301,168 +424,111 @@ struct Inputs {
   }
 };
 
-// The codes of a piece as floats, times a power of two: masks and factors of the planes.
-template <int BITS, bool TOP>
-struct Decoder {
-  static constexpr bool SHIFTED = TOP;
-  static constexpr int FIRST = BITS & 8 ? 8 : BITS & 4 ? 4 : BITS & 2 ? 2 : 1;
-  static constexpr int SECOND = (BITS - FIRST) & 2 ? 2 : (BITS - FIRST) & 1, THIRD = BITS - FIRST - SECOND;
-  Words mask[3];
-  float factor[3];
-  float unit;  // of what comes out
-
-  explicit Decoder(const Piece& piece) {
-    const int bits[3] = {FIRST, SECOND, THIRD}, place[3] = {0, FIRST, FIRST + SECOND};
-    unit = power(-(int)piece.right[0]);
-    for (int i = 0; i < 3; ++i) {
-      mask[i] = Words{} + (((1u << bits[i]) - 1) << piece.right[i]);
-      factor[i] = power(place[i] + (int)piece.right[0] - (int)piece.right[i]);
-    }
-    if (SHIFTED) unit = 1;
-  }
-
-  static float power(int exponent) {
-    const uint32_t bits = (uint32_t)(127 + exponent) << 23;
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
-  }
-
-  inline Floats operator()(const Fields& fields, int64_t i) const {
-    if constexpr (SHIFTED) {
-      return floats(codes<BITS>(fields, i));
-    } else {
-      Floats code = floats(load<Words>(fields.at[0] + i) & mask[0]);
-      if constexpr (SECOND > 0) code = fma(floats(load<Words>(fields.at[1] + i) & mask[1]), all(factor[1]), code);
-      if constexpr (THIRD > 0) code = fma(floats(load<Words>(fields.at[2] + i) & mask[2]), all(factor[2]), code);
-      return code;
-    }
-  }
-};
-
-template <int M, int R>
-struct Sums {
-  Floats of[R][M] = {};
-};
-
 // One piece of R rows of the weight, times M rows of input.
 template <int M, int R, typename Weights>
-inline void add(Sums<M, R>& total, const float* x, int64_t end, const Weights& weights) {
-  Sums<M, R> sums = total;
-  int64_t i = 0;
-  if constexpr (M == 1 && R == 2) {  // two vectors at a time, so that sums do not wait for one another
-    Sums<M, R> others;
-    for (; i + LANES < end; i += 2 * LANES) {
-      Floats one = load<Floats>(x + i), two = load<Floats>(x + i + LANES);
-#if defined(__AVX2__)
-      asm("" : "+x"(one), "+x"(two));  // loaded once, not by each of the rows
-#endif
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
-        sums.of[r][0] = fma(weights(r, i), one, sums.of[r][0]);
-        others.of[r][0] = fma(weights(r, i + LANES), two, others.of[r][0]);
-      }
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) sums.of[r][0] += others.of[r][0];
-  }
-  for (; i < end; i += LANES) {
+__attribute__((always_inline)) inline void add(Floats (&sums)[R][M], const float* x, int64_t end, const Weights& weights) {
+  for (int64_t i = 0; i < end; i += LANES) {
     Floats inputs[M];
 #pragma GCC unroll 4
     for (int m = 0; m < M; ++m) {
       inputs[m] = load<Floats>(x + i * M + m * LANES);
 #if defined(__AVX2__)
-      if constexpr (M == 1) asm("" : "+x"(inputs[m]));
+      asm("" : "+x"(inputs[m]));  // loaded once, not by each of the rows
 #endif
     }
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const Floats weight = weights(r, i);
 #pragma GCC unroll 4
-      for (int m = 0; m < M; ++m) sums.of[r][m] = fma(weight, inputs[m], sums.of[r][m]);
+      for (int m = 0; m < M; ++m) sums[r][m] = fma(weight, inputs[m], sums[r][m]);
     }
   }
-  total = sums;
 }
 
-template <int BITS, bool TOP, int M, int R, int... r>
-inline void affine(
-    Sums<M, R>& total, const Row* const* rows, const Piece& piece, const float* x, std::integer_sequence<int, r...>) {
-  const Decoder<BITS, TOP> decoder(piece);
-  const Fields fields[R] = {Fields(rows[r]->at, piece)...};
-  const Floats scales[R] = {all(rows[r]->scales[piece.group] * decoder.unit)...};
-  const Floats shifts[R] = {all(rows[r]->shifts[piece.group])...};
-  add<M, R>(total, x, piece.vectors * LANES, [&](int n, int64_t i) __attribute__((always_inline)) {
-    return fma(decoder(fields[n], i), scales[n], shifts[n]);
-  });
-}
+// Codes of a piece, times a power of two if they do not reach the sign.
+template <bool TOP>
+struct Codes {
+  const Words mask;
+  const uint32_t right;
+  explicit Codes(const Piece& piece) : mask(Words{} + piece.mask), right(piece.right) {}
+  inline Floats operator()(const int32_t* at) const { return floats(TOP ? load<Words>(at) >> right : load<Words>(at) & mask); }
+};
 
-template <int BITS, int M, int R, int... r>
-inline void table(
-    Sums<M, R>& total, const Row* const* rows, const Piece& piece, int64_t first, const float* x,
-    std::integer_sequence<int, r...>) {
-  const Fields fields[R] = {Fields(rows[r]->at, piece)...};
-  const Table<BITS> tables[R] = {Table<BITS>(rows[r]->scales.data() + first)...};
-  add<M, R>(total, x, piece.vectors * LANES, [&](int n, int64_t i) __attribute__((always_inline)) {
-    return tables[n](codes<BITS>(fields[n], i));
-  });
-}
-
-// How many rows of the weight go together: as many as the registers hold.
-template <int BITS, Kind KIND, int M>
-constexpr int together() {
-  constexpr bool single = BITS == 1 || BITS == 2 || BITS == 4 || BITS == 8;
-  return M == 1 && single && (KIND == Kind::affine || BITS < 4) ? 4 : 2;
-}
-
-template <int BITS, Kind KIND, int M>
-void output(
-    const Packed& packed, const std::vector<Row>& of, const Inputs& inputs, int64_t first, int64_t inputs_count,
-    const float* bias, float* y) {
-  constexpr int R = together<BITS, KIND, M>();
-  constexpr auto each = std::make_integer_sequence<int, R>();
+// R rows of the weight, from row `start` of `rows`, times M rows of input.
+template <typename Grid, int M, int R>
+void output(const Rows& rows, int64_t start, const float* x, Floats (&out)[R][M]) {
+  const Packed& packed = rows.packed;
   const Layout& layout = packed.layout;
-  for (int64_t start = 0; start < (int64_t)of.size() && first + start < packed.rows; start += R) {
-    const int64_t count = std::min<int64_t>(R, packed.rows - first - start);
-    const Row* rows[R];
-    for (int r = 0; r < R; ++r) rows[r] = &of[start + std::min<int64_t>(r, count - 1)];
-    Sums<M, R> total;
-    const float* x = inputs.values.data();
-    const char* next = (const char*)(rows[0]->at + R * layout.words);  // what will be read next, if rows lie in order
-    const int64_t step = R * layout.words * (int64_t)sizeof(int32_t) / layout.pieces.size();
-    for (const Piece& piece : layout.pieces) {
-      for (int64_t byte = 0; byte < step; byte += 64) __builtin_prefetch(next + byte);
-      next += step;
-      if constexpr (KIND == Kind::table) {
-        table<BITS, M, R>(total, rows, piece, packed.tables == 1 ? 0 : piece.group * packed.levels, x, each);
-      } else if (piece.top) {
-        affine<BITS, true, M, R>(total, rows, piece, x, each);
-      } else {
-        affine<BITS, false, M, R>(total, rows, piece, x, each);
+  const int32_t* words = rows.at + start * layout.words;
+  const float *grids = rows.grids.data() + start * packed.count, *shifts = rows.shifts.data() + start * packed.count;
+  const int64_t stride = layout.words, count = packed.count;
+  // Of what is read next, a share is asked for with each piece: hardware alone begins too late.
+  const int64_t share = R * layout.stored * (int64_t)sizeof(int32_t) / layout.pieces.size();
+  const char* next = rows.next + start * layout.stored * sizeof(int32_t);
+  Floats sums[R][M] = {};
+  for (const Piece& piece : layout.pieces) {
+    for (int64_t byte = 0; byte < share; byte += 64) __builtin_prefetch(next + byte);
+    next += share;
+    const int64_t grid = packed.grid(piece), end = piece.vectors * LANES;
+    const int32_t* at[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) at[r] = words + piece.word + r * stride;
+    const auto affine = [&](const auto codes) __attribute__((always_inline)) {
+      const Floats unit = all(piece.unit);
+      Floats scale[R], shift[R];
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        scale[r] = all(grids[grid + r * count]) * unit;
+        shift[r] = all(shifts[grid + r * count]);
       }
-      x += piece.vectors * LANES * M;
+      add<M, R>(sums, x, end, [&](int r, int64_t i) __attribute__((always_inline)) {
+        return fma(codes(at[r] + i), scale[r], shift[r]);
+      });
+    };
+    if constexpr (std::is_same_v<Grid, Affine>) {
+      piece.top ? affine(Codes<true>(piece)) : affine(Codes<false>(piece));
+    } else {
+      const uint32_t right = piece.right;
+      const auto table = [&](int r) { return Grid(grids + grid + r * count, packed.levels); };
+      if constexpr (R == 4) {
+        const Grid tables[4] = {table(0), table(1), table(2), table(3)};
+        add<M, R>(sums, x, end, [&](int r, int64_t i) __attribute__((always_inline)) { return tables[r](load<Words>(at[r] + i) >> right); });
+      } else {
+        const Grid tables[2] = {table(0), table(1)};
+        add<M, R>(sums, x, end, [&](int r, int64_t i) __attribute__((always_inline)) { return tables[r](load<Words>(at[r] + i) >> right); });
+      }
     }
-    for (int64_t r = 0; r < count; ++r) {
-      const int64_t n = first + start + r;
-      for (int64_t m = 0; m < inputs_count; ++m) y[m * packed.rows + n] = sum(total.of[r][m]) + (bias ? bias[n] : 0.0f);
+    x += end * M;
+  }
+  for (int r = 0; r < R; ++r)
+    for (int m = 0; m < M; ++m) out[r][m] = sums[r][m];
+}
+
+// All rows that `rows` holds, from row `first` of the weight; as many together as the registers hold.
+template <typename Grid, int M>
+void outputs(const Rows& rows, int64_t first, const Inputs& inputs, const float* bias, float* y) {
+  constexpr int R = M == 1 ? 4 : 2;
+  const int64_t total = rows.packed.rows;
+  for (int64_t start = 0; start < ROWS && first + start < total; start += R) {
+    Floats out[R][M];
+    output<Grid, M, R>(rows, start, inputs.values.data(), out);
+    for (int64_t r = 0, n = first + start; r < R && n < total; ++r, ++n) {
+      for (int64_t m = 0; m < inputs.count; ++m) y[m * total + n] = sum(out[r][m]) + (bias ? bias[n] : 0.0f);
     }
   }
 }
 
-constexpr int64_t ROWS = 4;  // a multiple of all together()
-
-template <int BITS, Kind KIND>
-void few(const Packed& packed, const std::vector<Inputs>& inputs, int64_t inputs_total, const float* bias, float* y) {
+template <typename Grid>
+void few(const Packed& packed, const std::vector<Inputs>& inputs, const float* bias, float* y) {
   const int64_t blocks = (packed.rows + ROWS - 1) / ROWS;
   at::parallel_for(0, blocks, std::max<int64_t>(1, GRAIN / (packed.layout.columns * ROWS)), [&](int64_t begin, int64_t end) {
-    std::vector<Row> rows(ROWS, Row(packed));
-    for (int64_t b = begin; b < end; ++b) {
-      const int64_t first = b * ROWS;
-      for (int64_t r = 0; r < ROWS && first + r < packed.rows; ++r) rows[r].template read<BITS>(packed, first + r);
-      for (size_t i = 0; i < inputs.size(); ++i) {
-        const int64_t count = std::min<int64_t>(INPUTS, inputs_total - i * INPUTS);
-        const auto run = count == 1 ? output<BITS, KIND, 1> : count == 2 ? output<BITS, KIND, 2> : output<BITS, KIND, 4>;
-        run(packed, rows, inputs[i], first, count, bias, y + i * INPUTS * packed.rows);
+    Rows rows(packed);
+    for (int64_t first = begin * ROWS; first < end * ROWS; first += ROWS) {
+      rows.read(first);
+      float* to = y;
+      for (const Inputs& some : inputs) {
+        (some.width == 1 ? outputs<Grid, 1> : some.width == 2 ? outputs<Grid, 2> : outputs<Grid, 4>)(rows, first, some, bias, to);
+        to += some.count * packed.rows;
       }
     }
   });
@@ -471,30 +537,31 @@ void few(const Packed& packed, const std::vector<Inputs>& inputs, int64_t inputs
 // --- the matrix -----------------------------------------------------------------------------------
 
 // Rows of the weight, in the bits of tsq_layers/grid.py: product and sum are rounded to float32, then once to the type.
-template <int BITS, Kind KIND>
+template <typename Grid>
 void matrix(const Packed& packed, int64_t begin, int64_t end, at::ScalarType type, void* out) {
   const Layout& layout = packed.layout;
-  at::parallel_for(begin, end, std::max<int64_t>(1, GRAIN / layout.columns), [&](int64_t from, int64_t to) {
-    Row row(packed);
-    std::vector<float> values(layout.columns + LANES);
-    for (int64_t n = from; n < to; ++n) {
-      row.read<BITS>(packed, n);
+  const int64_t blocks = (end - begin + ROWS - 1) / ROWS;
+  at::parallel_for(0, blocks, std::max<int64_t>(1, GRAIN / (layout.columns * ROWS)), [&](int64_t from, int64_t to) {
+    Rows rows(packed);
+    Buffer<float> values(layout.columns + LANES);
+    for (int64_t n = begin + from * ROWS, r = 0; n < std::min(end, begin + to * ROWS); ++n, r = (r + 1) % ROWS) {
+      if (r == 0) rows.read(n);
       for (const Piece& piece : layout.pieces) {
-        const Fields fields(row.at, piece);
+        const int32_t* at = rows.at + r * layout.words + piece.word;
+        const int64_t grid = r * packed.count + packed.grid(piece), vectors = piece.vectors;
+        const uint32_t right = piece.right;
         float* into = values.data() + piece.first;
-        if constexpr (KIND == Kind::affine) {
-          const float scale = row.scales[piece.group];
-          const float zero = packed.offsets ? 0.0f : row.zeros[piece.group];
-          const float offset = packed.offsets ? row.shifts[piece.group] : 0.0f;
-          for (int64_t v = 0; v < piece.vectors; ++v, into += LANES) {
-            const Floats value = (floats(codes<BITS>(fields, v * LANES)) - zero) * scale;
+        if constexpr (std::is_same_v<Grid, Affine>) {
+          const uint32_t mask = (1u << layout.bits) - 1;
+          const float scale = rows.grids[grid], zero = packed.offsets ? 0.0f : rows.zeros[grid];
+          const float offset = packed.offsets ? rows.shifts[grid] : 0.0f;
+          for (int64_t v = 0; v < vectors; ++v, into += LANES) {
+            const Floats value = (floats((load<Words>(at + v * LANES) >> right) & mask) - zero) * scale;
             store(into, packed.offsets ? value + offset : value);
           }
         } else {
-          const Table<BITS> table(row.scales.data() + (packed.tables == 1 ? 0 : piece.group * packed.levels));
-          for (int64_t v = 0; v < piece.vectors; ++v, into += LANES) {
-            store(into, table(codes<BITS>(fields, v * LANES)));
-          }
+          const Grid table(rows.grids.data() + grid, packed.levels);
+          for (int64_t v = 0; v < vectors; ++v, into += LANES) store(into, table(load<Words>(at + v * LANES) >> right));
         }
       }
       from_float(values.data(), type, (n - begin) * layout.columns, layout.columns, out);
@@ -504,84 +571,62 @@ void matrix(const Packed& packed, int64_t begin, int64_t end, at::ScalarType typ
 
 // --- operations -----------------------------------------------------------------------------------
 
-template <typename F>
-void dispatch(const Packed& packed, F&& run) {
-#define CASE(B, KIND) run(std::integral_constant<int, B>{}, std::integral_constant<Kind, KIND>{})
-  if (packed.tables) {
-    switch (packed.layout.bits) {
-      case 1: return CASE(1, Kind::table);
-      case 2: return CASE(2, Kind::table);
-      case 3: return CASE(3, Kind::table);
-      default: return CASE(4, Kind::table);
-    }
-  }
-  switch (packed.layout.bits) {
-    case 1: return CASE(1, Kind::affine);
-    case 2: return CASE(2, Kind::affine);
-    case 3: return CASE(3, Kind::affine);
-    case 4: return CASE(4, Kind::affine);
-    case 5: return CASE(5, Kind::affine);
-    case 6: return CASE(6, Kind::affine);
-    case 7: return CASE(7, Kind::affine);
-    default: return CASE(8, Kind::affine);
-  }
-#undef CASE
+void dequantize_rows(const Packed& packed, int64_t begin, int64_t end, at::ScalarType type, void* out) {
+  const auto run = !packed.tables ? matrix<Affine> : packed.levels <= 8 ? matrix<Table<8>> : matrix<Table<16>>;
+  run(packed, begin, end, type, out);
 }
 
 at::Tensor dequantize(
     const at::Tensor& words, const at::Tensor& grids, const std::optional<at::Tensor>& shifts, int64_t bits,
     int64_t group_size, int64_t columns, at::ScalarType dtype) {
-  const Layout layout(bits, group_size, columns);
-  const at::Tensor words_ = words.contiguous(), grids_ = grids.contiguous();
-  const std::optional<at::Tensor> shifts_ = shifts ? std::make_optional(shifts->contiguous()) : std::nullopt;
-  const Packed packed(layout, words_, grids_, shifts_);
+  const Packed packed(words, grids, shifts, bits, group_size, columns);
   at::Tensor out = at::empty({packed.rows, columns}, words.options().dtype(dtype));
-  dispatch(packed, [&](auto B, auto KIND) { matrix<B.value, KIND.value>(packed, 0, packed.rows, dtype, out.mutable_data_ptr()); });
+  dequantize_rows(packed, 0, packed.rows, dtype, out.mutable_data_ptr());
   return out;
 }
 
 // Blocks of rows of the weight are made and multiplied while they are in the cache.
 void many(const Packed& packed, const at::Tensor& x, at::Tensor& y) {
-  const int64_t columns = packed.layout.columns, step = std::max<int64_t>(64, (x.size(0) > MANY_INPUTS ? 2 * BLOCK : BLOCK) / columns / 16 * 16);
+  const int64_t columns = packed.layout.columns, block = x.size(0) > MANY_INPUTS ? 2 * BLOCK : BLOCK;
+  const int64_t step = std::max<int64_t>(64, block / columns / 16 * 16);
   at::Tensor buffer = at::empty({std::min(step, packed.rows), columns}, x.options());
   for (int64_t first = 0; first < packed.rows; first += step) {
     const int64_t count = std::min(step, packed.rows - first);
-    dispatch(packed, [&](auto B, auto KIND) {
-      matrix<B.value, KIND.value>(packed, first, first + count, at::kFloat, buffer.mutable_data_ptr());
-    });
+    dequantize_rows(packed, first, first + count, at::kFloat, buffer.mutable_data_ptr());
     at::Tensor part = y.narrow(1, first, count);
     at::mm_out(part, x, buffer.narrow(0, 0, count).t());
   }
 }
 
+// As float32, without gaps; what is so already costs nothing.
+at::Tensor as_float(const at::Tensor& tensor) {
+  return tensor.scalar_type() == at::kFloat && tensor.is_contiguous() ? tensor : tensor.to(at::kFloat).contiguous();
+}
+
 at::Tensor linear(
     const at::Tensor& x, const at::Tensor& words, const at::Tensor& grids, const std::optional<at::Tensor>& shifts,
     const std::optional<at::Tensor>& bias, int64_t bits, int64_t group_size, int64_t columns, int64_t few_rows) {
-  const Layout layout(bits, group_size, columns);
-  const at::Tensor words_ = words.contiguous(), grids_ = grids.contiguous();
-  const std::optional<at::Tensor> shifts_ = shifts ? std::make_optional(shifts->contiguous()) : std::nullopt;
-  const Packed packed(layout, words_, grids_, shifts_);
-  const at::Tensor x_MK = x.reshape({-1, columns}).to(at::kFloat).contiguous();
-  const std::optional<at::Tensor> bias_ = bias ? std::make_optional(bias->to(at::kFloat).contiguous()) : std::nullopt;
-  const int64_t inputs_total = x_MK.size(0);
-  at::Tensor y = at::empty({inputs_total, packed.rows}, x_MK.options());
-  if (inputs_total > few_rows) {
-    many(packed, x_MK, y);
-    if (bias_) y.add_(*bias_);
-  } else {
-    std::vector<Inputs> inputs;
-    for (int64_t first = 0; first < inputs_total; first += INPUTS) {
-      const int64_t count = std::min(INPUTS, inputs_total - first);
-      inputs.emplace_back(x_MK.const_data_ptr<float>() + first * columns, count, count > 2 ? INPUTS : count, layout);
-    }
-    const float* added = bias_ ? bias_->const_data_ptr<float>() : nullptr;
-    dispatch(packed, [&](auto B, auto KIND) {
-      few<B.value, KIND.value>(packed, inputs, inputs_total, added, y.mutable_data_ptr<float>());
-    });
-  }
+  const Packed packed(words, grids, shifts, bits, group_size, columns);
+  const at::Tensor from = as_float(x);
+  const at::Tensor added = bias ? as_float(*bias) : at::Tensor();
+  const int64_t total = from.numel() / columns;
   auto shape = x.sizes().vec();
   shape.back() = packed.rows;
-  return y.to(x.scalar_type()).view(shape);
+  at::Tensor y = at::empty(shape, from.options());
+  if (total > few_rows) {
+    at::Tensor y_MN = y.view({total, packed.rows});
+    many(packed, from.view({total, columns}), y_MN);
+    if (bias) y_MN.add_(added);
+  } else {
+    std::vector<Inputs> inputs;
+    inputs.reserve((total + INPUTS - 1) / INPUTS);
+    for (int64_t first = 0; first < total; first += INPUTS) {
+      inputs.emplace_back(from.const_data_ptr<float>() + first * columns, std::min(INPUTS, total - first), packed.layout);
+    }
+    const auto run = !packed.tables ? few<Affine> : packed.levels <= 8 ? few<Table<8>> : few<Table<16>>;
+    run(packed, inputs, bias ? added.const_data_ptr<float>() : nullptr, y.mutable_data_ptr<float>());
+  }
+  return x.scalar_type() == at::kFloat ? y : y.to(x.scalar_type());
 }
 
 }  // namespace
