@@ -1,10 +1,12 @@
-"""How fast packed layers run on a CPU: against float layers, other kernels for 4 bits, and the memory's bandwidth.
+"""How fast packed layers run on a CPU: against float layers, what else runs few bits, and the memory's bandwidth.
 
     python benchmarks/running.py --threads 1 --layers 4096x4096 576x576 --bits 2 3 4 8 --rows 1 16 --json running.json
 
 All that is compared takes turns, and each ratio is of medians; the spread is (largest - smallest) / median of the middle
 half of the times. With one thread the time is that of the thread's own CPU clock, so that other work on the machine counts
-less. The limit is the bytes of a layer by the measured bandwidth of a sum over a tensor larger than the caches.
+less. Beside F.linear in float32 and bfloat16: the same weight dequantised at each call; torchao's weight-only layer, if it is
+installed; aten's kernel for 4 bits, where it takes the layer. The limit is the bytes of a layer by the measured bandwidth
+of a sum over a tensor larger than the caches.
 """
 
 import argparse
@@ -16,11 +18,17 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import tsq_layers as tsq
 from tsq_layers import grid
 from tsq_layers.linear import QuantLinear
+
+try:  # its weight-only layers, if it is there
+    from torchao.quantization import IntxWeightOnlyConfig, quantize_
+    from torchao.quantization.granularity import PerGroup
+except ImportError:
+    quantize_ = None
 
 BIG = 2**26  # entries of the tensor that the bandwidth is measured on
 
@@ -48,7 +56,13 @@ def alternatives(layer: QuantLinear, x: Tensor, group: int) -> dict[str, Callabl
         "packed": lambda: layer(x),
         "float32": lambda: F.linear(x.float(), wide),
         "bfloat16": lambda: F.linear(x_half, narrow),
+        "dequantised": lambda: F.linear(x, layer.dequantize(x.dtype)),
     }
+    if quantize_ is not None and layer.in_features % group == 0:
+        other = nn.Sequential(nn.Linear(layer.in_features, layer.out_features, bias=False, dtype=x.dtype))
+        kind = getattr(torch, f"int{layer.bits}")
+        quantize_(other, IntxWeightOnlyConfig(weight_dtype=kind, granularity=PerGroup(group)))
+        found["torchao"] = lambda: other(x)
     if layer.bits == 4 and layer.in_features % 32 == 0 and layer.out_features % 16 == 0:
         codes = torch.randint(0, 16, wide.shape, dtype=torch.int32)
         words = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
