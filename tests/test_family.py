@@ -189,6 +189,7 @@ def test_all_tokens_are_reported_and_what_was_chosen(way: str) -> None:
         assert entry.tokens == (900 if config(way).needs_calibration else None)
         if entry.deviation != "none":
             assert 0 <= entry.deviation_strength <= 1
+            assert entry.deviation_damping > 0
 
 
 @torch.no_grad()

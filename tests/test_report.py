@@ -239,7 +239,7 @@ def test_json_keys_are_pinned() -> None:
     assert " ".join(values["parameters"][0]) == "name shape dtype quantized reason layers"
     assert " ".join(values["layers"][0]) == (
         "name kind rows columns status reason method bits group_size symmetric bits_per_weight tokens damping deviation "
-        "deviation_strength losses held_out_losses objective seconds shared_with"
+        "deviation_strength deviation_damping losses held_out_losses objective seconds shared_with"
     )
 
 

@@ -153,13 +153,15 @@ def _split(
         found: dict[str, dict[str, float]] = {table: {} for table in tables}  # what each step did to this layer
         for (table, step, _), layer_sums in zip(numbers, sums, strict=True):
             found[table][step] = layer_sums[index] / signal[index] if signal[index] > 0 else 0.0
+        _, strength, ridge = settled.settled() if target.uses_deviation else (None, None, None)
         report = dataclasses.replace(
             _entry(target),
             status="quantized" if shortfall is None else "fallback",
             reason="" if shortfall is None else shortfall.reason,
             tokens=tokens if shortfall is None else shortfall.tokens,
             damping=result.damping,
-            deviation_strength=float(settled.settled()[1]) if target.uses_deviation else None,
+            deviation_strength=strength,
+            deviation_damping=ridge,
             seconds=_share(result, rows, index),
             **cast("dict[str, Any]", found),
         )

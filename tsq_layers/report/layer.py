@@ -37,6 +37,7 @@ class LayerReport:
         damping: λ that was really used, after any raise.
         deviation: where the error of earlier layers entered.
         deviation_strength: the share of it that was used, chosen or given.
+        deviation_damping: of the regression that brought it into the target, chosen or given.
         losses: step (``"initialize"``, ``"assign"``, ``"refine"``) → mean squared output error per
             token, relative to the mean squared target output; on the undamped H.
         held_out_losses: the same on tokens that the solver did not see.
@@ -67,6 +68,7 @@ class LayerReport:
     damping: float | None = None
     deviation: Deviation | None = None
     deviation_strength: float | None = None
+    deviation_damping: float | None = None
     losses: Mapping[str, float] = field(default_factory=dict)
     held_out_losses: Mapping[str, float] = field(default_factory=dict)
     objective: Mapping[str, float] = field(default_factory=dict)

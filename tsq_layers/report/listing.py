@@ -125,6 +125,8 @@ _COLUMNS = (
     Column(title="tokens", value=lambda layer: layer.tokens, spec=",d", shared=True),
     Column(title="damping", value=lambda layer: layer.damping, spec=".2g", shared=True),
     Column(title="deviation", value=lambda layer: layer.deviation, shared=True),
+    Column(title="its share", value=lambda layer: layer.deviation_strength, spec=".2g", shared=True),
+    Column(title="its damping", value=lambda layer: layer.deviation_damping, spec=".2g", shared=True),
     *map(_loss, series.LOSS_STEPS),
     Column(title="held out", value=series.final_held_out, spec=".3g", bar=True),
     Column(title="seconds", value=lambda layer: series.seconds(layer) if layer.seconds else None, spec=".2f"),
