@@ -9,8 +9,8 @@ from export_models import llama, quantised
 from torch import nn
 
 import tsq_layers as tsq
-from tsq_layers import preparation
-from tsq_layers.errors import ConfigError, LayerError, StateError
+from tsq_layers import calibration, preparation
+from tsq_layers.errors import CheckpointError, ConfigError, LayerError, StateError
 from tsq_layers.layers import packed
 from tsq_layers.records import LayerStatistics, stacked
 from tsq_layers.solver import TwoStageGroupQuantizer
@@ -267,6 +267,34 @@ def test_float_models_and_methods_without_stage_2_are_refused():
     for options in ({"method": "gptq"}, {"refine": "none"}):
         with pytest.raises(ConfigError, match="only two-stage refines scales"):
             tsq.refine(made(reference), reference, data(), config=tsq.QuantConfig(**options))
+
+
+def test_a_run_that_was_broken_off_goes_on_from_its_last_layer(tmp_path, monkeypatch):
+    reference = network()
+    expected = matrices(tsq.refine(made(reference), reference, data()))
+    solve, solved = calibration.solve, []
+
+    def counted(*args, **kwargs):
+        solved.append(args)
+        if len(solved) == 3:
+            raise KeyboardInterrupt
+        return solve(*args, **kwargs)
+
+    monkeypatch.setattr(calibration, "solve", counted)
+    with pytest.raises(KeyboardInterrupt):
+        tsq.refine(made(reference), reference, data(), checkpoint_dir=tmp_path)
+    found = matrices(tsq.refine(made(reference), reference, data(), checkpoint_dir=tmp_path))
+    assert len(solved) == 4  # two of three layers were there
+    assert all(torch.equal(weight.scales, expected[name].scales) for name, weight in found.items())
+
+
+def test_another_start_does_not_go_on_from_a_journal(tmp_path):
+    reference = network()
+    tsq.refine(made(reference), reference, data(), checkpoint_dir=tmp_path)
+    model = made(reference)
+    model[0].words[0, 0] ^= 1
+    with pytest.raises(CheckpointError, match="start: 0.words"):
+        tsq.refine(model, reference, data(), checkpoint_dir=tmp_path)
 
 
 def test_an_error_leaves_both_models_as_they_were():

@@ -1,8 +1,10 @@
 """`refine`: stage 2 on a model that is quantised already, by this library or by another one."""
 
 import dataclasses
+import os
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from tsq_layers.linear import QuantLinear
 from tsq_layers.parking import Parking
 from tsq_layers.preparation import Preparation
 from tsq_layers.report import LayerReport, Report, library_versions, model_bytes
+from tsq_layers.resuming import journal_of
 from tsq_layers.solving import warn_few_tokens
 from tsq_layers.specification import dtype_name
 from tsq_layers.sync import to_host
@@ -51,6 +54,7 @@ def refine(
     forward: Forward = default_forward,
     padding_mask: PaddingMask = attention_mask,
     offload: torch.device | str | None = None,
+    checkpoint_dir: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
 ) -> nn.Module:
     """Refine the scales of a quantised model on the layer-wise loss, layer after layer, its codes frozen.
@@ -67,7 +71,7 @@ def refine(
         config: damping, ``deviation``…, ``refine``… and ``joint_rounds`` are used; bits, groups and grids are those of the
             layers. With ``joint_rounds`` the codes (and zero points) are improved too. The default chooses
             strength and damping of the deviation for each layer.
-        held_out, forward, padding_mask, offload, progress: as for ``tsq.calibrate``.
+        held_out, forward, padding_mask, offload, checkpoint_dir, progress: as for ``tsq.calibrate``.
 
     Returns:
         ``model``.
@@ -77,7 +81,7 @@ def refine(
         LayerError: ``reference`` is not what ``model`` was quantised from, or a layer has look-up tables, a sparse
             part or scaled columns.
         ConfigError: a method without stage 2.
-        CalibrationError: as ``tsq.calibrate``.
+        CalibrationError, CheckpointError: as ``tsq.calibrate``.
 
     Warns:
         FewTokensWarning, SkippedLayerWarning: as ``tsq.calibrate``.
@@ -104,9 +108,16 @@ def refine(
     preparations.store(reference, preparation)
     try:
         paired = any(target.config.uses_deviation for target in preparation.targets.values())
-        solved = Calibration(
-            reference, preparation, fitted, others, paired, forward, padding_mask, progress, None, parking
-        ).run()
+        with (
+            nullcontext()
+            if checkpoint_dir is None
+            else journal_of(
+                checkpoint_dir, reference, preparation, paired, forward, padding_mask, start=model
+            ) as journal
+        ):
+            solved = Calibration(
+                reference, preparation, fitted, others, paired, forward, padding_mask, progress, journal, parking
+            ).run()
         warn_few_tokens(solved)
         warn_never_called(preparation, solved)
     finally:

@@ -4,10 +4,9 @@ import os
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tsq_layers import preparation as preparations
 from tsq_layers.batches import (
@@ -27,12 +26,10 @@ from tsq_layers.coverage import check_share
 from tsq_layers.distillation import Distance, Student, distil
 from tsq_layers.errors import StateError
 from tsq_layers.guidance import Loss, TokenWeights, Watched, model_loss, token_weights
-from tsq_layers.journal import Fingerprint, Journal, fingerprint_weights
-from tsq_layers.layers.offloading import entry_device, present
+from tsq_layers.layers.offloading import entry_device
 from tsq_layers.parking import Parking
-from tsq_layers.precision import AUTOCAST_DEVICES
 from tsq_layers.preparation import Preparation, guided_layers
-from tsq_layers.report import library_versions
+from tsq_layers.resuming import journal_of
 from tsq_layers.solving import warn_few_tokens
 from tsq_layers.targets import Solved
 
@@ -165,7 +162,7 @@ def calibrate(
         with (
             nullcontext()
             if checkpoint_dir is None
-            else _journal(checkpoint_dir, model, preparation, paired, forward, padding_mask, loss) as journal
+            else journal_of(checkpoint_dir, model, preparation, paired, forward, padding_mask, loss) as journal
         ):
             guidance = _guidance(model, guided, fitted, forward, loss) if guided else None
             solved = Calibration(
@@ -270,32 +267,3 @@ def _distilled(
                 distance=distance, progress=progress,
             )
         )  # fmt: skip
-
-
-def _journal(
-    directory: str | os.PathLike[str], model: nn.Module, preparation: Preparation, paired: bool, *functions: Any
-) -> Journal:
-    """The journal of a run that is described by everything that its result depends on."""
-    weights: dict[str, dict[str, Any]] = {}
-    for name, target in preparation.targets.items():
-        with present(target.module):  # one after the other: they may not fit together
-            weights |= fingerprint_weights({name: target.weight})
-    targets = {id(target.module.weight) for target in preparation.targets.values()}
-    rest = {
-        name: tensor
-        for name, tensor in model.state_dict(keep_vars=True).items()
-        if isinstance(tensor, Tensor) and id(tensor) not in targets and not tensor.is_meta
-    }
-    options = {
-        "paired": paired,
-        "functions": [f"{function.__module__}.{function.__qualname__}" for function in functions if function],
-        "autocast": [torch.is_autocast_enabled(kind) for kind in AUTOCAST_DEVICES],
-        "devices": sorted({str(tensor.device) for tensor in rest.values()}),
-        "processor": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "versions": library_versions(),
-    }
-    fingerprint = Fingerprint(
-        config=preparation.config.to_dict(), layers=weights, options=options, tensors=fingerprint_weights(rest)
-    )
-    return Journal(directory, fingerprint)

@@ -91,6 +91,13 @@ def calibration(arguments: argparse.Namespace, tokenizer: Any) -> list[dict[str,
     return texts.windows(tokens, arguments.sequence_length, sequences(arguments), arguments.batch_size)
 
 
+def add_checkpoint_dir(command: argparse.ArgumentParser) -> None:
+    """Where a run that may be killed keeps what it has."""
+    command.add_argument(
+        "--checkpoint-dir", metavar="DIR", help="keep every solved layer here; the same command goes on from there"
+    )
+
+
 def add_placement(command: argparse.ArgumentParser) -> None:
     """Where a model runs, and in which dtype."""
     add_dtype(command)

@@ -24,9 +24,7 @@ def add(command: argparse.ArgumentParser) -> None:
         default=0.0,
         help="share of the parameters, 0 to 1, that must be quantised, or it is an error (default: 0)",
     )
-    command.add_argument(
-        "--checkpoint-dir", metavar="DIR", help="keep every solved layer here; the same command goes on from there"
-    )
+    options.add_checkpoint_dir(command)
     command.add_argument("--offload", metavar="DEVICE", help="where activations wait, for example cpu (default: there)")
     options.add_placement(command)
     options.add_json(command, "what was written")

@@ -21,6 +21,7 @@ def add(command: argparse.ArgumentParser) -> None:
         "--joint-rounds", type=int, default=0, help="improve the codes too, in so many rounds (default: %(default)s)"
     )
     command.add_argument("--offload", metavar="DEVICE", help="where activations wait, for example cpu (default: there)")
+    options.add_checkpoint_dir(command)
     options.add_placement(command)
     options.add_json(command, "what was written")
     command.set_defaults(run=run)
@@ -35,6 +36,7 @@ def run(arguments: argparse.Namespace) -> None:
     model = models.load_quantised(arguments.model, arguments.dtype)
     reference = options.placed(bridge.load_causal_lm(arguments.reference, arguments.dtype), arguments.device)
     model = tsq.refine(
-        options.placed(model, arguments.device), reference, batches, config=config, offload=arguments.offload
-    )
+        options.placed(model, arguments.device), reference, batches, config=config, offload=arguments.offload,
+        checkpoint_dir=arguments.checkpoint_dir,
+    )  # fmt: skip
     models.save(model, tokenizer, arguments)

@@ -1,0 +1,64 @@
+"""The journal of a run: described by everything that its result depends on, so that only the same run goes on from it."""
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tsq_layers.journal import Fingerprint, Journal, fingerprint_weights
+from tsq_layers.layers.offloading import present
+from tsq_layers.precision import AUTOCAST_DEVICES
+from tsq_layers.preparation import Preparation
+from tsq_layers.report import library_versions
+
+
+def journal_of(
+    directory: str | os.PathLike[str],
+    model: nn.Module,
+    preparation: Preparation,
+    paired: bool,
+    *functions: Any,
+    start: nn.Module | None = None,
+) -> Journal:
+    """A context in which solved layers are kept in a directory, or found there.
+
+    Args:
+        directory: of the journal.
+        model: what runs, prepared.
+        preparation: of it.
+        paired: whether a full-precision pass runs beside the quantised one.
+        functions: that the caller gave, or ``None``.
+        start: a quantised model that the run starts from.
+
+    Raises:
+        CheckpointError: the directory belongs to another run, or cannot be written.
+    """
+    weights: dict[str, dict[str, Any]] = {}
+    for name, target in preparation.targets.items():
+        with present(target.module):  # one after the other: they may not fit together
+            weights |= fingerprint_weights({name: target.weight})
+    targets = {id(target.module.weight) for target in preparation.targets.values()}
+    rest = {name: tensor for name, tensor in _tensors(model) if id(tensor) not in targets}
+    if start is not None:
+        rest |= {f"start: {name}": tensor for name, tensor in _tensors(start)}
+    options = {
+        "paired": paired,
+        "functions": [f"{function.__module__}.{function.__qualname__}" for function in functions if function],
+        "autocast": [torch.is_autocast_enabled(kind) for kind in AUTOCAST_DEVICES],
+        "devices": sorted({str(tensor.device) for tensor in rest.values()}),
+        "processor": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "versions": library_versions(),
+    }
+    fingerprint = Fingerprint(
+        config=preparation.config.to_dict(), layers=weights, options=options, tensors=fingerprint_weights(rest)
+    )
+    return Journal(directory, fingerprint)
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor) and not tensor.is_meta:
+            yield name, tensor
