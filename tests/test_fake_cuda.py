@@ -303,10 +303,7 @@ def test_the_rest_of_the_family_stays_on_the_device_and_reads_little(fake, reads
 def stand_in_weights(model, layers, batches, loss):
     groups = {name: watched.groups for name, watched in layers.items()}
     calls = {name: [[torch.ones(100, count, device=CUDA)] for _ in batches] for name, count in groups.items()}
-    return guidance.TokenWeights(
-        {name: dict(enumerate(parts)) for name, parts in calls.items()},
-        {name: torch.ones(count, device=CUDA) for name, count in groups.items()},
-    )
+    return guidance.TokenWeights({name: dict(enumerate(parts)) for name, parts in calls.items()})
 
 
 @pytest.mark.parametrize("settings", [{}, {"zero_points": "float"}, {"method": "lnq"}], ids=str)
