@@ -114,7 +114,7 @@ class QuantConfig:
             which then leaves no sweeps unrounded).
         outlier_columns: number of whole input columns that are kept apart instead (quantease only).
         guidance: groups of output channels whose Hessians are weighted by the gradients of the loss
-            (GuidedQuant, arXiv 2505.07004); 0 is off.
+            (GuidedQuant, arXiv 2505.07004), tempered so that few tokens do not decide alone; 0 is off.
         keep_zeros: whether weights that are exactly zero stay so; ``None``: in layers with many of them (over 5 %), that
             is, pruned ones. Integer zero points can hold a zero exactly; a rotation, offsets, tables and outliers cannot.
         rotation: largest block of input columns that is rotated by a Hadamard matrix, a power of two;
