@@ -36,7 +36,7 @@
 namespace {
 
 constexpr int64_t LANES = 8;
-constexpr int64_t ROWS = 16;           // of the weight, that are prepared together
+constexpr int64_t ROWS = 16;          // of the weight, that are prepared together
 constexpr int64_t INPUTS = 4;         // rows of input that share the decoding of a code
 constexpr int64_t BLOCK = 1 << 20;    // weights that are dequantised at a time, and multiplied while in the cache
 constexpr int64_t MANY_INPUTS = 256;  // with more rows of input products of larger blocks are faster
@@ -378,6 +378,7 @@ template <int64_t MOST>
 struct Table {
 #if defined(__AVX2__)
   Floats low, high;
+  Table() = default;
   Table(const float* levels, int64_t count) {
     float wide[16];
     for (int64_t i = 0; i < 16; ++i) wide[i] = levels[i % count];
@@ -394,6 +395,7 @@ struct Table {
 #else
   const float* levels;
   uint32_t mask;
+  Table() = default;
   Table(const float* levels_, int64_t count) : levels(levels_), mask(count - 1) {}
   inline Floats operator()(Words index) const {
     Floats value;
@@ -460,12 +462,12 @@ void output(const Rows& rows, int64_t start, const float* x, Floats (&out)[R][M]
   const Packed& packed = rows.packed;
   const Layout& layout = packed.layout;
   const int32_t* words = rows.at + start * layout.words;
-  const float *grids = rows.grids.data() + start * packed.count, *shifts = rows.shifts.data() + start * packed.count;
+  const float* grids = rows.grids.data() + start * packed.count;
   const int64_t stride = layout.words, count = packed.count;
   // Of what is read next, a share is asked for with each piece: hardware alone begins too late.
   const int64_t share = R * layout.stored * (int64_t)sizeof(int32_t) / layout.pieces.size();
   const char* next = rows.next + start * layout.stored * sizeof(int32_t);
-  Floats sums[R][M] = {};
+  Floats sums[R][M] = {};  // not `out`: these stay in registers
   for (const Piece& piece : layout.pieces) {
     for (int64_t byte = 0; byte < share; byte += 64) __builtin_prefetch(next + byte);
     next += share;
@@ -473,30 +475,29 @@ void output(const Rows& rows, int64_t start, const float* x, Floats (&out)[R][M]
     const int32_t* at[R];
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) at[r] = words + piece.word + r * stride;
-    const auto affine = [&](const auto codes) __attribute__((always_inline)) {
-      const Floats unit = all(piece.unit);
-      Floats scale[R], shift[R];
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
-        scale[r] = all(grids[grid + r * count]) * unit;
-        shift[r] = all(shifts[grid + r * count]);
-      }
-      add<M, R>(sums, x, end, [&](int r, int64_t i) __attribute__((always_inline)) {
-        return fma(codes(at[r] + i), scale[r], shift[r]);
-      });
-    };
     if constexpr (std::is_same_v<Grid, Affine>) {
+      const float* shifts = rows.shifts.data() + start * count;
+      const auto affine = [&](const auto codes) __attribute__((always_inline)) {
+        const Floats unit = all(piece.unit);
+        Floats scale[R], shift[R];
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+          scale[r] = all(grids[grid + r * count]) * unit;
+          shift[r] = all(shifts[grid + r * count]);
+        }
+        add<M, R>(sums, x, end, [&](int r, int64_t i) __attribute__((always_inline)) {
+          return fma(codes(at[r] + i), scale[r], shift[r]);
+        });
+      };
       piece.top ? affine(Codes<true>(piece)) : affine(Codes<false>(piece));
     } else {
       const uint32_t right = piece.right;
-      const auto table = [&](int r) { return Grid(grids + grid + r * count, packed.levels); };
-      if constexpr (R == 4) {
-        const Grid tables[4] = {table(0), table(1), table(2), table(3)};
-        add<M, R>(sums, x, end, [&](int r, int64_t i) __attribute__((always_inline)) { return tables[r](load<Words>(at[r] + i) >> right); });
-      } else {
-        const Grid tables[2] = {table(0), table(1)};
-        add<M, R>(sums, x, end, [&](int r, int64_t i) __attribute__((always_inline)) { return tables[r](load<Words>(at[r] + i) >> right); });
-      }
+      Grid tables[R];
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) tables[r] = Grid(grids + grid + r * count, packed.levels);
+      add<M, R>(sums, x, end, [&](int r, int64_t i) __attribute__((always_inline)) {
+        return tables[r](load<Words>(at[r] + i) >> right);
+      });
     }
     x += end * M;
   }
