@@ -31,7 +31,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FEW_ROWS = 16
 """Up to this many rows of input codes are multiplied as they are decoded; with more, blocks of the matrix are made first."""
 
-_SOURCE = Path(__file__).with_name("packed.cpp")
+_SOURCE = Path(__file__).with_name("packed") / "operations.cpp"
 _FLAGS = ("-O3", "-std=c++20", "-march=native", "-ffp-contract=off", "-fPIC", "-shared", "-fopenmp", "-w")
 _COMPILERS = ("g++", "c++", "clang++")
 _BUILD_SECONDS = 600
@@ -89,7 +89,8 @@ def _built() -> Path:
     if compiler is None:
         raise OSError(f"none of {', '.join(_COMPILERS)} is on the path")
     command = _command(compiler)
-    key = (_SOURCE.read_text(encoding="utf-8"), torch.__version__, *command, _processor())
+    sources = (file.read_text(encoding="utf-8") for file in sorted(_SOURCE.parent.iterdir()))
+    key = (*sources, torch.__version__, *command, _processor())
     name = hashlib.sha256("\0".join(key).encode()).hexdigest()[:24] + ".so"
     library = _folder() / name
     if not library.exists():
