@@ -9,7 +9,7 @@ from grid_kinds import made
 from torch import nn
 
 import tsq_layers as tsq
-from tsq_layers import kernels, native
+from tsq_layers import grid, kernels, native
 from tsq_layers.errors import CompileWarning, LayerError
 from tsq_layers.linear import QuantLinear
 
@@ -41,6 +41,74 @@ def test_every_layout_and_number_of_rows_is_exact_to_a_few_roundings(kind, bits)
         layer = layer_of(kind, 21, columns, bits, group_size)
         for rows in ROWS:
             assert off(torch.randn(rows, columns), layer) < 8
+
+
+def grid_layer(bits, columns, group_size, *, symmetric=False, rows=21):
+    """Random codes on a grid with integer zero points."""
+    generator = torch.Generator().manual_seed(bits)
+    groups = grid.group_count(columns, group_size)
+    codes = torch.randint(0, 1 << bits, (rows, columns), generator=generator, dtype=torch.uint8)
+    zeros = torch.randint(0, 1 << bits, (rows, groups), generator=generator, dtype=torch.uint8)
+    zeros = torch.full_like(zeros, 1 << (bits - 1)) if symmetric else zeros
+    scales = (0.1 + torch.rand(rows, groups, generator=generator)).half()
+    weight = tsq.QuantizedWeight(codes, scales, zeros, bits, group_size, symmetric)
+    return QuantLinear.from_quantized(weight, torch.zeros(rows))
+
+
+@needs_operations
+@pytest.mark.parametrize("symmetric", [False, True], ids=["zeros", "symmetric"])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_integer_zero_points_are_exact_to_a_few_roundings(bits, symmetric):
+    for columns, group_size in (*LAYOUTS, (384, 128), (4608, 4608), (64, 4)):
+        layer = grid_layer(bits, columns, group_size, symmetric=symmetric)
+        for rows in (1, 2, 7, 17):
+            assert off(torch.randn(rows, columns), layer) < 8
+
+
+@needs_operations
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_one_input_alone_gives_its_column_of_the_weight(bits):
+    layer, place = grid_layer(bits, 384, 64), 200
+    x = torch.zeros(1, 384)
+    for value in (1.0, -3.0, 2.0**-20, 65504.0):
+        x[0, place] = value
+        assert torch.equal(layer(x)[0], value * layer.dequantize(torch.float32)[:, place])
+
+
+@needs_operations
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_an_outlier_costs_the_others_of_its_group_no_more_than_its_own_last_digit(bits):
+    layer, x = grid_layer(bits, 384, 64), torch.randn(1, 384)
+    x[0, 70] = 3e4
+    weight = layer.quantized_weight().dequantize(torch.float64)
+    error = (layer(x).double() - F.linear(x.double(), weight)).abs()
+    rounding = 2.0**-23 * 3e4 * weight[:, 64:128].abs().sum(1) + 2.0**-21 * F.linear(x.double().abs(), weight.abs())
+    assert (error <= rounding).all()
+
+
+@needs_operations
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_inputs_that_are_no_numbers_or_very_small_are_as_with_floats(bits):
+    layer = grid_layer(bits, 128, 64)
+    weight, x = layer.dequantize(torch.float32), torch.randn(1, 128)
+    for value in (float("inf"), float("nan")):
+        x[0, 5] = value
+        assert not torch.isfinite(layer(x)[:, weight[:, 5] != 0]).any()
+    for factor in (1e-30, 1e-38, 1e30):
+        x = torch.randn(1, 128) * factor
+        found, expected = layer(x), F.linear(x.double(), weight.double())
+        assert ((found - expected).abs() <= 2.0**-20 * F.linear(x.double().abs(), weight.double().abs()) + 1e-44).all()
+    assert not layer(torch.zeros(1, 128)).any()
+
+
+@needs_operations
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_half_precision_is_float32_rounded_once(bits, dtype):
+    layer = grid_layer(bits, 384, 64)
+    for rows in (1, 5):
+        x = torch.randn(rows, 384).to(dtype)
+        assert torch.equal(layer(x), layer(x.float()).to(dtype))
 
 
 @needs_operations
@@ -121,7 +189,7 @@ def test_a_compiler_that_fails_is_quoted(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "false")
 
     def fails(command, **_):
-        raise subprocess.CalledProcessError(1, command, stderr="packed.cpp: no such header")
+        raise subprocess.CalledProcessError(1, command, stderr="operations.cpp: no such header")
 
     monkeypatch.setattr(subprocess, "run", fails)
     with pytest.warns(CompileWarning, match="no such header"):

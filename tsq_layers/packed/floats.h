@@ -9,16 +9,17 @@
 
 namespace {
 
-constexpr int64_t INPUTS = 4;         // rows of input that share the decoding of a code
-constexpr int64_t GRAIN = 1 << 16;    // weights that are worth a thread
+constexpr int64_t INPUTS = 8;       // rows of input that share the decoding of a code, at most
+constexpr int64_t CHUNK = 64;       // vectors of so many rows of input that are used while in the first cache
+constexpr int64_t GRAIN = 1 << 16;  // weights that are worth a thread
 
 // Inputs in the order of the pieces: [piece][vector][row of input][lane], zeros where a piece or the rows end.
 struct Inputs {
-  const int64_t count, width;  // rows of input, and how many there is room for: 1, 2 or 4
+  const int64_t count, width;  // rows of input, and how many there is room for: 1, 2, 4 or 8
   Buffer<float> values;
 
   Inputs(const float* x, int64_t count_, const Layout& layout)
-      : count(count_), width(count_ > 2 ? INPUTS : count_), values(layout.vectors * width * LANES) {
+      : count(count_), width(count_ > 4 ? INPUTS : count_ > 2 ? 4 : count_), values(layout.vectors * width * LANES) {
     float* to = values.data();
     for (const Piece& piece : layout.pieces) {
       for (int64_t v = 0; v < piece.vectors; ++v, to += width * LANES) {
@@ -34,17 +35,17 @@ template <int M, int R, typename Weights>
 __attribute__((always_inline)) inline void add(Floats (&sums)[R][M], const float* x, int64_t end, const Weights& weights) {
   for (int64_t i = 0; i < end; i += LANES) {
     Floats inputs[M];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
       inputs[m] = load<Floats>(x + i * M + m * LANES);
 #if defined(__AVX2__)
-      asm("" : "+x"(inputs[m]));  // loaded once, not by each of the rows
+      if (R > 1) asm("" : "+x"(inputs[m]));  // loaded once, not by each of the rows
 #endif
     }
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const Floats weight = weights(r, i);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int m = 0; m < M; ++m) sums[r][m] = fma(weight, inputs[m], sums[r][m]);
     }
   }
@@ -59,79 +60,93 @@ struct Codes {
   inline Floats operator()(const int32_t* at) const { return floats(TOP ? load<Words>(at) >> right : load<Words>(at) & mask); }
 };
 
-// R rows of the weight, from row `start` of `rows`, times M rows of input.
+// Some pieces of R rows of the weight, from row `start` of `rows`, times M rows of input, added to `out`.
 template <typename Grid, int M, int R>
-void output(const Rows& rows, int64_t start, const float* x, Floats (&out)[R][M]) {
+void add(const Rows& rows, int64_t start, const Piece* piece, const Piece* end, const float* x, Floats (*out)[M]) {
   const Packed& packed = rows.packed;
   const Layout& layout = packed.layout;
   const int32_t* words = rows.at + start * layout.words;
-  const float* grids = rows.grids.data() + start * packed.count;
   const int64_t stride = layout.words, count = packed.count;
   // Of what is read next, a share is asked for with each piece: hardware alone begins too late.
-  const int64_t share = R * layout.stored * (int64_t)sizeof(int32_t) / layout.pieces.size();
-  const char* next = rows.next + start * layout.stored * sizeof(int32_t);
-  Floats sums[R][M] = {};  // not `out`: these stay in registers
-  for (const Piece& piece : layout.pieces) {
+  const int64_t bytes = R * layout.stored * (int64_t)sizeof(int32_t), share = bytes / layout.pieces.size();
+  const char* next = rows.next + start / R * bytes + (piece - layout.pieces.data()) * share;
+  Floats sums[R][M];  // not `out`: these stay in registers
+  for (int r = 0; r < R; ++r)
+    for (int m = 0; m < M; ++m) sums[r][m] = out[r][m];
+  for (; piece < end; ++piece) {
     for (int64_t byte = 0; byte < share; byte += 64) __builtin_prefetch(next + byte);
     next += share;
-    const int64_t grid = packed.grid(piece), end = piece.vectors * LANES;
+    const int64_t vectors = piece->vectors * LANES;
     const int32_t* at[R];
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) at[r] = words + piece.word + r * stride;
+    for (int r = 0; r < R; ++r) at[r] = words + piece->word + r * stride;
     if constexpr (std::is_same_v<Grid, Affine>) {
-      const float* shifts = rows.shifts.data() + start * count;
+      const float* scales = rows.grids.scales.data() + piece->group * ROWS + start;
+      const float* shifts = rows.grids.shifts.data() + piece->group * ROWS + start;
       const auto affine = [&](const auto codes) __attribute__((always_inline)) {
-        const Floats unit = all(piece.unit);
         Floats scale[R], shift[R];
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
-          scale[r] = all(grids[grid + r * count]) * unit;
-          shift[r] = all(shifts[grid + r * count]);
+          scale[r] = all(scales[r] * piece->unit);
+          shift[r] = all(shifts[r]);
         }
-        add<M, R>(sums, x, end, [&](int r, int64_t i) __attribute__((always_inline)) {
+        add<M, R>(sums, x, vectors, [&](int r, int64_t i) __attribute__((always_inline)) {
           return fma(codes(at[r] + i), scale[r], shift[r]);
         });
       };
-      piece.top ? affine(Codes<true>(piece)) : affine(Codes<false>(piece));
+      piece->top ? affine(Codes<true>(*piece)) : affine(Codes<false>(*piece));
     } else {
-      const uint32_t right = piece.right;
-      Grid tables[R];
+      const float* tables = rows.tables.data() + start * count + packed.table(*piece);
+      const uint32_t right = piece->right;
+      Grid table[R];
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) tables[r] = Grid(grids + grid + r * count, packed.levels);
-      add<M, R>(sums, x, end, [&](int r, int64_t i) __attribute__((always_inline)) {
-        return tables[r](load<Words>(at[r] + i) >> right);
+      for (int r = 0; r < R; ++r) table[r] = Grid(tables + r * count, packed.levels);
+      add<M, R>(sums, x, vectors, [&](int r, int64_t i) __attribute__((always_inline)) {
+        return table[r](load<Words>(at[r] + i) >> right);
       });
     }
-    x += end * M;
+    x += vectors * M;
   }
   for (int r = 0; r < R; ++r)
     for (int m = 0; m < M; ++m) out[r][m] = sums[r][m];
 }
 
-// All rows that `rows` holds, from row `first` of the weight; as many together as the registers hold.
+// All rows that `rows` holds, from row `first` of the weight; as many together as the registers hold, and of many rows of
+// input as many columns at a time as the first cache holds.
 template <typename Grid, int M>
 void outputs(const Rows& rows, int64_t first, const Inputs& inputs, const float* bias, float* y) {
-  constexpr int R = M == 1 ? 4 : 2;
-  const int64_t total = rows.packed.rows;
-  for (int64_t start = 0; start < ROWS && first + start < total; start += R) {
-    Floats out[R][M];
-    output<Grid, M, R>(rows, start, inputs.values.data(), out);
-    for (int64_t r = 0, n = first + start; r < R && n < total; ++r, ++n) {
-      for (int64_t m = 0; m < inputs.count; ++m) y[m * total + n] = sum(out[r][m]) + (bias ? bias[n] : 0.0f);
-    }
+  constexpr int R = M == 1 ? 4 : M == 8 ? 1 : 2;
+  const std::vector<Piece>& pieces = rows.packed.layout.pieces;
+  const int64_t total = rows.packed.rows, count = std::min(ROWS, total - first);
+  const Piece *piece = pieces.data(), *last = piece + pieces.size();
+  const float* x = inputs.values.data();
+  Floats out[ROWS][M] = {};
+  while (piece < last) {
+    const Piece* end = piece;
+    int64_t vectors = 0;
+    do vectors += (end++)->vectors;
+    while (end < last && (M < 8 || vectors + end->vectors <= CHUNK));
+    for (int64_t start = 0; start < count; start += R) add<Grid, M, R>(rows, start, piece, end, x, out + start);
+    x += vectors * LANES * M;
+    piece = end;
+  }
+  for (int64_t r = 0; r < count; ++r) {
+    for (int64_t m = 0; m < inputs.count; ++m) y[m * total + first + r] = sum(out[r][m]) + (bias ? bias[first + r] : 0.0f);
   }
 }
 
 template <typename Grid>
-void few(const Packed& packed, const std::vector<Inputs>& inputs, const float* bias, float* y) {
+void floats(const Packed& packed, const std::vector<Inputs>& inputs, const float* bias, float* y) {
   const int64_t blocks = (packed.rows + ROWS - 1) / ROWS;
   at::parallel_for(0, blocks, std::max<int64_t>(1, GRAIN / (packed.layout.columns * ROWS)), [&](int64_t begin, int64_t end) {
     Rows rows(packed);
     for (int64_t first = begin * ROWS; first < end * ROWS; first += ROWS) {
       rows.read(first);
+      rows.grids.shift();
       float* to = y;
       for (const Inputs& some : inputs) {
-        (some.width == 1 ? outputs<Grid, 1> : some.width == 2 ? outputs<Grid, 2> : outputs<Grid, 4>)(rows, first, some, bias, to);
+        const auto run = some.width == 1 ? outputs<Grid, 1> : some.width == 2 ? outputs<Grid, 2> : some.width == 4 ? outputs<Grid, 4> : outputs<Grid, 8>;
+        run(rows, first, some, bias, to);
         to += some.count * packed.rows;
       }
     }
@@ -139,13 +154,14 @@ void few(const Packed& packed, const std::vector<Inputs>& inputs, const float* b
 }
 
 // All rows of input.
-void few_in_floats(const Packed& packed, const float* x, int64_t count, const float* bias, float* y) {
+void in_floats(const Packed& packed, const float* x, int64_t count, const float* bias, float* y) {
   std::vector<Inputs> inputs;
-  inputs.reserve((count + INPUTS - 1) / INPUTS);
-  for (int64_t first = 0; first < count; first += INPUTS) {
-    inputs.emplace_back(x + first * packed.layout.columns, std::min(INPUTS, count - first), packed.layout);
+  inputs.reserve((count + 3) / 4);
+  for (int64_t first = 0, some; first < count; first += some) {
+    some = std::min(count - first, count - first > 6 ? INPUTS : 4);  // eight, of which two may be empty, take less than four twice
+    inputs.emplace_back(x + first * packed.layout.columns, some, packed.layout);
   }
-  const auto run = !packed.tables ? few<Affine> : packed.levels <= 8 ? few<Table<8>> : few<Table<16>>;
+  const auto run = !packed.tables ? floats<Affine> : packed.levels <= 8 ? floats<Table<8>> : floats<Table<16>>;
   run(packed, inputs, bias, y);
 }
 

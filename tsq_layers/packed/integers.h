@@ -1,9 +1,9 @@
 // One row of input, in integers.
 //
-// The inputs of a piece are whole numbers of a *unit*, a power of two, and such a number is a few signed bytes: its
-// digits to the base 256, the lowest of three at 2^-23 of the largest input of the piece, of two at 2^-15. Codes are bytes,
-// so that 32 products of a code and a digit are one instruction; sums of them are exact, and the zero point times the
-// sum of the inputs is taken from them before anything is rounded.
+// The inputs of a piece are whole numbers of a *unit*, a power of two, and such a number is three signed bytes: its digits
+// to the base 256. What is below half a unit, 2^-23 of the largest input of the piece or less, is rounded away, as sums of
+// floats do as well. Codes are bytes, so that 32 products of a code and a digit are one instruction; sums of them are exact,
+// and the zero point times the sum of the inputs is taken from them before anything is rounded.
 //
 //   y_n = sum over pieces of  scale · unit · (sum of code · number − zero · sum of numbers)
 //
@@ -22,6 +22,8 @@ constexpr int64_t QUAD = 4;          // words, or columns
 constexpr int64_t TILE = 128;        // words of a row
 constexpr int64_t LONGEST = 4096;    // columns of a piece, whose sums 32 bits hold
 constexpr int HALVES = ROWS / LANES;
+constexpr int DIGITS = 3;               // of a number
+constexpr int TOP = 8 * (DIGITS - 1);   // the place of the highest
 
 // --- the order of the work ------------------------------------------------------------------------
 
@@ -86,14 +88,10 @@ inline int32_t sum(__m256i value) {
   return _mm_cvtsi128_si32(pair) + _mm_extract_epi32(pair, 1);
 }
 
-template <int DIGITS>
 struct Numbers {
-  static constexpr int TOP = 8 * (DIGITS - 1);             // the place of the highest digit
-  static constexpr int32_t HALVES_BELOW = DIGITS == 3 ? 0x8080 : 0x80;
-
   struct Of {
     float unit;
-    int32_t high, low;  // the sum of the numbers is high · 2^TOP + low
+    int32_t high, low;  // the sum of the numbers is high · 2^16 + low
   };
   Buffer<int32_t> quads;  // [stretch][quad][digit]: four bytes, the lowest digit first
   std::vector<Of> stretches;
@@ -130,8 +128,8 @@ struct Numbers {
     for (int64_t i = 0; i < count; i += LANES, to += 2 * DIGITS) {
       const __m256i number = _mm256_cvtps_epi32(_mm256_mul_ps(eight(x + i, count - i), _mm256_set1_ps(numbers)));
       // A digit below the highest that is half of the base or more becomes negative, and the next one more.
-      const __m256i carried = _mm256_add_epi32(number, _mm256_set1_epi32(HALVES_BELOW));
-      const __m256i digits = _mm256_xor_si256(carried, _mm256_set1_epi32(HALVES_BELOW));
+      const __m256i halves = _mm256_set1_epi32(0x8080);
+      const __m256i carried = _mm256_add_epi32(number, halves), digits = _mm256_xor_si256(carried, halves);
       const __m256i top = _mm256_srai_epi32(carried, TOP);
       high = _mm256_add_epi32(high, top);
       low = _mm256_add_epi32(low, _mm256_sub_epi32(number, _mm256_slli_epi32(top, TOP)));
@@ -156,122 +154,28 @@ struct Numbers {
 
 // --- the weight -----------------------------------------------------------------------------------
 
-// 8 × 8 words.
-__attribute__((always_inline)) inline void transpose(__m256i (&rows)[LANES]) {
-  __m256i pair[LANES], four[LANES];
-#pragma GCC unroll 4
-  for (int i = 0; i < LANES; i += 2) {
-    pair[i] = _mm256_unpacklo_epi32(rows[i], rows[i + 1]);
-    pair[i + 1] = _mm256_unpackhi_epi32(rows[i], rows[i + 1]);
-  }
-#pragma GCC unroll 2
-  for (int i = 0; i < LANES; i += 4) {
-    four[i] = _mm256_unpacklo_epi64(pair[i], pair[i + 2]);
-    four[i + 1] = _mm256_unpackhi_epi64(pair[i], pair[i + 2]);
-    four[i + 2] = _mm256_unpacklo_epi64(pair[i + 1], pair[i + 3]);
-    four[i + 3] = _mm256_unpackhi_epi64(pair[i + 1], pair[i + 3]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    rows[i] = _mm256_permute2x128_si256(four[i], four[i + 4], 0x20);
-    rows[i + 4] = _mm256_permute2x128_si256(four[i], four[i + 4], 0x31);
-  }
-}
-
-// Rows of the weight, turned.
+// Words of some rows of the weight, turned, a tile at a time.
 struct Turned {
   const Packed& packed;
-  Buffer<uint8_t> bytes;         // of a tile: [quad][byte of a word][row][word of the quad], for pairs twice
-  Buffer<float> scales, shifts;  // [group][row]
-  Buffer<int32_t> zeros;         // [group][row]
-  const char* next = nullptr;    // where the words of the next rows are stored
+  Buffer<uint8_t> bytes;       // [quad][byte of a word][row][word of the quad], for pairs twice
+  const char* next = nullptr;  // where the words of the next rows are stored
 
-  explicit Turned(const Packed& packed_) : packed(packed_) {
-    const size_t groups = (packed.count + LANES - 1) / LANES * LANES;
+  explicit Turned(const Packed& packed_) : packed(packed_), bytes((packed.layout.form == Form::pairs ? 2 : 1) * Tiles::AREA) {}
+
+  void start(int64_t first) {
     const Layout& layout = packed.layout;
-    bytes.resize((layout.form == Form::pairs ? 2 : 1) * Tiles::AREA);
-    words_copy.resize(ROWS * layout.stored + layout.words + LANES);
-    grids.resize(ROWS * packed.count + LANES);
-    scales.resize(groups * ROWS);
-    if (packed.offsets) shifts.resize(groups * ROWS);
-    else zeros.assign(groups * ROWS, packed.levels / 2);
-    if (packed.offsets || !packed.shifts) return;
-    zero_words.resize((packed.zeros.stored + LANES) * ROWS);
-    zero_copy.resize(ROWS * packed.zeros.stored + LANES);
+    at = readable(packed.words, first, ROWS, layout.stored, layout.words + LANES, copy);
+    next = (const char*)(packed.words.const_data_ptr<int32_t>() + (first + ROWS) * layout.stored);
   }
 
-  void read_grids(int64_t first) {
-    turn(packed.grids, first, scales.data());
-    if (packed.offsets) turn(*packed.shifts, first, shifts.data());
-    else if (packed.shifts) turn_zeros(first);
-    at = safe(packed.words, first, packed.layout.stored, packed.layout.words, words_copy);
-    next = (const char*)(packed.words.const_data_ptr<int32_t>() + (first + ROWS) * packed.layout.stored);
-  }
-
-  void read_words(const Tile& tile) {
+  void read(const Tile& tile) {
     if (packed.layout.form == Form::pairs) turn_pairs(tile);
     else turn_bytes(tile);
   }
 
  private:
-  Buffer<float> grids;
-  Buffer<int32_t> words_copy, zero_copy, zero_words;
+  Buffer<int32_t> copy;
   const int32_t* at = nullptr;  // the words, row by row
-
-  // Some rows of a tensor of words, behind which some more can be read: at the tensor's end a copy.
-  static const int32_t* safe(const at::Tensor& tensor, int64_t row, int64_t words, int64_t more, Buffer<int32_t>& copy) {
-    const int32_t* from = tensor.const_data_ptr<int32_t>() + row * words;
-    const int64_t left = tensor.numel() - row * words;
-    if (ROWS * words + more + LANES <= left) return from;
-    std::memcpy(copy.data(), from, sizeof(int32_t) * std::min(ROWS * words, left));
-    return copy.data();
-  }
-
-  // Floats of any type: [row][group] → [group][row].
-  void turn(const at::Tensor& values, int64_t first, float* to) {
-    const int64_t count = std::min(ROWS, packed.rows - first) * packed.count;
-    to_float(values.const_data_ptr(), values.scalar_type(), first * packed.count, count, grids.data());
-    for (int64_t g = 0; g < packed.count; g += LANES) turn_words((const int32_t*)grids.data() + g, packed.count, (int32_t*)to + g * ROWS);
-  }
-
-  // Eight words of each row, [row][word] → [word][row].
-  static void turn_words(const int32_t* from, int64_t stride, int32_t* to) {
-#pragma GCC unroll 2
-    for (int half = 0; half < HALVES; ++half) {
-      __m256i values[LANES];
-#pragma GCC unroll 8
-      for (int r = 0; r < LANES; ++r) values[r] = load<__m256i>(from + (half * LANES + r) * stride);
-      transpose(values);
-#pragma GCC unroll 8
-      for (int i = 0; i < LANES; ++i) _mm256_store_si256((__m256i*)(to + i * ROWS + half * LANES), values[i]);
-    }
-  }
-
-  void turn_zeros(int64_t first) {
-    const Layout& layout = packed.zeros;
-    const int32_t* from = safe(*packed.shifts, first, layout.stored, 0, zero_copy);
-    for (int64_t w = 0; w < layout.stored; w += LANES) turn_words(from + w, layout.stored, zero_words.data() + w * ROWS);
-    for (const Plane& plane : layout.planes) {
-      const __m256i mask = _mm256_set1_epi32((1 << plane.bits) - 1);
-      const __m128i left = _mm_cvtsi32_si128(plane.shift);
-      const int32_t* words = zero_words.data() + plane.start * ROWS;
-      for (int64_t g = 0, word = 0, right = 0; g < layout.columns; ++g) {
-        const __m128i places = _mm_cvtsi32_si128(right);
-#pragma GCC unroll 2
-        for (int half = 0; half < HALVES; ++half) {
-          const __m256i stored = _mm256_load_si256((const __m256i*)(words + word * ROWS) + half);
-          __m256i zero = _mm256_sll_epi32(_mm256_and_si256(_mm256_srl_epi32(stored, places), mask), left);
-          __m256i* to = (__m256i*)(zeros.data() + g * ROWS) + half;
-          if (plane.shift) zero = _mm256_or_si256(zero, _mm256_load_si256(to));
-          _mm256_store_si256(to, zero);
-        }
-        if (++word == plane.words) {
-          word = 0;
-          right += plane.bits;
-        }
-      }
-    }
-  }
 
   // The same byte of each word of a quad, side by side.
   static __m256i same_bytes(__m256i words) {
@@ -336,7 +240,7 @@ struct Turned {
 // --- the product ----------------------------------------------------------------------------------
 
 // Sums of code · digit over some quads, added to `total`; SHIFTED: the codes are not at the lowest bits of their bytes.
-template <int DIGITS, bool SHIFTED>
+template <bool SHIFTED>
 __attribute__((always_inline)) inline void multiply(
     __m256i (&total)[HALVES][DIGITS], const uint8_t* at, const int32_t* digits, int64_t quads, int64_t most, __m256i mask, __m128i right) {
   for (; quads > 0; quads -= most) {
@@ -365,16 +269,15 @@ __attribute__((always_inline)) inline void multiply(
   }
 }
 
-// high · 2^TOP + low.
-template <int DIGITS>
+// high · 2^16 + low.
 inline __m256 number(__m256i high, __m256i low) {
-  const __m256 base = _mm256_set1_ps(1 << Numbers<DIGITS>::TOP);
+  const __m256 base = _mm256_set1_ps(1 << TOP);
   return (__m256)fma((Floats)_mm256_cvtepi32_ps(high), (Floats)base, (Floats)_mm256_cvtepi32_ps(low));
 }
 
 // The outputs of the rows that are turned.
-template <int DIGITS, bool OFFSETS>
-void outputs(Turned& turned, const Tiles& tiles, const Numbers<DIGITS>& x, __m256 (&sums)[HALVES]) {
+template <bool OFFSETS>
+void outputs(Turned& turned, const Grids& grids, const Tiles& tiles, const Numbers& x, __m256 (&sums)[HALVES]) {
   const Layout& layout = turned.packed.layout;
   const __m256i mask = _mm256_set1_epi8((1 << layout.bits) - 1);
   const int64_t most = 32767 / (2 * 128 * ((1 << layout.bits) - 1));  // quads whose sums 16 bits hold
@@ -384,30 +287,29 @@ void outputs(Turned& turned, const Tiles& tiles, const Numbers<DIGITS>& x, __m25
   const Stretch* stretch = tiles.stretches.data();
   const auto* of = x.stretches.data();
   for (const Tile& tile : tiles.tiles) {
-    turned.read_words(tile);
+    turned.read(tile);
     for (const Stretch* end = stretch + tile.stretches; stretch < end; ++stretch, ++of) {
       for (int64_t byte = 0; byte < share; byte += 64) __builtin_prefetch(next + byte);
       next += share;
       const uint8_t* at = turned.bytes.data() + stretch->at;
       __m256i total[HALVES][DIGITS] = {};
-      if (stretch->right == 0) multiply<DIGITS, false>(total, at, digits, stretch->quads, most, mask, __m128i{});
-      else multiply<DIGITS, true>(total, at, digits, stretch->quads, most, mask, _mm_cvtsi32_si128(stretch->right));
+      if (stretch->right == 0) multiply<false>(total, at, digits, stretch->quads, most, mask, __m128i{});
+      else multiply<true>(total, at, digits, stretch->quads, most, mask, _mm_cvtsi32_si128(stretch->right));
       digits += stretch->quads * DIGITS;
       const __m256i all_high = _mm256_set1_epi32(of->high), all_low = _mm256_set1_epi32(of->low);
       const __m256 unit = _mm256_set1_ps(of->unit);
 #pragma GCC unroll 2
       for (int half = 0; half < HALVES; ++half) {
         const int64_t g = stretch->group * ROWS + half * LANES;
-        __m256i high = total[half][DIGITS - 1], low = total[half][0];
-        if constexpr (DIGITS == 3) low = _mm256_add_epi32(low, _mm256_slli_epi32(total[half][1], 8));
+        __m256i high = total[half][2], low = _mm256_add_epi32(_mm256_slli_epi32(total[half][1], 8), total[half][0]);
         if constexpr (!OFFSETS) {
-          const __m256i zero = _mm256_load_si256((const __m256i*)(turned.zeros.data() + g));
+          const __m256i zero = _mm256_cvtps_epi32(_mm256_load_ps(grids.zeros.data() + g));
           high = _mm256_sub_epi32(high, _mm256_mullo_epi32(zero, all_high));
           low = _mm256_sub_epi32(low, _mm256_mullo_epi32(zero, all_low));
         }
-        __m256 part = _mm256_mul_ps(number<DIGITS>(high, low), _mm256_load_ps(turned.scales.data() + g));
+        __m256 part = _mm256_mul_ps(number(high, low), _mm256_load_ps(grids.scales.data() + g));
         if constexpr (OFFSETS) {
-          part = _mm256_add_ps(part, _mm256_mul_ps(number<DIGITS>(all_high, all_low), _mm256_load_ps(turned.shifts.data() + g)));
+          part = _mm256_add_ps(part, _mm256_mul_ps(number(all_high, all_low), _mm256_load_ps(grids.shifts.data() + g)));
         }
         sums[half] = (__m256)fma((Floats)part, (Floats)unit, (Floats)sums[half]);
       }
@@ -415,15 +317,17 @@ void outputs(Turned& turned, const Tiles& tiles, const Numbers<DIGITS>& x, __m25
   }
 }
 
-template <int DIGITS, bool OFFSETS>
-void integers(const Packed& packed, const Tiles& tiles, const Numbers<DIGITS>& x, const float* bias, float* y) {
+template <bool OFFSETS>
+void integers(const Packed& packed, const Tiles& tiles, const Numbers& x, const float* bias, float* y) {
   const int64_t blocks = (packed.rows + ROWS - 1) / ROWS;
   at::parallel_for(0, blocks, std::max<int64_t>(1, GRAIN / (packed.layout.columns * ROWS)), [&](int64_t begin, int64_t end) {
     Turned turned(packed);
+    Grids grids(packed);
     for (int64_t first = begin * ROWS; first < end * ROWS; first += ROWS) {
-      turned.read_grids(first);
+      grids.read(first);
+      turned.start(first);
       __m256 sums[HALVES] = {};
-      outputs<DIGITS, OFFSETS>(turned, tiles, x, sums);
+      outputs<OFFSETS>(turned, grids, tiles, x, sums);
       float out[ROWS];
       std::memcpy(out, sums, sizeof(out));
       const int64_t count = std::min(ROWS, packed.rows - first);
@@ -439,15 +343,14 @@ void integers(const Packed& packed, const Tiles& tiles, const Numbers<DIGITS>& x
 namespace {
 
 // The product with one row of input, if it can be had in integers.
-template <int DIGITS>
 bool in_integers(const Packed& packed, const float* x, const float* bias, float* y) {
 #if defined(__AVX2__)
   if (packed.tables) return false;
   const Tiles& tiles = Tiles::of(packed.layout);
   if (!tiles.fit) return false;
-  const Numbers<DIGITS> numbers(x, tiles);
+  const Numbers numbers(x, tiles);
   if (!numbers.usable) return false;
-  (packed.offsets ? integers<DIGITS, true> : integers<DIGITS, false>)(packed, tiles, numbers, bias, y);
+  (packed.offsets ? integers<true> : integers<false>)(packed, tiles, numbers, bias, y);
   return true;
 #else
   return false;

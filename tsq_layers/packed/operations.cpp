@@ -21,8 +21,9 @@
 
 namespace {
 
-constexpr int64_t BLOCK = 1 << 20;    // weights that are dequantised at a time, and multiplied while in the cache
-constexpr int64_t MANY_INPUTS = 256;  // with more rows of input products of larger blocks are faster
+constexpr int64_t BLOCK = 1 << 18;        // weights that are dequantised at a time, and multiplied while in the cache
+constexpr int64_t MANY_INPUTS = 256;      // with more rows of input products of larger blocks are faster
+constexpr int64_t LARGE_BLOCK = 1 << 21;  // weights
 
 // --- the matrix -----------------------------------------------------------------------------------
 
@@ -34,27 +35,30 @@ void matrix(const Packed& packed, int64_t begin, int64_t end, at::ScalarType typ
   at::parallel_for(0, blocks, std::max<int64_t>(1, GRAIN / (layout.columns * ROWS)), [&](int64_t from, int64_t to) {
     Rows rows(packed);
     Buffer<float> values(layout.columns + LANES);
-    for (int64_t n = begin + from * ROWS, r = 0; n < std::min(end, begin + to * ROWS); ++n, r = (r + 1) % ROWS) {
+    const int64_t last = std::min(end, begin + to * ROWS) - 1;
+    for (int64_t n = begin + from * ROWS, r = 0; n <= last; ++n, r = (r + 1) % ROWS) {
       if (r == 0) rows.read(n);
+      // What is too much of a row, the next one replaces, if it is this thread's.
+      float* made = type == at::kFloat && n < last ? (float*)out + (n - begin) * layout.columns : values.data();
       for (const Piece& piece : layout.pieces) {
         const int32_t* at = rows.at + r * layout.words + piece.word;
-        const int64_t grid = r * packed.count + packed.grid(piece), vectors = piece.vectors;
+        const int64_t grid = piece.group * ROWS + r, vectors = piece.vectors;
         const uint32_t right = piece.right;
-        float* into = values.data() + piece.first;
+        float* into = made + piece.first;
         if constexpr (std::is_same_v<Grid, Affine>) {
           const uint32_t mask = (1u << layout.bits) - 1;
-          const float scale = rows.grids[grid], zero = packed.offsets ? 0.0f : rows.zeros[grid];
-          const float offset = packed.offsets ? rows.shifts[grid] : 0.0f;
+          const float scale = rows.grids.scales[grid], zero = packed.offsets ? 0.0f : rows.grids.zeros[grid];
+          const float offset = packed.offsets ? rows.grids.shifts[grid] : 0.0f;
           for (int64_t v = 0; v < vectors; ++v, into += LANES) {
             const Floats value = (floats((load<Words>(at + v * LANES) >> right) & mask) - zero) * scale;
             store(into, packed.offsets ? value + offset : value);
           }
         } else {
-          const Grid table(rows.grids.data() + grid, packed.levels);
+          const Grid table(rows.tables.data() + r * packed.count + packed.table(piece), packed.levels);
           for (int64_t v = 0; v < vectors; ++v, into += LANES) store(into, table(load<Words>(at + v * LANES) >> right));
         }
       }
-      from_float(values.data(), type, (n - begin) * layout.columns, layout.columns, out);
+      if (made == values.data()) from_float(made, type, (n - begin) * layout.columns, layout.columns, out);
     }
   });
 }
@@ -77,7 +81,7 @@ at::Tensor dequantize(
 
 // Blocks of rows of the weight are made and multiplied while they are in the cache.
 void many(const Packed& packed, const at::Tensor& x, at::Tensor& y) {
-  const int64_t columns = packed.layout.columns, block = x.size(0) > MANY_INPUTS ? 2 * BLOCK : BLOCK;
+  const int64_t columns = packed.layout.columns, block = x.size(0) > MANY_INPUTS ? LARGE_BLOCK : BLOCK;
   const int64_t step = std::max<int64_t>(64, block / columns / 16 * 16);
   at::Tensor buffer = at::empty({std::min(step, packed.rows), columns}, x.options());
   for (int64_t first = 0; first < packed.rows; first += step) {
@@ -93,29 +97,37 @@ at::Tensor as_float(const at::Tensor& tensor) {
   return tensor.scalar_type() == at::kFloat && tensor.is_contiguous() ? tensor : tensor.to(at::kFloat).contiguous();
 }
 
+void few(const Packed& packed, const float* x, int64_t count, const float* bias, float* y) {
+  if (count != 1 || !in_integers(packed, x, bias, y)) in_floats(packed, x, count, bias, y);
+}
+
 at::Tensor linear(
     const at::Tensor& x, const at::Tensor& words, const at::Tensor& grids, const std::optional<at::Tensor>& shifts,
     const std::optional<at::Tensor>& bias, int64_t bits, int64_t group_size, int64_t columns, int64_t few_rows) {
   const Packed packed(words, grids, shifts, bits, group_size, columns);
-  const at::Tensor from = as_float(x);
   const at::Tensor added = bias ? as_float(*bias) : at::Tensor();
-  const int64_t total = from.numel() / columns;
+  const int64_t total = x.numel() / columns;
+  const at::ScalarType type = x.scalar_type();
   auto shape = x.sizes().vec();
   shape.back() = packed.rows;
-  at::Tensor y = at::empty(shape, from.options());
   if (total > few_rows) {
-    at::Tensor y_MN = y.view({total, packed.rows});
-    many(packed, from.view({total, columns}), y_MN);
+    at::Tensor y = at::empty(shape, x.options().dtype(at::kFloat)), y_MN = y.view({total, packed.rows});
+    many(packed, as_float(x).view({total, columns}), y_MN);
     if (bias) y_MN.add_(added);
-  } else {
-    const float* added_from = bias ? added.const_data_ptr<float>() : nullptr;
-    float* to = y.mutable_data_ptr<float>();
-    const auto integers = from.is_same(x) ? in_integers<3> : in_integers<2>;  // what half a float holds, two digits do
-    if (total != 1 || !integers(packed, from.const_data_ptr<float>(), added_from, to)) {
-      few_in_floats(packed, from.const_data_ptr<float>(), total, added_from, to);
-    }
+    return type == at::kFloat ? y : y.to(type);
   }
-  return x.scalar_type() == at::kFloat ? y : y.to(x.scalar_type());
+  const at::Tensor from = x.is_contiguous() ? x : x.contiguous();
+  const float* added_from = bias ? added.const_data_ptr<float>() : nullptr;
+  at::Tensor y = at::empty(shape, x.options());
+  if (type == at::kFloat) {
+    few(packed, from.const_data_ptr<float>(), total, added_from, y.mutable_data_ptr<float>());
+  } else {  // of so few, quicker than by operations of their own
+    Buffer<float> wide(total * columns), out(total * packed.rows);
+    to_float(from.const_data_ptr(), type, 0, wide.size(), wide.data());
+    few(packed, wide.data(), total, added_from, out.data());
+    from_float(out.data(), type, 0, out.size(), y.mutable_data_ptr());
+  }
+  return y;
 }
 
 }  // namespace

@@ -86,69 +86,160 @@ struct Packed {
     TORCH_CHECK(words.dim() == 2 && words.scalar_type() == at::kInt && words.size(1) == layout.stored, "not words of these codes");
   }
 
-  int64_t grid(const Piece& piece) const { return !tables ? piece.group : count == levels ? 0 : piece.group * levels; }
+  int64_t table(const Piece& piece) const { return count == levels ? 0 : piece.group * levels; }
+};
+
+// Rows of a tensor of words, behind which `more` can be read: at the tensor's end a copy. Rows that there are not are left over.
+inline const int32_t* readable(const at::Tensor& tensor, int64_t row, int64_t rows, int64_t words, int64_t more, Buffer<int32_t>& copy) {
+  const int32_t* from = tensor.const_data_ptr<int32_t>() + row * words;
+  const int64_t left = tensor.numel() - row * words;
+  if (rows * words + more <= left) return from;
+  copy.resize(std::max<size_t>(copy.size(), rows * words + more));
+  std::memcpy(copy.data(), from, sizeof(int32_t) * std::min(rows * words, left));
+  return copy.data();
+}
+
+#if defined(__AVX2__)
+// 8 × 8 words.
+__attribute__((always_inline)) inline void transpose(__m256i (&rows)[LANES]) {
+  __m256i pair[LANES], four[LANES];
+#pragma GCC unroll 4
+  for (int i = 0; i < LANES; i += 2) {
+    pair[i] = _mm256_unpacklo_epi32(rows[i], rows[i + 1]);
+    pair[i + 1] = _mm256_unpackhi_epi32(rows[i], rows[i + 1]);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < LANES; i += 4) {
+    four[i] = _mm256_unpacklo_epi64(pair[i], pair[i + 2]);
+    four[i + 1] = _mm256_unpackhi_epi64(pair[i], pair[i + 2]);
+    four[i + 2] = _mm256_unpacklo_epi64(pair[i + 1], pair[i + 3]);
+    four[i + 3] = _mm256_unpackhi_epi64(pair[i + 1], pair[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    rows[i] = _mm256_permute2x128_si256(four[i], four[i + 4], 0x20);
+    rows[i + 4] = _mm256_permute2x128_si256(four[i], four[i + 4], 0x31);
+  }
+}
+#endif
+
+// A vector of each row, [row][lane] → [lane][row].
+template <typename T>
+inline void turn(const T* from, int64_t stride, T* to) {
+#if defined(__AVX2__)
+#pragma GCC unroll 2
+  for (int64_t first = 0; first < ROWS; first += LANES) {
+    __m256i values[LANES];
+#pragma GCC unroll 8
+    for (int r = 0; r < LANES; ++r) values[r] = load<__m256i>(from + (first + r) * stride);
+    transpose(values);
+#pragma GCC unroll 8
+    for (int i = 0; i < LANES; ++i) store(to + i * ROWS + first, values[i]);
+  }
+#else
+  for (int64_t r = 0; r < ROWS; ++r)
+    for (int64_t i = 0; i < LANES; ++i) to[i * ROWS + r] = from[r * stride + i];
+#endif
+}
+
+// Scales, and zero points or offsets, of some rows of the weight: [group][row].
+struct Grids {
+  const Packed& packed;
+  Buffer<float> scales, zeros, shifts;  // where there are offsets, `zeros` are empty
+
+  explicit Grids(const Packed& packed_) : packed(packed_) {
+    if (packed.tables) return;
+    const int64_t groups = (packed.count + LANES - 1) / LANES * LANES;
+    rows.resize(ROWS * packed.count + LANES);
+    scales.resize(groups * ROWS);
+    shifts.resize(groups * ROWS);
+    if (packed.offsets) return;
+    zeros.assign(groups * ROWS, packed.levels / 2);
+    codes.resize(packed.count * ROWS);
+  }
+
+  void read(int64_t first) {
+    if (packed.tables) return;
+    read_floats(packed.grids, first, scales.data());
+    if (packed.offsets) read_floats(*packed.shifts, first, shifts.data());
+    else if (packed.shifts) read_zeros(first);
+  }
+
+  // What a zero point adds to a row: −scale · zero.
+  void shift() {
+    for (size_t i = 0; i < zeros.size(); i += LANES) {
+      store(shifts.data() + i, -load<Floats>(scales.data() + i) * load<Floats>(zeros.data() + i));
+    }
+  }
+
+ private:
+  Buffer<float> rows;
+  Buffer<int32_t> codes, words, copy;
+
+  void read_floats(const at::Tensor& values, int64_t first, float* to) {
+    const int64_t count = packed.count, some = std::min(ROWS, packed.rows - first);
+    to_float(values.const_data_ptr(), values.scalar_type(), first * count, some * count, rows.data());
+    for (int64_t g = 0; g < count; g += LANES) turn(rows.data() + g, count, to + g * ROWS);
+  }
+
+  void read_zeros(int64_t first) {
+    const Layout& layout = packed.zeros;
+    const int32_t* from = readable(*packed.shifts, first, ROWS, layout.stored, LANES, copy);
+    words.resize((layout.stored + LANES - 1) / LANES * LANES * ROWS);
+    for (int64_t w = 0; w < layout.stored; w += LANES) turn(from + w, layout.stored, words.data() + w * ROWS);
+    for (const Plane& plane : layout.planes) {
+      const uint32_t mask = (1u << plane.bits) - 1, left = plane.shift;
+      const int32_t* turned = words.data() + plane.start * ROWS;
+      const bool last = &plane == &layout.planes.back();
+      for (int64_t g = 0, word = 0, right = 0; g < packed.count; ++g) {
+        for (int64_t r = g * ROWS, from = word * ROWS; r < (g + 1) * ROWS; r += LANES, from += LANES) {
+          Words code = ((load<Words>(turned + from) >> (uint32_t)right) & mask) << left;
+          if (left) code |= load<Words>(codes.data() + r);
+          if (last) store(zeros.data() + r, floats(code));
+          else store(codes.data() + r, code);
+        }
+        if (++word == plane.words) {
+          word = 0;
+          right += plane.bits;
+        }
+      }
+    }
+  }
 };
 
 // Some rows of the weight, ready to be used by one thread. Rows that there are not are zero or left over.
 struct Rows {
   const Packed& packed;
-  Buffer<int32_t> words, stored, zero_words, codes, spare;
-  Buffer<float> grids, zeros, shifts;
+  Grids grids;
+  Buffer<int32_t> words, stored, spare;
+  Buffer<float> tables;
   const int32_t* at = nullptr;  // words in the form of the layout, a row after another
   const char* next = nullptr;   // where the words of the next rows are stored
 
-  explicit Rows(const Packed& packed_) : packed(packed_) {
+  explicit Rows(const Packed& packed_) : packed(packed_), grids(packed_) {
     const Layout& layout = packed.layout;
-    words.resize(ROWS * layout.words + LANES);
-    grids.resize(ROWS * packed.count + LANES);
-    if (layout.form != Form::stored) stored.resize(layout.stored + LANES);
+    if (layout.form != Form::stored) words.resize(ROWS * layout.words + LANES);
     if (layout.form == Form::words) spare.resize(layout.columns + LANES);
-    if (packed.tables) return;
-    shifts.resize(ROWS * packed.count + LANES);
-    if (packed.offsets) return;
-    zeros.resize(ROWS * packed.count + LANES);
-    codes.assign(layout.groups + LANES, packed.levels / 2);
-    if (!packed.shifts) return;
-    zero_words.resize(packed.zeros.stored + LANES);
-    spare.resize(std::max<size_t>(spare.size(), layout.groups + LANES));
+    if (packed.tables) tables.resize(ROWS * packed.count + LANES);
   }
 
   void read(int64_t first) {
     const Layout& layout = packed.layout;
-    const int64_t rows = std::min(ROWS, packed.rows - first), start = first * packed.count, count = rows * packed.count;
+    const int64_t rows = std::min(ROWS, packed.rows - first);
     next = (const char*)(packed.words.const_data_ptr<int32_t>() + (first + ROWS) * layout.stored);
     if (layout.form == Form::stored) {
-      at = safe(packed.words, first, layout.stored, ROWS, words);
+      at = readable(packed.words, first, ROWS, layout.stored, LANES, stored);
     } else {
       for (int64_t r = 0; r < rows; ++r) {
-        const int32_t* row = safe(packed.words, first + r, layout.stored, 1, stored);
+        const int32_t* row = readable(packed.words, first + r, 1, layout.stored, LANES, stored);
         int32_t* into = words.data() + r * layout.words;
         if (layout.form == Form::words) unpack(row, layout, into, spare.data());
         else layout.planes.size() == 2 ? pair<2>(row, layout, into) : pair<3>(row, layout, into);
       }
       at = words.data();
     }
-    to_float(packed.grids.const_data_ptr(), packed.grids.scalar_type(), start, count, grids.data());
-    if (packed.offsets) to_float(packed.shifts->const_data_ptr(), packed.shifts->scalar_type(), start, count, shifts.data());
-    if (packed.offsets || packed.tables) return;
-    for (int64_t r = 0; r < rows; ++r) {
-      if (packed.shifts) unpack(safe(*packed.shifts, first + r, packed.zeros.stored, 1, zero_words), packed.zeros, codes.data(), spare.data());
-      for (int64_t g = 0; g < packed.count; g += LANES) {  // what is too much, the next row replaces
-        const int64_t i = r * packed.count + g;
-        const Floats zero = floats(load<Words>(codes.data() + g));
-        store(zeros.data() + i, zero);
-        store(shifts.data() + i, -load<Floats>(grids.data() + i) * zero);
-      }
-    }
-  }
-
-  // Rows of a tensor of words, of which whole vectors can be read: at the tensor's end a copy.
-  static const int32_t* safe(const at::Tensor& tensor, int64_t row, int64_t words, int64_t rows, Buffer<int32_t>& copy) {
-    const int32_t* from = tensor.const_data_ptr<int32_t>() + row * words;
-    const int64_t left = tensor.numel() - row * words;
-    if (rows * words + LANES <= left) return from;
-    std::memcpy(copy.data(), from, sizeof(int32_t) * std::min(rows * words, left));
-    return copy.data();
+    grids.read(first);
+    if (packed.tables) to_float(packed.grids.const_data_ptr(), packed.grids.scalar_type(), first * packed.count, rows * packed.count, tables.data());
   }
 };
 
