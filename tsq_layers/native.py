@@ -1,4 +1,4 @@
-"""Packed layers on a CPU: ``packed.cpp``, compiled once for a machine by its C++ compiler, kept on disk, registered as operations.
+"""Packed layers on a CPU: the sources in ``packed``, compiled once for a machine by its C++ compiler, kept on disk, registered as operations.
 
 One library serves all widths, shapes, kinds of grids and numbers of rows. It is built (about 10 seconds) where a packed
 layer first runs on a CPU, or by ``tsq_layers.warmup``; later processes load it in milliseconds from ``tsq_layers/native``
@@ -89,7 +89,7 @@ def _built() -> Path:
     if compiler is None:
         raise OSError(f"none of {', '.join(_COMPILERS)} is on the path")
     command = _command(compiler)
-    sources = (file.read_text(encoding="utf-8") for file in sorted(_SOURCE.parent.iterdir()))
+    sources = (file.read_text(encoding="utf-8") for file in sorted(_SOURCE.parent.glob("*.[ch]*")))
     key = (*sources, torch.__version__, *command, _processor())
     name = hashlib.sha256("\0".join(key).encode()).hexdigest()[:24] + ".so"
     library = _folder() / name

@@ -18,12 +18,11 @@
 
 namespace {
 
-constexpr int64_t QUAD = 4;          // words, or columns
-constexpr int64_t TILE = 128;        // words of a row
-constexpr int64_t LONGEST = 4096;    // columns of a piece, whose sums 32 bits hold
+constexpr int64_t QUAD = 4;    // words, or columns
+constexpr int64_t TILE = 128;  // words of a row, and so the columns of a stretch, whose sums 32 bits hold
 constexpr int HALVES = ROWS / LANES;
-constexpr int DIGITS = 3;               // of a number
-constexpr int TOP = 8 * (DIGITS - 1);   // the place of the highest
+constexpr int DIGITS = 3;              // of a number
+constexpr int TOP = 8 * (DIGITS - 1);  // the place of the highest
 
 // --- the order of the work ------------------------------------------------------------------------
 
@@ -49,7 +48,7 @@ struct Tiles {
 
   explicit Tiles(const Layout& layout) : fit(layout.bits <= 4 && layout.form != Form::words) {
     const int64_t segment = layout.planes[0].words;
-    for (const Piece& piece : layout.pieces) fit &= piece.word % segment % QUAD == 0 && piece.count <= LONGEST;
+    for (const Piece& piece : layout.pieces) fit &= piece.word % segment % QUAD == 0;
     for (int64_t word = 0; fit && word < segment; word += TILE) {
       const int64_t end = std::min(segment, word + TILE), before = stretches.size();
       for (const Piece& piece : layout.pieces) {
