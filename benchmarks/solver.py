@@ -28,6 +28,7 @@ from torch import Tensor
 
 from tsq_layers import LayerStatistics, QuantConfig, grid
 from tsq_layers.solver import gptq, objective, stage1, stage2
+from tsq_layers.solver.blocks import in_original_order
 
 SHAPES = {
     "attention q,k,v": (960, 576),
@@ -59,19 +60,17 @@ def steps(weight: Tensor, hessian: Tensor, config: QuantConfig) -> dict[str, Cal
     built = objective.build(weight, layer, config)
     metric = stage1.feedback_metric(built.factor, built.order)
     scales, zeros = stage1.fit_grids(weight, metric, bits, group, symmetric=False)
-    codes = gptq.assign(weight, built.factor, built.order, scales, zeros, bits, group)
-    integers = grid.centered(codes, zeros, group)
+    assigned = gptq.solve(weight, built.factor, built.order, scales, zeros, bits, group)
 
     def refined() -> Tensor:
-        difference = grid.dequantize(codes, scales, zeros, group) - weight
-        small = stage2.small_problem(
-            integers, difference @ built.hessian, built.hessian, scales, group, config.refine_ridge
-        )
+        pulled = in_original_order(gptq.pulled(assigned.whitened, built.factor), built.order)
+        integers = grid.centered(assigned.codes, zeros, group)
+        small = stage2.small_problem(integers, pulled, built.hessian, scales, group, config.refine_ridge)
         return stage2.accept(small, stage2.exact(small, small.start), torch.float16)
 
     return {
         "factorise": lambda: objective.build(weight, layer, config),
-        "columns": lambda: gptq.assign(weight, built.factor, built.order, scales, zeros, bits, group),
+        "columns": lambda: gptq.solve(weight, built.factor, built.order, scales, zeros, bits, group),
         "stage 1": lambda: stage1.fit_grids(weight, metric, bits, group, symmetric=False),
         "stage 2": refined,
         "weight-MSE grids": lambda: stage1.weight_grids(weight, bits, group, symmetric=False),

@@ -6,9 +6,13 @@ import pytest
 import torch
 from oracles import gptq as oracle
 from torch import Tensor
+from torch.testing import assert_close
 
 from tsq_layers import grid
 from tsq_layers.solver import gptq, objective
+from tsq_layers.solver.blocks import in_original_order
+
+CLOSE = {"rtol": 1e-10, "atol": 1e-10}
 
 
 class Case(NamedTuple):
@@ -272,3 +276,103 @@ def test_inputs_with_blocks_are_not_modified() -> None:
     kept = [tensor.clone() for tensor in tensors]
     gptq.assign(*tensors, cases[0].bits, cases[0].g)
     assert all(torch.equal(a, b) for a, b in zip(tensors, kept, strict=True))
+
+
+# ---- what the columns leave ------------------------------------------------------------------------------------------
+
+
+def pattern(cases: list[Case]) -> Tensor:
+    """A third of the weights is to stay zero."""
+    shape = (sum(len(c.target) for c in cases), cases[0].target.shape[1])
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(3)) > 1 / 3
+
+
+def left(cases: list[Case], free: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """(Q − W') V in processing order and (Q − W') H in the original one, (N, K), and the loss of each row."""
+    H, order = torch.stack([c.H for c in cases]), torch.stack([c.order for c in cases])
+    factor = objective.factorise(H, order, 0.01)[1]
+    target, scales, zeros = (torch.cat([getattr(c, name) for c in cases]) for name in ("target", "scales", "zeros"))
+    found = gptq.solve(target, factor, order, scales, zeros, cases[0].bits, cases[0].g, free)
+    pulled = in_original_order(gptq.pulled(found.whitened, factor), order)
+    return found.whitened.mT.flatten(0, 1), pulled, found.loss
+
+
+def expected_left(cases: list[Case], free: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The same by full products with V and H, a block after the other."""
+    kept = [None] * len(cases) if free is None else free.split([len(c.target) for c in cases])
+    found = []
+    for c, own in zip(cases, kept, strict=True):
+        damped, factor, *_ = objective.factorise(c.H, c.order, 0.01)
+        codes = gptq.assign(c.target, factor, c.order, c.scales, c.zeros, c.bits, c.g, own)
+        error = grid.dequantize(codes, c.scales, c.zeros, c.g, torch.float64) - c.target
+        assert own is None or torch.equal(error[~own], -c.target[~own])
+        found.append((error[:, c.order] @ factor, error @ damped, (error @ damped * error).sum(1)))
+    whitened, pulled, loss = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return whitened, pulled, loss
+
+
+LEFT = pytest.mark.parametrize(
+    ("B", "n", "K", "g"), BLOCK_SIZES, ids=[f"B={B}-n={n}-K={K}-g={g}" for B, n, K, g in BLOCK_SIZES]
+)
+
+
+@pytest.mark.parametrize("some_zero", [False, True], ids=["all-free", "some-zero"])
+@pytest.mark.parametrize("act_order", [True, False], ids=["act-order", "as-is"])
+@LEFT
+def test_errors_that_the_columns_leave_equal_full_products(
+    B: int, n: int, K: int, g: int, act_order: bool, some_zero: bool
+) -> None:
+    cases = block_cases(B, n, K, g, act_order)
+    free = pattern(cases) if some_zero else None
+    assert_close(left(cases, free), expected_left(cases, free), **CLOSE)
+
+
+@pytest.mark.parametrize("panel", [1, 7, 16, 33, 1000])
+@pytest.mark.parametrize("elements", [1, 2 * 3 * 33, 10**6], ids=lambda e: f"chunk={e}")
+def test_panels_and_chunks_do_not_change_what_is_left(
+    panel: int, elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gptq, "_PANEL", panel)
+    monkeypatch.setattr(gptq, "_CHUNK_ELEMENTS", elements)
+    cases = block_cases(3, 3, 33, 8)
+    assert_close(left(cases), expected_left(cases), **CLOSE)
+    assert_close(left(cases[:1]), expected_left(cases[:1]), **CLOSE)
+
+
+def test_columns_never_seen_leave_nothing_but_their_damping() -> None:
+    c = case(K=40)
+    c.H[:, 3:9] = c.H[3:9] = 0
+    assert_close(left([c]), expected_left([c]), **CLOSE)
+
+
+@pytest.mark.parametrize("corrupt", [*CORRUPTED.values()], ids=[*CORRUPTED])
+def test_what_is_left_differs_from_full_products_when_their_input_is_corrupted(corrupt) -> None:
+    c = case(K=40)
+    for found, wrong in zip(left([c]), expected_left([corrupt(c)]), strict=True):
+        with pytest.raises(AssertionError):
+            assert_close(found, wrong, **CLOSE)
+
+
+@pytest.mark.parametrize("corrupt", CORRUPTED_BLOCKS.values(), ids=CORRUPTED_BLOCKS)
+def test_what_is_left_of_blocks_differs_from_full_products_when_their_input_is_corrupted(corrupt) -> None:
+    cases = block_cases(3, 3, 33, 8)
+    for found, wrong in zip(left(cases), expected_left(corrupt(cases)), strict=True):
+        with pytest.raises(AssertionError):
+            assert_close(found, wrong, **CLOSE)
+
+
+@pytest.mark.parametrize("K", [40, 300])
+def test_errors_in_float32_are_within_rounding_of_full_products_in_float64(K: int) -> None:
+    c = case(N=6, K=K, g=16, bits=2)
+    damped, factor, *_ = objective.factorise(c.H, c.order, 0.01)
+    target, factor, scales, zeros = (values.float() for values in (c.target, factor, c.scales, c.zeros))
+    found = gptq.solve(target, factor, c.order, scales, zeros, 2, 16)
+    error = grid.dequantize(found.codes, scales, zeros, 16, torch.float64) - target.double()
+    # K roundings of each sum, and one of the weight, twice: in E = (Q − W') V, and in E Vᵀ; |V| |Vᵀ| bounds H and both.
+    sizes = (error.abs() + target.abs().double())[:, c.order] @ factor.double().abs()
+    bound = in_original_order(2 * K * 2**-24 * sizes @ factor.double().abs().mT, c.order)
+    pulled = in_original_order(gptq.pulled(found.whitened, factor), c.order).double()
+    assert ((pulled - error @ damped).abs() <= bound).all()
+    assert ((pulled.roll(1, 1) - error @ damped).abs() > bound).any()
+    assert bound.max() < 0.05 * pulled.abs().max()
+    assert_close(found.loss.double(), (error @ damped * error).sum(1), rtol=2 * K * 2**-24, atol=0)

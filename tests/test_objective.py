@@ -499,3 +499,23 @@ def test_inputs_however_small_do_not_fail(size):
     x, weight = torch.randn(512, 16, generator=generator) * size, torch.randn(8, 16, generator=generator)
     statistics = LayerStatistics(x.T @ x, torch.tensor(512))
     assert torch.isfinite(objective.build(weight, statistics, QuantConfig(), "layer").factor).all()
+
+
+def test_finite_values_whose_sum_overflows_are_no_offence() -> None:
+    weight, H = torch.full((4, 8), 3e38), torch.full((8, 8), 3e38)
+    assert torch.isinf(weight.sum())
+    objective.check_values(weight, LayerStatistics(H, torch.tensor(9), H), "layer")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_values_that_are_not_finite_are_counted_and_found_in_either_statistic(value: float) -> None:
+    weight, H = torch.ones(4, 8), torch.eye(8)
+    bad = torch.ones(4, 8)
+    bad[2, 3], bad[0, 0], bad[0, 1] = value, torch.inf, -torch.inf
+    spoiled = H.clone()
+    spoiled[1, 2] = value
+    with pytest.raises(LayerError, match="3 of its weights are NaN or inf"):
+        objective.check_values(bad, LayerStatistics(H, torch.tensor(9)), "layer")
+    for statistics in (LayerStatistics(spoiled, torch.tensor(9), H), LayerStatistics(H, torch.tensor(9), spoiled)):
+        with pytest.raises(CalibrationError, match="NaN or inf in its input statistics"):
+            objective.check_values(weight, statistics, "layer")

@@ -71,11 +71,18 @@ def test_matrix_is_factorised_once_for_each_damping_and_never_inverted(changes: 
 
 @pytest.mark.parametrize(
     ("changes", "products"),
-    [({"method": "gptq", "deviation": "none"}, 5.5), ({"deviation": "none"}, 7.1), ({}, 9.1)],
-    ids=["gptq", "two-stage, one stream", "two-stage"],
+    [
+        ({"method": "gptq", "deviation": "none"}, 3.8),
+        ({"deviation": "none"}, 6.4),
+        ({}, 8.4),
+        ({"zero_points": "float"}, 8.45),
+        ({"deviation": "refine"}, 8.9),
+    ],
+    ids=["gptq", "two-stage, one stream", "two-stage", "offsets", "two targets"],
 )
 def test_products_are_a_few_times_rows_by_columns_squared(changes: dict, products: float) -> None:
-    # GPTQ 1; three losses by half of H, 1.5 each with panels of K/2; stage 2 all of one, and 1 for its Gram; W R 2.
+    # GPTQ 1, and its loss nothing; two losses by half of H, 1.25 to 1.5 with panels of K/2; W R 2. Stage 2: a little more
+    # than 1 for its Gram, and 1.5 for (Q − W') H by the factor in panels of K/2; 2 by H, where its target is another.
     action = solve(**changes)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         action()
@@ -102,7 +109,7 @@ def test_columns_take_five_operations_each_and_some_for_each_block() -> None:
 def test_gptq_makes_one_copy_of_the_weight_and_one_for_the_time_of_its_permutation() -> None:
     found, scales, zeros = problem()
     counts = counted(lambda: gptq.assign(found.grid_target, found.factor, found.order, scales, zeros, 3, GROUP))
-    floats = 2  # transposed, then permuted
+    floats = 2  # transposed, then permuted; what is whitened takes the place of the first
     codes = 3  # as they are chosen, in the original order, transposed
     assert counts.sizes[N * K] <= floats + codes + 1  # torch.empty_like of the codes counts too
 
@@ -110,8 +117,8 @@ def test_gptq_makes_one_copy_of_the_weight_and_one_for_the_time_of_its_permutati
 def test_no_copy_of_the_matrix_is_made_beyond_those_of_its_factorisation() -> None:
     weight, statistics = layer(paired=False)
     counts = counted(lambda: objective.build(weight, statistics, QuantConfig(deviation="none")))
-    # The mean, whether it is finite (3), rows and columns in order (2), Cholesky (2), turned round.
-    assert counts.sizes[K * K] <= 9
+    # The mean, rows and columns in order (2), the factor turned round; Cholesky's own, one of two results, is not seen.
+    assert counts.sizes[K * K] <= 4
 
 
 def test_candidate_grids_make_no_large_tensors() -> None:

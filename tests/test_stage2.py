@@ -102,6 +102,16 @@ def test_chunks_do_not_change_the_small_problem(elements: int, monkeypatch: pyte
     assert_close(c.small().slope, expected.slope, **CLOSE)
 
 
+@pytest.mark.parametrize("panel", [1, 4, 8, 11, 1000])
+@pytest.mark.parametrize("K", [3, 8, 14, 16, 27])
+def test_panels_do_not_change_the_small_problem(K: int, panel: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage2, "_PANEL", panel)
+    c = case(K=K)
+    gram, slope = expected_small(c)
+    assert_close(c.small().gram, gram, **CLOSE)
+    assert_close(c.small().slope, slope, **CLOSE)
+
+
 def test_loss_is_that_of_the_layer_up_to_a_constant() -> None:
     c = case()
     start = grid.dequantize(c.codes, c.scales, c.zeros, GROUP, torch.float64)
@@ -347,13 +357,15 @@ def joined(parts: list[SmallProblem], name: str) -> Tensor:
     return torch.cat([getattr(part, name) for part in parts])
 
 
+@pytest.mark.parametrize("panel", [1, 8, 1000])
 @pytest.mark.parametrize("elements", [1, 30, 60, 10**6], ids=lambda e: f"chunk={e}")
 @pytest.mark.parametrize(("B", "n", "K"), [(3, 5, 14), (14, 1, 14), (4, 2, 3), (1, 4, 8)], ids=str)
 def test_small_problem_of_blocks_is_that_of_each(
-    B: int, n: int, K: int, elements: int, monkeypatch: pytest.MonkeyPatch
+    B: int, n: int, K: int, elements: int, panel: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cases = [case(n, K, seed) for seed in range(B)]
     alone = [c.small(0.01) for c in cases]
+    monkeypatch.setattr(stage2, "_PANEL", panel)
     monkeypatch.setattr(stage2, "_CHUNK_ELEMENTS", elements)
     small = small_of_blocks(cases, torch.stack([c.H for c in cases]))
     for name in ("gram", "slope", "start"):

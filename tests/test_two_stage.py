@@ -27,6 +27,7 @@ from tsq_layers.solver import (
     pairs,
     stage1,
 )
+from tsq_layers.solver import state as state_of_layers
 from tsq_layers.solver.coded import Coded
 
 N, K, GROUP, TOKENS = 6, 22, 8, 200
@@ -462,6 +463,67 @@ def test_loss_before_codes_is_that_of_the_nearest_ones() -> None:
     H = statistics().hessian / TOKENS
     slack = K * 2**-24 * float(true_loss(torch.zeros_like(Q), weight(), H).max())
     assert_close(solver.row_losses().double(), true_loss(Q, weight(), H), rtol=1e-5, atol=slack)
+
+
+def blocked(blocks: int) -> LayerStatistics:
+    """Statistics with a metric for each block of rows."""
+    parts = [statistics(seed) for seed in range(blocks)]
+    count = torch.stack([part.count for part in parts]).sum() / blocks
+    R = [part.deviation for part in parts]
+    assert all(values is not None for values in R)
+    return LayerStatistics(torch.stack([part.hessian for part in parts]), count, torch.stack(R))
+
+
+LEFT_BY_GPTQ = {
+    "usual": {},
+    "columns as they are": {"act_order": False},
+    "symmetric": {"symmetric": True},
+    "offsets": {"zero_points": "float"},
+    "zeros kept": {"keep_zeros": True},
+    "one stream": {"deviation": "none"},
+    "descent": {"refine": "descent"},
+}
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+@pytest.mark.parametrize("changes", LEFT_BY_GPTQ.values(), ids=LEFT_BY_GPTQ)
+def test_what_stage_2_is_given_by_gptq_is_that_of_full_products(changes: dict, blocks: int) -> None:
+    W = weight()
+    W[:, ::3] = 0
+    solver = TwoStageGroupQuantizer(W, statistics() if blocks == 1 else blocked(blocks), config(**changes))
+    solver.initialize_scales()
+    solver.assign_codes()
+    state, layer = solver._state, solver._layer
+    assert state.whitened is not None
+    losses, found = solver.row_losses(), state.pulled(layer)
+    assert state.whitened is None  # its memory is free again
+    state.change()
+    difference, expected = state.errors(layer)
+    # Sums of K float32 products, of errors whose weight is rounded once, on both ways: K roundings of the largest.
+    largest = (difference.abs() + W.abs()).max() * layer.known.hessian.diagonal(dim1=-2, dim2=-1).max() * K
+    assert_close(found, expected, rtol=0, atol=4 * K * 2**-24 * float(largest))
+    assert_close(losses, state.losses(layer), rtol=1e-4, atol=0)
+    with pytest.raises(AssertionError):
+        assert_close(found.roll(1, 0), expected, rtol=0, atol=4 * K * 2**-24 * float(largest))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"deviation": "refine"}, {"method": "gptq"}, {"refine": "none"}], ids=["two targets", "gptq", "stage 1"]
+)
+def test_nothing_is_kept_for_stage_2_where_it_has_another_target_or_is_not_asked_for(changes: dict) -> None:
+    solver = TwoStageGroupQuantizer(weight(), statistics(), config(**changes))
+    solver.initialize_scales()
+    solver.assign_codes()
+    assert solver._state.whitened is None
+    assert (solver._state.loss is None) == (changes.get("deviation") == "refine")
+
+
+@pytest.mark.parametrize("elements", [1, 2 * K, 5 * K])
+@pytest.mark.parametrize("method", ["gptq", "two-stage"])
+def test_losses_do_not_depend_on_how_rows_are_cut(method: str, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = solve(weight(), statistics(), method=method).losses
+    monkeypatch.setattr(state_of_layers, "_CHUNK_ELEMENTS", elements)
+    assert_close(solve(weight(), statistics(), method=method).losses, whole)
 
 
 @pytest.mark.parametrize("which", ["fitted", "held-out"])

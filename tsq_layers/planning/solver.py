@@ -14,7 +14,9 @@ from tsq_layers.config import QuantConfig
 _SIZE = 4  # bytes of a number
 _SCAN = 2**20  # weights that stage 1 looks at together
 _BLOCK = 128  # columns of which GPTQ holds grids and steps
-_PANEL = 256  # columns of H that a loss looks at together
+_PANEL = 256  # columns of H, or of its factor, that a loss, or its slope, looks at together
+_GRAM = 2**21  # weights of which stage 2 builds Gram matrices together
+_GROUPS = 512  # columns whose products with those of a group stage 2 holds
 _TOGETHER = 2**24  # weights that GPTQ works on together, where there are blocks
 
 
@@ -44,14 +46,18 @@ def solver_bytes(
     scan = min(padded, _SCAN)
     part = w if blocks == 1 else min(w, max(w // blocks, _TOGETHER))
     share = min(1.0, _BLOCK / columns)  # of the columns that GPTQ works on at once
+    gram = min(1.0, _GRAM / w)  # of the rows whose Gram matrices are built at once
+    building = w + q + gram * (w * (1 + min(1.0, _GROUPS / columns)) + q)  # integers; A; both with rows side by side
+    slope = w * (
+        1 + _other_target(config, shifted=shifted)
+    )  # (Q − W') H, and Q − W' where GPTQ did not see that target
     phases = {
-        "checks": 1.75 * max(w, h),
         "factorise": (3 if blocks == 1 else 5) * h,
         "shift": (max(2 * w + 4 * h, 6 * h) if rows > blocks * columns else 3.2 * w + 3 * h) * shifted,
         "grids": problem + (4.5 + 15 * s / padded) * scan,
         "losses": problem + 3.25 * w + h * held_out,
-        "assign": problem + max(2 * part, (1.25 + 6 * share) * part + share * h),
-        "refine": (problem + 2 * s + 2.25 * w + max(2.5 * (w + q), w + 3.1 * q)) * _refines(config),
+        "assign": problem + max(2 * part, w + (1.25 + 5 * share) * part + share * h),
+        "refine": (problem + 2 * s + 0.25 * w + max(slope + max(2 * w, building), 3.1 * q)) * _refines(config),
     }
     changed = 0.0
     if config.rotation is not None or config.channel_scaling:
@@ -72,11 +78,20 @@ def solver_flops(shape: tuple[int, int], blocks: int, config: QuantConfig, *, sh
         return 0.0
     rows, columns = shape
     half = 1 + min(1.0, _PANEL / columns)  # of a product with H, of which half is looked at
-    losses = 3 * half if not _refines(config) else 2 * half + 2  # nearest codes, GPTQ, signal; stage 2 needs all of one
-    products = losses + 1 + _refines(config) + 2 * shifted  # and the errors carried; Gram; W R
+    products = 2 * half + 1 + 2 * shifted  # losses of the nearest codes and of none; the errors carried; W R
+    if _other_target(config, shifted=shifted):  # than GPTQ's, which knows its own loss
+        products += 2 if _refines(config) else half
+    elif _refines(config):
+        products += half  # the slope, by the factor
+    products += _refines(config)  # the Gram matrices
     solves = 2 * min(rows, blocks * columns) * shifted
     return float(rows * columns**2 * products + columns**2 * solves + blocks * columns**3 / 3)
 
 
 def _refines(config: QuantConfig) -> bool:
     return config.method == "two-stage" and config.refine != "none"
+
+
+def _other_target(config: QuantConfig, *, shifted: bool) -> bool:
+    """Whether losses are measured against another target than that of the codes."""
+    return shifted and config.deviation == "refine"

@@ -17,7 +17,13 @@ codes permuted back. Rows of different blocks have different H, factors and orde
 
 The sums are formed when they are needed: for a block of columns by one matrix product over all columns
 before it, inside the block by halves, and in the smallest ranges column by column.
+
+What rounding leaves says what the codes cost: V_jj (x_j − q_j) = Σ_{i≤j} δ_i V_ij, so that E = (Q − W') V, the
+error whitened, is known column by column. The loss of a row, H damped, is ‖E‖², and (Q − W') H = E Vᵀ is a
+product with a triangle, half the work of one with H.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +34,21 @@ from tsq_layers.solver.blocks import fold, stack, take_rows
 _LEAF = 32  # columns that are summed one by one
 _BLOCK = 128  # columns whose sums over all before them are one product
 _CHUNK_ELEMENTS = 2**24  # weights whose columns advance together, where there are blocks: bounds the working memory
+_PANEL = 256  # columns of (Q − W') H that are one product
+
+
+class Assigned(NamedTuple):
+    """Codes, and what they cost under the metric with the factor V.
+
+    Attributes:
+        codes: uint8 (N, K), in the original column order.
+        loss: (Q − W') H (Q − W')ᵀ of each row, H = V Vᵀ, (N,).
+        whitened: E = (Q − W') V, columns as rows and in processing order, (B, K, n), B = 1 without blocks.
+    """
+
+    codes: Tensor
+    loss: Tensor
+    whitened: Tensor
 
 
 def assign(
@@ -62,6 +83,20 @@ def assign(
         >>> assign(torch.tensor([[1.4, 1.4]]), V, torch.arange(2), one, 0 * one, 2, 2)
         tensor([[1, 2]], dtype=torch.uint8)
     """
+    return solve(target, factor, order, scales, zeros, bits, group_size, free).codes
+
+
+def solve(
+    target: Tensor,
+    factor: Tensor,
+    order: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    bits: int,
+    group_size: int,
+    free: Tensor | None = None,
+) -> Assigned:
+    """:func:`assign`, with what the loop over the columns knows of the codes' error besides."""
     factors = stack(factor)
     blocks = factors.shape[0]
     together = max(1, _CHUNK_ELEMENTS * blocks // max(1, target.numel()))
@@ -74,12 +109,13 @@ def assign(
     )
     if free is not None:
         arguments = (*arguments, fold(free, blocks))
-    parts = list(zip(*(values.split(together) for values in arguments), strict=True))
-    found = [_assign(bits, group_size, *part) for part in parts]
-    return (found[0] if len(found) == 1 else torch.cat(found)).flatten(0, 1)
+    parts = zip(*(values.split(together) for values in arguments), strict=True)
+    found = [_solve(bits, group_size, *part) for part in parts]
+    codes, loss, whitened = found[0] if len(found) == 1 else map(torch.cat, zip(*found, strict=True))
+    return Assigned(codes.flatten(0, 1), loss.flatten(), whitened)
 
 
-def _assign(
+def _solve(
     bits: int,
     group_size: int,
     target: Tensor,
@@ -88,16 +124,39 @@ def _assign(
     scales: Tensor,
     zeros: Tensor,
     free: Tensor | None = None,
-) -> Tensor:
-    """:func:`assign` for some blocks: (b, n, K), (b, K, K), (b, K), twice (b, n, G) and (b, n, K) → (b, n, K)."""
-    left = take_rows(target.mT.contiguous(), order)
+) -> Assigned:
+    """:func:`solve` for some blocks: (b, n, K), (b, K, K), (b, K), twice (b, n, G) and (b, n, K) → (b, …) of each."""
+    whitened = target.mT.clone(memory_format=torch.contiguous_format)  # its place, once the columns are in order
+    left = take_rows(whitened, order)
     codes = torch.empty(left.shape, dtype=torch.uint8, device=left.device)
+    loss = left.new_zeros(left.shape[0], left.shape[2])
     grids = _Grids(scales.mT.contiguous(), zeros.mT.contiguous(), order // group_size, grid.code_max(bits))
     grids.free = None if free is None else take_rows(free.mT.contiguous(), order)
     for start in range(0, left.shape[1], _BLOCK):
-        _Block(left, factor, grids, codes, start, min(start + _BLOCK, left.shape[1])).solve()
+        stop = min(start + _BLOCK, left.shape[1])
+        loss += _Block(left, factor, grids, codes, whitened, start, stop).solve()
     del left, grids
-    return take_rows(codes, order.argsort(-1)).mT.contiguous()
+    return Assigned(take_rows(codes, order.argsort(-1)).mT.contiguous(), loss, whitened)
+
+
+def pulled(whitened: Tensor, factor: Tensor) -> Tensor:
+    """(Q − W') H = E Vᵀ, columns in processing order, (N, K).
+
+    Args:
+        whitened: E, as in :class:`Assigned`.
+        factor: V, as :func:`assign` takes it: what is below its diagonal is not looked at, but inside of a panel.
+    """
+    factors = stack(factor)
+    blocks, columns, rows = whitened.shape
+    found = whitened.new_empty(blocks, rows, columns)
+    for start in range(0, columns, _PANEL):
+        stop = min(start + _PANEL, columns)
+        errors, panel = whitened[:, start:].mT, factors[:, start:stop, start:].mT
+        if blocks == 1:
+            torch.mm(errors[0], panel[0], out=found[0, :, start:stop])
+        else:
+            torch.bmm(errors, panel, out=found[:, :, start:stop])
+    return found.flatten(0, 1)
 
 
 class _Grids:
@@ -149,22 +208,27 @@ class _Block:
         factor: V.
         grids: of all columns.
         codes: uint8, like ``left``; changed.
+        whitened: (Q − W') V, like ``left``; changed. The x of the columns stand there until they are rounded.
         start, stop: which columns.
     """
 
-    def __init__(self, left: Tensor, factor: Tensor, grids: _Grids, codes: Tensor, start: int, stop: int) -> None:
+    def __init__(
+        self, left: Tensor, factor: Tensor, grids: _Grids, codes: Tensor, whitened: Tensor, start: int, stop: int
+    ) -> None:
         part = slice(start, stop)
         self.error, self.codes = left[:, part], codes[:, part]
-        diagonal = factor.diagonal(dim1=-2, dim2=-1)[:, part]
-        carry = factor[:, :stop, part] / diagonal.unsqueeze(1)
-        self.carry = carry[:, start:]
-        self.best = _added(self.error, carry[:, :start], left[:, :start])
+        self.diagonal = factor.diagonal(dim1=-2, dim2=-1)[:, part]
+        carry = factor[:, :stop, part] / self.diagonal.unsqueeze(1)
+        self.carry, self.best = carry[:, start:], whitened[:, part]
+        _added(self.error, carry[:, :start], left[:, :start], self.best)
         self.scale, self.zero, self.low, self.high, self.steps = grids.of(start, stop)
 
-    def solve(self) -> None:
-        """Choose the codes and leave their errors."""
+    def solve(self) -> Tensor:
+        """Choose the codes and leave their errors; what these columns add to the loss of each row, (b, n)."""
         self._range(0, self.best.shape[1])
+        whitened = self.best.addcmul_(self.steps, self.scale, value=-1).mul_(-self.diagonal.unsqueeze(-1))
         self.codes.copy_(self.steps.add_(self.zero))
+        return torch.square(whitened, out=self.steps).sum(1)
 
     def _range(self, start: int, stop: int) -> None:
         """Columns to which everything before ``start`` has been added."""
@@ -187,11 +251,12 @@ class _Block:
             error.addcmul_(steps, scale, value=-1)
 
 
-def _added(values: Tensor, carry: Tensor, errors: Tensor) -> Tensor:
+def _added(values: Tensor, carry: Tensor, errors: Tensor, out: Tensor) -> None:
     """Values (b, m, n) and what errors (b, k, n) carry to them by (b, k, m); a single block by the faster kernel."""
     if values.shape[0] == 1:
-        return torch.addmm(values[0], carry[0].mT, errors[0]).unsqueeze(0)
-    return torch.baddbmm(values, carry.mT, errors)
+        torch.addmm(values[0], carry[0].mT, errors[0], out=out[0])
+    else:
+        torch.baddbmm(values, carry.mT, errors, out=out)
 
 
 def _add(values: Tensor, carry: Tensor, errors: Tensor) -> None:

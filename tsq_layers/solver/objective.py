@@ -15,6 +15,7 @@ the target and enters here and nowhere else. H is damped, H + λ·mean(diag H)·
 inverted or minimised; losses that are reported use the undamped H.
 """
 
+import math
 import warnings
 from dataclasses import dataclass
 
@@ -256,21 +257,28 @@ def check_shapes(weight: Tensor, statistics: LayerStatistics, name: str) -> None
 def check_values(weight: Tensor, statistics: LayerStatistics | None, name: str) -> None:
     """Refuse NaN and inf in the weight, and in the statistics if there are any, and statistics of no tokens."""
     zero = torch.zeros((), device=weight.device)
-    bad_inputs, count = zero, zero + 1
+    inputs, total, count = [], zero, zero + 1
     if statistics is not None:
-        sums = (statistics.hessian,) if statistics.deviation is None else (statistics.hessian, statistics.deviation)
-        bad_inputs = torch.stack([(~torch.isfinite(values)).sum() for values in sums]).sum()
+        inputs = [values for values in (statistics.hessian, statistics.deviation) if values is not None]
+        total = torch.stack([values.sum() for values in inputs]).sum()
         count = statistics.count.to(weight.device).reshape(())
-    bad, inputs, tokens = to_host((~torch.isfinite(weight)).sum(), bad_inputs, count)
-    if bad:
+    # A sum is finite only if every part is: one pass, where looking at every entry is five, and masks. It may
+    # overflow, too, so the entries are looked at where it is not.
+    whole, sums, tokens = to_host(weight.sum(), total, count)
+    if not math.isfinite(whole) and (bad := _bad(weight)):
         raise LayerError(
-            f"{name}: {bad:.0f} of its weights are NaN or inf; repair the checkpoint, or add the layer to skip"
+            f"{name}: {bad} of its weights are NaN or inf; repair the checkpoint, or add the layer to skip"
         )
     if not tokens > 0:
         raise CalibrationError(
             f"{name}: its statistics hold no tokens; run calibration data through it, or add it to skip"
         )
-    if inputs:
+    if not math.isfinite(sums) and any(map(_bad, inputs)):
         raise CalibrationError(
             f"{name}: NaN or inf in its input statistics; look at the calibration data and for overflow in half precision, or add the layer to skip"
         )
+
+
+def _bad(values: Tensor) -> int:
+    """How many are NaN or inf."""
+    return int(to_host((~torch.isfinite(values)).sum())[0])

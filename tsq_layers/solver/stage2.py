@@ -25,9 +25,10 @@ import torch
 from torch import Tensor
 
 from tsq_layers import grid
-from tsq_layers.solver.blocks import chunks, product, stack
+from tsq_layers.solver.blocks import chunks, fold, stack
 
-_CHUNK_ELEMENTS = 2**20  # weights whose products are held at once
+_CHUNK_ELEMENTS = 2**21  # weights whose rows are looked at together
+_PANEL = 512  # columns whose products with those of a group are held at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,22 +71,56 @@ def small_problem(
         hessian: damped H, float32 (K, K), or (B, K, K) for blocks of rows.
         start: s°, float32 (N, G).
     """
-    pieces = chunks(steps, stack(hessian), _CHUNK_ELEMENTS)
-    gram = torch.cat([_gram(*piece, group_size) for piece in pieces])
-    slope = -grid.to_groups(steps * pulled, group_size).sum(-1)
+    count = grid.group_count(steps.shape[1], group_size)
+    gram, slope = steps.new_empty(len(steps), count, count), steps.new_empty(len(steps), count)
+    first = 0
+    for part, metrics in chunks(steps, stack(hessian), _CHUNK_ELEMENTS):
+        rows = slice(first, first + len(part))
+        _gram(part, metrics, group_size, out=gram[rows])
+        torch.neg(grid.to_groups(part * pulled[rows], group_size).sum(-1), out=slope[rows])
+        first += len(part)
     return SmallProblem(gram, slope, start, ridge)
 
 
-def _gram(steps: Tensor, hessian: Tensor, group_size: int) -> Tensor:
-    """A (C, G, G). The lower triangle is computed: group i against the columns up to its own end."""
-    columns = steps.shape[1]
-    count = grid.group_count(columns, group_size)
-    gram = steps.new_zeros(steps.shape[0], count, count)
-    for i in range(count):
-        start, stop = i * group_size, min((i + 1) * group_size, columns)
-        products = product(steps[:, start:stop], hessian[:, start:stop, :stop]).mul_(steps[:, :stop])
-        gram[:, i, : i + 1] = grid.to_groups(products, group_size).sum(-1)
-    return gram + gram.tril(-1).transpose(1, 2)
+def _gram(steps: Tensor, hessian: Tensor, group_size: int, out: Tensor) -> None:
+    """A of some rows, (b·c, G, G): steps (b·c, K), hessian (b, K, K).
+
+    The lower triangle is computed, a panel of groups against each group from their first on. Rows lie side by
+    side, so that sums over a group add up vectors; and a panel stays in the cache until they are taken.
+    """
+    blocks, columns = hessian.shape[0], steps.shape[1]
+    steps_bKc = fold(steps, blocks).mT.contiguous()
+    count, rows = out.shape[1], steps_bKc.shape[2]
+    gram_bGGc = steps.new_empty(blocks, count, count, rows)
+    wide = max(1, _PANEL // group_size)
+    room = steps.new_empty(blocks * min(columns, wide * group_size) * rows)
+    for first, past in _panels(columns, group_size, wide):
+        for i in range(first, count):
+            stop = min(i + 1, past)  # of the groups of the panel
+            own, other = (
+                slice(start * group_size, min(end * group_size, columns)) for start, end in ((i, i + 1), (first, stop))
+            )
+            width = other.stop - other.start
+            products = room[: blocks * width * rows].view(blocks, width, rows)
+            if blocks == 1:
+                torch.mm(hessian[0, other, own], steps_bKc[0, own], out=products[0])
+            else:
+                torch.bmm(hessian[:, other, own], steps_bKc[:, own], out=products)
+            found = products.mul_(steps_bKc[:, other]).unflatten(1, (stop - first, -1)).sum(2)
+            gram_bGGc[:, i, first:stop] = gram_bGGc[:, first:stop, i] = found
+    fold(out, blocks).flatten(2).copy_(gram_bGGc.flatten(1, 2).mT)
+
+
+def _panels(columns: int, group_size: int, wide: int) -> list[tuple[int, int]]:
+    """First and past the last group of each panel of at most ``wide`` groups; a short group is one of its own.
+
+    Example:
+        >>> _panels(columns=22, group_size=4, wide=2)
+        [(0, 2), (2, 4), (4, 5), (5, 6)]
+    """
+    whole = columns // group_size
+    short = [(whole, whole + 1)] if columns % group_size else []
+    return [(first, min(first + wide, whole)) for first in range(0, whole, wide)] + short
 
 
 def descent(problem: SmallProblem, sweeps: int, positive: int | None = None) -> Tensor:
@@ -127,7 +162,9 @@ def exact(problem: SmallProblem, fallback: Tensor, positive: int | None = None) 
     """
     diagonal = problem.gram.diagonal(dim1=1, dim2=2)
     pull = torch.where(diagonal > 0, problem.ridge * diagonal, torch.ones_like(diagonal))
-    lower, info = torch.linalg.cholesky_ex(problem.gram + torch.diag_embed(pull))
+    system = problem.gram.clone()
+    system.diagonal(dim1=1, dim2=2).add_(pull)
+    lower, info = torch.linalg.cholesky_ex(system)
     scales = problem.start + torch.cholesky_solve(problem.slope.unsqueeze(-1), lower).squeeze(-1)
     sound = (info == 0) & (scales[:, :positive] > 0).all(1) & torch.isfinite(scales).all(1)
     return torch.where(sound.unsqueeze(1), scales, fallback)

@@ -9,12 +9,13 @@ from tsq_layers import grid
 from tsq_layers.config import QuantConfig
 from tsq_layers.errors import LayerError, StateError
 from tsq_layers.records import Outliers, QuantizedWeight
-from tsq_layers.solver import codebook, offsets
-from tsq_layers.solver.blocks import product, scaled
+from tsq_layers.solver import codebook, gptq, offsets
+from tsq_layers.solver.blocks import in_original_order, product, scaled
 from tsq_layers.solver.coded import Coded
 from tsq_layers.solver.objective import Problem, squared_error
 
 _SLACK = 64  # units of rounding: a loss that is less than so many of the part that damping has in it is none
+_CHUNK_ELEMENTS = 2**20  # weights whose errors are squared at once: bounds the temporaries
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +61,7 @@ class State:
         sparse: outliers, added to what the codes stand for, float32 (N, K), made of values that are stored.
         outliers: the same, as they are stored.
         residual: Q − W' and (Q − W') H of the present state, once asked for.
+        whitened: E = (Q − W') V of the present state, as ``gptq.Assigned`` has it, until (Q − W') H is made of it.
         loss: (Q − W') H (Q − W')ᵀ of each row of the present state, where a step knows it, (N,); H damped.
         objective: see ``SolverResult``.
         seconds: step → wall time.
@@ -73,6 +75,7 @@ class State:
     sparse: Tensor | None = None
     outliers: Outliers | None = None
     residual: tuple[Tensor, Tensor] | None = None
+    whitened: Tensor | None = None
     loss: Tensor | None = None
     objective: dict[str, Tensor] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -128,19 +131,20 @@ class State:
         scales, zeros = self.grids(layer)
         return grid.quantize(self.reduced(layer, target), scales, zeros, layer.config.bits, layer.group_size)
 
-    def dequantized(self, layer: Layer) -> Tensor:
-        """Q (N, K); of the nearest codes, if there are none yet."""
+    def dequantized(self, layer: Layer, rows: slice = slice(None)) -> Tensor:
+        """Q (N, K), or some rows of it; of the nearest codes, if there are none yet."""
         if self.tables is None:
             self.grids(layer)
         codes = self.codes
         if codes is None:
             codes = self.nearest(layer, layer.known.grid_target)
         if self.tables is not None:
-            return codebook.dequantize(codes, self.tables, layer.group_size)
-        values = grid.dequantize(codes, *self.grids(layer), layer.group_size)
+            return codebook.dequantize(codes[rows], self.tables[rows], layer.group_size)
+        scales, zeros = self.grids(layer)
+        values = grid.dequantize(codes[rows], scales[rows], zeros[rows], layer.group_size)
         if self.offsets is not None:
-            values += offsets.spread(self.offsets, layer.group_size, values.shape[1])
-        return values if self.sparse is None else values + self.sparse
+            values += offsets.spread(self.offsets[rows], layer.group_size, values.shape[1])
+        return values if self.sparse is None else values + self.sparse[rows]
 
     def keep_zeros(self, layer: Layer) -> None:
         """Put codes back to zero where the weight is."""
@@ -150,7 +154,7 @@ class State:
 
     def change(self) -> None:
         """Forget what is known of the state before."""
-        self.residual = self.loss = None
+        self.residual = self.whitened = self.loss = None
 
     def difference(self, layer: Layer) -> Tensor:
         """Q − W', (N, K)."""
@@ -165,17 +169,33 @@ class State:
             self.residual = difference, product(difference, layer.known.hessian)
         return self.residual
 
+    def pulled(self, layer: Layer) -> Tensor:
+        """(Q − W') H, H damped, by the cheaper of the ways that there are."""
+        problem = layer.known
+        if self.whitened is None:
+            return self.errors(layer)[1]
+        found, self.whitened = gptq.pulled(self.whitened, problem.factor), None
+        return in_original_order(found, problem.order)
+
     def losses(self, layer: Layer) -> Tensor:
         """(Q − W') H (Q − W')ᵀ of each row, H not damped, (N,)."""
-        difference, ridge = self.difference(layer), layer.known.ridge
+        ridge = layer.known.ridge
+        if self.loss is not None:
+            damping = scaled(self._squares(layer).unsqueeze(1), ridge).squeeze(1)
+            left = self.loss - damping
+            return torch.where(left > _SLACK * torch.finfo(left.dtype).eps * damping, left, torch.zeros_like(left))
+        difference = self.difference(layer)
         if self.residual is not None:
             undamped = scaled(difference, ridge)
             return torch.sub(self.residual[1], undamped, out=undamped).mul_(difference).sum(1)
-        if self.loss is not None:
-            damping = scaled(difference, ridge).mul_(difference).sum(1)
-            left = self.loss - damping
-            return torch.where(left > _SLACK * torch.finfo(left.dtype).eps * damping, left, torch.zeros_like(left))
         return squared_error(difference, layer.known.hessian, ridge)
+
+    def _squares(self, layer: Layer) -> Tensor:
+        """‖Q − W'‖² of each row, (N,)."""
+        target = layer.known.refine_target
+        height = max(1, _CHUNK_ELEMENTS // target.shape[1])
+        pieces = [slice(start, start + height) for start in range(0, len(target), height)]
+        return torch.cat([self.dequantized(layer, rows).sub_(target[rows]).square_().sum(1) for rows in pieces])
 
     def stored(self, layer: Layer) -> QuantizedWeight:
         """The present codes and grids, or tables, as they are stored."""

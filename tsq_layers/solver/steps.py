@@ -87,9 +87,12 @@ def assign(layer: Layer, state: State) -> None:
     else:
         problem, (scales, zeros) = layer.known, state.grids(layer)
         target = state.reduced(layer, problem.grid_target)
-        state.codes = gptq.assign(
+        state.codes, loss, whitened = gptq.solve(
             target, problem.factor, problem.order, scales, zeros, config.bits, layer.group_size, layer.free
         )
+        if problem.refine_target is problem.grid_target:  # that of the loss, and of stage 2
+            state.loss = loss
+            state.whitened = whitened if asked_for(config)["refine"] else None
 
 
 def descend(layer: Layer, state: State) -> None:
@@ -143,10 +146,10 @@ def descend_pairs(layer: Layer, state: State) -> None:
 def refine(layer: Layer, state: State) -> None:
     """All scales, and offsets, on the layer-wise loss, codes frozen; and the objective of both solvers."""
     config, positive = layer.config, state.grids(layer)[0].shape[1]
-    difference, pulled = state.errors(layer)
-    before = (pulled * difference).sum(1)
+    pulled = state.pulled(layer)
+    before = state.loss if state.loss is not None else (pulled * state.difference(layer)).sum(1)
     small = _small_problem(layer, state, pulled)
-    del difference, pulled
+    del pulled
     state.change()
     solutions = {"descent": stage2.descent(small, config.refine_sweeps, positive)}
     solutions["exact"] = stage2.exact(small, fallback=solutions["descent"], positive=positive)

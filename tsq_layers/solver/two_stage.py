@@ -180,7 +180,7 @@ class TwoStageGroupQuantizer:
             LayerError: statistics that do not fit the weight.
         """
         if statistics is None:
-            if self._is_next("refine"):
+            if self._state.loss is None and self._is_next("refine"):
                 self._state.errors(self._layer)  # which that step needs
             return self._state.losses(self._layer)
         difference = self._state.difference(self._layer)
