@@ -252,6 +252,14 @@ def test_exact_takes_the_fallback_when_the_system_is_singular() -> None:
     assert_close(stage2.exact(pulled, fallback), torch.tensor([[0.5, 0.5]], dtype=torch.float64), **CLOSE)
 
 
+@pytest.mark.parametrize("elements", [1, 33, 10**6])
+def test_rows_that_are_solved_together_do_not_change_the_scales(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = case(N=7).small(0.1)
+    expected = stage2.exact(small, small.start)
+    monkeypatch.setattr(stage2, "_SYSTEM_ELEMENTS", elements)
+    assert_close(stage2.exact(small, small.start), expected, **CLOSE)
+
+
 def test_exact_falls_back_by_row() -> None:
     c = case()
     sound = c.small()

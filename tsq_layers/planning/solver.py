@@ -16,6 +16,7 @@ _SCAN = 2**20  # weights that stage 1 looks at together
 _BLOCK = 128  # columns of which GPTQ holds grids and steps
 _PANEL = 256  # columns of H, or of its factor, that a loss, or its slope, looks at together
 _GRAM = 2**21  # weights of which stage 2 builds Gram matrices together
+_SYSTEMS = 2**21  # entries of the Gram matrices that it solves together
 _GROUPS = 512  # columns whose products with those of a group stage 2 holds
 _TOGETHER = 2**24  # weights that GPTQ works on together, where there are blocks
 
@@ -34,7 +35,7 @@ def solver_bytes(
 
     Example:
         >>> solver_bytes((576, 1536), 1, QuantConfig(), shifted=True)
-        40163328
+        39636173
     """
     rows, columns = shape
     groups = grid.group_count(columns, min(config.group_size or columns, columns))
@@ -48,16 +49,15 @@ def solver_bytes(
     share = min(1.0, _BLOCK / columns)  # of the columns that GPTQ works on at once
     gram = min(1.0, _GRAM / w)  # of the rows whose Gram matrices are built at once
     building = w + q + gram * (w * (1 + min(1.0, _GROUPS / columns)) + q)  # integers; A; both with rows side by side
-    slope = w * (
-        1 + _other_target(config, shifted=shifted)
-    )  # (Q − W') H, and Q − W' where GPTQ did not see that target
+    solving = 2.1 * min(q, _SYSTEMS)  # the systems of some rows, and their factors
+    slope = w * (1 + _other_target(config, shifted=shifted))  # (Q − W') H; and Q − W', if that is not GPTQ's
     phases = {
         "factorise": (3 if blocks == 1 else 5) * h,
         "shift": (max(2 * w + 4 * h, 6 * h) if rows > blocks * columns else 3.2 * w + 3 * h) * shifted,
         "grids": problem + (4.5 + 15 * s / padded) * scan,
         "losses": problem + 3.25 * w + h * held_out,
         "assign": problem + max(2 * part, w + (1.25 + 5 * share) * part + share * h),
-        "refine": (problem + 2 * s + 0.25 * w + max(slope + max(2 * w, building), 3.1 * q)) * _refines(config),
+        "refine": (problem + 2 * s + 0.25 * w + max(slope + max(2 * w, building), q + solving)) * _refines(config),
     }
     changed = 0.0
     if config.rotation is not None or config.channel_scaling:

@@ -28,6 +28,7 @@ from tsq_layers import grid
 from tsq_layers.solver.blocks import chunks, fold, stack
 
 _CHUNK_ELEMENTS = 2**21  # weights whose rows are looked at together
+_SYSTEM_ELEMENTS = 2**21  # entries of the systems that are solved at once: bounds the temporaries
 _PANEL = 512  # columns whose products with those of a group are held at once
 
 
@@ -150,7 +151,7 @@ def descent(problem: SmallProblem, sweeps: int, positive: int | None = None) -> 
 
 
 def exact(problem: SmallProblem, fallback: Tensor, positive: int | None = None) -> Tensor:
-    """The scales of every row that minimise F, (N, G): one batched Cholesky solve.
+    """The scales of every row that minimise F, (N, G): batched Cholesky solves.
 
     A row whose solution has a scale that is not positive, or whose system is singular, takes the
     scales of ``fallback`` (N, G) as a whole: part of a joint minimum is no minimum.
@@ -160,10 +161,20 @@ def exact(problem: SmallProblem, fallback: Tensor, positive: int | None = None) 
         fallback: (N, G).
         positive: how many of the unknowns, from the first on, must be positive; ``None``: all.
     """
-    diagonal = problem.gram.diagonal(dim1=1, dim2=2)
-    pull = torch.where(diagonal > 0, problem.ridge * diagonal, torch.ones_like(diagonal))
+    height = max(1, _SYSTEM_ELEMENTS // problem.gram.shape[1] ** 2)
+    given = (problem.gram, problem.slope, problem.start, fallback)
+    pieces = zip(*(values.split(height) for values in given), strict=True)
+    found = [
+        _exact(SmallProblem(gram, slope, start, problem.ridge), other, positive) for gram, slope, start, other in pieces
+    ]
+    return torch.cat(found)
+
+
+def _exact(problem: SmallProblem, fallback: Tensor, positive: int | None) -> Tensor:
+    """:func:`exact` for some rows."""
     system = problem.gram.clone()
-    system.diagonal(dim1=1, dim2=2).add_(pull)
+    diagonal = system.diagonal(dim1=1, dim2=2)
+    diagonal += torch.where(diagonal > 0, problem.ridge * diagonal, torch.ones_like(diagonal))
     lower, info = torch.linalg.cholesky_ex(system)
     scales = problem.start + torch.cholesky_solve(problem.slope.unsqueeze(-1), lower).squeeze(-1)
     sound = (info == 0) & (scales[:, :positive] > 0).all(1) & torch.isfinite(scales).all(1)
