@@ -70,11 +70,15 @@ def test_going_on_from_gptq_is_the_whole_run(options, blocks):
     whole = TwoStageGroupQuantizer(weight, statistics, config).run()
     first = TwoStageGroupQuantizer(weight, statistics, dataclasses.replace(config, refine="none", joint_rounds=0)).run()
     rest = TwoStageGroupQuantizer(weight, statistics, config).run(start=first.weight)
-    for name in ("codes", "scales", "zeros", "offsets"):
+    for name in ("codes", "zeros"):
+        assert torch.equal(getattr(rest.weight, name), getattr(whole.weight, name))
+    # GPTQ leaves (Q − W') V, codes that are given have products with H: sums of 40 in another order, of float32.
+    for name in ("scales", "offsets"):
         one, other = getattr(rest.weight, name), getattr(whole.weight, name)
-        assert (one is None and other is None) or torch.equal(one, other)
-    assert torch.equal(rest.losses["assign"], whole.losses["assign"])
-    assert torch.equal(rest.losses["refine"], whole.losses["refine"])
+        one_unit = torch.finfo(config.torch_scale_dtype).eps
+        assert (one is None and other is None) or torch.allclose(one, other, rtol=one_unit, atol=0)
+    for step in ("assign", "refine"):
+        assert torch.allclose(rest.losses[step], whole.losses[step], rtol=4 * 40 * 2**-24, atol=0)
 
 
 @pytest.mark.parametrize("seed", range(5))
