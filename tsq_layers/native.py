@@ -1,6 +1,6 @@
 """Packed layers on a CPU: the sources in ``packed``, compiled once for a machine by its C++ compiler, kept on disk, registered as operations.
 
-One library serves all widths, shapes, kinds of grids and numbers of rows. It is built (about 10 seconds) where a packed
+One library serves all widths, shapes, kinds of grids and numbers of rows. It is built (10 to 20 seconds) where a packed
 layer first runs on a CPU, or by ``tsq_layers.warmup``; later processes load it in milliseconds from ``tsq_layers/native``
 in the user's cache directory (``XDG_CACHE_HOME``). Where it cannot be built, a warning says so once and
 :mod:`tsq_layers.kernels` goes its other ways.
