@@ -1,4 +1,8 @@
 // Few rows of input, in floats: codes are multiplied as they are decoded.
+//
+// The inputs are laid out once for all rows of the weight in the order of the pieces, each filled up with zeros to whole
+// vectors; a code that is read behind the end of a piece meets a zero. A code is not even shifted: masked in its place it is
+// code · 2^right, which a float holds exactly, and the power of two goes into the scale. Only one at the sign has to be.
 #pragma once
 
 #include <ATen/Parallel.h>

@@ -1,4 +1,8 @@
-// Where the codes of a row are: planes, fields and pieces; and how those of several planes are put together.
+// Where the codes of a row are, and how those of several planes are put together.
+//
+// A row of codes is cut into *pieces*: stretches of columns in which the place of a code in its word and the group are
+// constant. Within a piece neighbouring columns are neighbouring words, so that eight codes are a load and a mask. Any
+// number of columns and any group size are therefore the same loop over pieces.
 #pragma once
 
 #include <algorithm>

@@ -1,14 +1,9 @@
 // Packed layers on a CPU: the two operations that tsq_layers/native.py compiles and registers.
 //
-// A row of codes is cut into *pieces*: stretches of columns in which the place of a code in its word and the group are
-// constant. Within a piece neighbouring columns are neighbouring words, so that eight codes are a load and a mask. The
-// inputs are laid out once for all rows in the order of the pieces, each filled up with zeros to whole vectors; a code
-// that is read behind the end of a piece meets a zero. Any number of columns and any group size are therefore the same loop.
-//
 //   y_n = sum over columns of  (scale · code + shift) · x,   shift = −scale · zero, or the offset
 //
-// A code is not even shifted: masked in its place it is code · 2^right, which a float holds exactly, and the power of
-// two goes into the scale. Only one at the sign has to be.
+// One row of input is multiplied in integers (integers.h), few in floats as codes are decoded (floats.h), and of many the
+// matrix is made, a block at a time. layout.h says where codes are, weight.h reads grids, vectors.h has the vectors.
 //
 // N rows of the weight, K columns, G groups a row, W words a row, M rows of input, T tables a row.
 
