@@ -130,6 +130,18 @@ def test_the_matrix_is_bit_equal_to_the_grids(kind, bits, dtype):
 
 
 @needs_operations
+@pytest.mark.parametrize("columns", range(1, 10))
+def test_narrow_rows_end_where_they_end(columns):
+    # A vector behind the last column of a row of less than a vector would reach over the row after it.
+    for bits, group_size in ((2, columns), (3, 2), (4, 1), (8, 3)):
+        weight = made("offsets", 33, columns, bits, group_size, scale_dtype=torch.float32)
+        layer = QuantLinear.from_quantized(weight)
+        for _ in range(20):
+            assert torch.equal(layer.dequantize(torch.float32), weight.dequantize(torch.float32))
+        assert off(torch.randn(40, columns), layer_of("offsets", 33, columns, bits, group_size)) < 8
+
+
+@needs_operations
 def test_a_sum_that_cancels_keeps_its_digits():
     weight = made("offsets", 4, 256, 1, 256)
     weight.offsets.copy_(-weight.scales)  # levels -s and 0

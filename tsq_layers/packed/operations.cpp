@@ -33,8 +33,8 @@ void matrix(const Packed& packed, int64_t begin, int64_t end, at::ScalarType typ
     const int64_t last = std::min(end, begin + to * ROWS) - 1;
     for (int64_t n = begin + from * ROWS, r = 0; n <= last; ++n, r = (r + 1) % ROWS) {
       if (r == 0) rows.read(n);
-      // What is too much of a row, the next one replaces, if it is this thread's.
-      float* made = type == at::kFloat && n < last ? (float*)out + (n - begin) * layout.columns : values.data();
+      // What is too much of a row, less than a vector, the next one replaces, if it is this thread's and as long.
+      float* made = type == at::kFloat && n < last && layout.columns >= LANES ? (float*)out + (n - begin) * layout.columns : values.data();
       for (const Piece& piece : layout.pieces) {
         const int32_t* at = rows.at + r * layout.words + piece.word;
         const int64_t grid = piece.group * ROWS + r, vectors = piece.vectors;
