@@ -159,11 +159,11 @@ def check_words(words: Tensor, bits: int, columns: int) -> None:
 
 def _unpack_plane(words_NW: Tensor, plane: Plane, columns: int) -> Tensor:
     """The plane's bits of every code, at their place in the code, uint8 (N, K)."""
-    parts = []
-    for field in range(plane.fields):
-        words = words_NW.narrow(1, plane.start, plane.segment(field, columns)[1])
-        parts.append(field_of(words, plane, field).to(torch.uint8))
-    return torch.cat(parts, dim=1)
+    words_N1P = words_NW.narrow(1, plane.start, plane.words).unsqueeze(1)
+    right_F1 = torch.arange(0, WORD_BITS, plane.bits, dtype=torch.int32, device=words_NW.device).unsqueeze(1)
+    # A negative word shifts ones in from the left; the mask removes them.
+    fields_NFP = (words_N1P >> right_F1).bitwise_and_(plane.mask).to(torch.uint8)
+    return fields_NFP.flatten(1).narrow(1, 0, columns) << plane.shift
 
 
 def field_of(words: Tensor, plane: Plane, field: int) -> Tensor:
