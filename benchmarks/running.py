@@ -2,8 +2,8 @@
 
     python benchmarks/running.py --threads 1 --layers 4096x4096 576x576 --bits 2 3 4 8 --rows 1 16 --json running.json
 
-All that is compared takes turns, and each ratio is of medians; the spread is (largest - smallest) / median of the middle
-half of the times. With one thread the time is that of the thread's own CPU clock, so that other work on the machine counts
+All that is compared takes turns, in another order each time, since what runs after a large product finds other caches and
+clock rates. Each ratio is of medians; the spread is (largest - smallest) / median of the middle half of the times. With one thread the time is that of the thread's own CPU clock, so that other work on the machine counts
 less. Beside F.linear in float32 and bfloat16: the same weight dequantised at each call; torchao's weight-only layer, if it is
 installed; aten's kernel for 4 bits, where it takes the layer. The limit is the bytes of a layer by the measured bandwidth
 of a sum over a tensor larger than the caches.
@@ -11,6 +11,7 @@ of a sum over a tensor larger than the caches.
 
 import argparse
 import json
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -75,14 +76,15 @@ def alternatives(layer: QuantLinear, x: Tensor, group: int) -> dict[str, Callabl
 def measure(
     actions: dict[str, Callable[[], object]], seconds: float, clock: Callable[[], float]
 ) -> dict[str, list[float]]:
-    """Sorted seconds of each action; they take turns, and the first turn is not counted."""
+    """Sorted seconds of each action; they take turns in another order each time, and the first turn is not counted."""
+    shuffle = random.Random(0)  # noqa: S311
     times: dict[str, list[float]] = {name: [] for name in actions}
     end = time.perf_counter() + seconds
     turns = 0
     while turns < 4 or (time.perf_counter() < end and turns < 200):
-        for name, action in actions.items():
+        for name in shuffle.sample(list(actions), len(actions)):
             started = clock()
-            action()
+            actions[name]()
             times[name].append(clock() - started)
         turns += 1
     return {name: sorted(values[1:]) for name, values in times.items()}
