@@ -410,6 +410,19 @@ def test_inductor_is_as_exact_as_the_plain_path(
 
 @pytest.mark.compile
 @ignore_torchs_own
+@pytest.mark.parametrize("bits", [2, 3])
+def test_inductor_makes_the_matrix_bit_by_bit(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_usable", False)
+    monkeypatch.setattr(kernels, "_PLAIN_MATRICES", set())
+    layer = QuantLinear.from_quantized(random_weight(24, 100, bits, 16))
+    kept = len(kernels._compiled)
+    found = kernels._matrix(layer.words, layer.grids, layer.shifts, kernels.Format(bits, 16, 100), torch.float32)
+    assert len(kernels._compiled) == kept + 1
+    assert torch.equal(found, layer.weight)
+
+
+@pytest.mark.compile
+@ignore_torchs_own
 @pytest.mark.parametrize("usable", [True, False], ids=["native", "inductor"])
 def test_a_compiled_model_inlines_its_layers(monkeypatch: pytest.MonkeyPatch, usable: bool) -> None:
     monkeypatch.setattr(native, "_usable", native.usable() and usable)

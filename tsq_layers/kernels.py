@@ -16,8 +16,8 @@ Grids are float16, bfloat16 or float32. There is a table for each row (T = 1) or
 
 With few rows of input (decoding) the words are the traffic, so one pass over them must do everything;
 with many the weight is dequantised and multiplied. On a CPU both are the operations of
-:mod:`tsq_layers.native`. On other devices, and where those cannot be built, many rows run uncompiled, and
-few by :mod:`tsq_layers.few_rows`, functions that are compiled here, one for each kind of call; inside
+:mod:`tsq_layers.native`. On other devices :mod:`tsq_layers.few_rows` and dequantising are compiled here, one
+function for each kind of call (where those operations cannot be built on a CPU, only the former); inside
 somebody else's ``torch.compile`` they are inlined. Wherever tensors have no values (fake, meta,
 exporting) the plain path runs.
 
@@ -76,7 +76,7 @@ def dequantize(
         >>> dequantize(words, torch.tensor([[0.5]]), None, 2, 4, 4, torch.float32)
         tensor([[-1.0000, -0.5000,  0.0000,  0.5000]])
     """
-    form, rows = _format(grids, bits, group_size, columns), words.shape[0]
+    form, rows = format_of(grids, bits, group_size, columns), words.shape[0]
     if dtype in native.DTYPES and _native(words) and not _trains(grids, shifts):
         packing.check_words(words, bits, columns)
         made: Tensor = torch.ops.tsq_layers.dequantize.default(
@@ -84,19 +84,20 @@ def dequantize(
         )
         return made
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or rows * columns <= _BLOCK:
-        return _dequantize(words, grids, shifts, form, dtype)
+        return matrix_of(words, grids, shifts, form, dtype)
     # A block of rows at a time: the many float32 intermediates stay small.
     weight_NK = torch.empty(rows, columns, dtype=dtype, device=words.device)
     step = max(1, _BLOCK // columns)
     for first in range(0, rows, step):
         count = min(step, rows - first)
         some = None if shifts is None else shifts.narrow(0, first, count)
-        block = _dequantize(words.narrow(0, first, count), grids.narrow(0, first, count), some, form, dtype)
+        block = matrix_of(words.narrow(0, first, count), grids.narrow(0, first, count), some, form, dtype)
         weight_NK.narrow(0, first, count).copy_(block)
     return weight_NK
 
 
-def _dequantize(words: Tensor, grids: Tensor, shifts: Tensor | None, form: Format, dtype: torch.dtype) -> Tensor:
+def matrix_of(words: Tensor, grids: Tensor, shifts: Tensor | None, form: Format, dtype: torch.dtype) -> Tensor:
+    """:func:`dequantize` all at once, which a compiler makes one loop of."""
     codes_NK = packing.unpack(words, form.bits, form.columns)
     if grids.dim() == 3:
         return grid.look_up(codes_NK, grids, form.group_size, dtype)
@@ -105,7 +106,7 @@ def _dequantize(words: Tensor, grids: Tensor, shifts: Tensor | None, form: Forma
     return grid.dequantize(codes_NK, grids, zero_points(grids, shifts, form.bits), form.group_size, dtype)
 
 
-def _format(grids: Tensor, bits: int, group_size: int, columns: int) -> Format:
+def format_of(grids: Tensor, bits: int, group_size: int, columns: int) -> Format:
     """With one table a row, the row is the group."""
     return Format(bits, columns if grids.dim() == 3 and grids.shape[1] == 1 else group_size, columns)
 
@@ -161,7 +162,7 @@ def linear(
     check_input(x, columns, words.shape[0])
     x = autocast(x)
     bias = None if bias is None else bias.to(x.dtype)
-    form = _format(grids, bits, group_size, columns)
+    form = format_of(grids, bits, group_size, columns)
     differentiable = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     if differentiable and not torch.compiler.is_exporting() and not torch._C._are_functorch_transforms_active():
         output: Tensor = _Linear.apply(x, words, grids, shifts, bias, form)
@@ -262,16 +263,24 @@ def _forward(
     if torch.compiler.is_exporting() or not one_pass(form.bits, form.group_size, form.columns):
         return _dense(x, words, grids, shifts, bias, form)
     rows = math.prod(x.shape[:-1])
-    if rows == 0 or rows > FEW_ROWS:
+    if rows == 0 or rows > most_rows(grids, form.bits):
         return _dense(x, words, grids, shifts, bias, form)
     x_MK = x.reshape(rows, form.columns)
     if torch.compiler.is_compiling():
         y_MN = few_rows(x_MK, words, grids, shifts, bias, form)
     elif _can_compile(x):
-        y_MN = _run_compiled(x_MK, words, grids, shifts, bias, form)
+        y_MN = _few(x_MK, words, grids, shifts, bias, form)
     else:
         y_MN = _dense(x_MK, words, grids, shifts, bias, form)
     return y_MN.to(x.dtype).reshape(*x.shape[:-1], words.shape[0])
+
+
+def most_rows(grids: Tensor, bits: int) -> int:
+    """Rows of input that :func:`few_rows` takes.
+
+    With tables or several planes only one: of more, Inductor would keep the float32 weights to read them again.
+    """
+    return FEW_ROWS if grids.dim() == 2 and len(packing.planes(1, bits)) == 1 else 1
 
 
 def _run_native(
@@ -289,13 +298,14 @@ def _run_native(
 
 
 def _dense(x: Tensor, words: Tensor, grids: Tensor, shifts: Tensor | None, bias: Tensor | None, form: Format) -> Tensor:
-    return F.linear(x, dequantize(words, grids, shifts, *form, x.dtype), bias)
+    return F.linear(x, _matrix(words, grids, shifts, form, x.dtype), bias)
 
 
 # --- compilation -------------------------------------------------------------------------------
 
 _compiled: dict[tuple[Any, ...], Callable[..., Tensor]] = {}
 _uncompilable: set[str] = set()
+_PLAIN_MATRICES = {"cpu"}  # device types on which dequantising is not compiled
 
 
 def _can_compile(x: Tensor) -> bool:
@@ -303,56 +313,61 @@ def _can_compile(x: Tensor) -> bool:
     return x.device.type not in _uncompilable and _has_values(x)
 
 
-def _compiled_for(key: tuple[Any, ...]) -> Callable[..., Tensor]:
-    """The compiled function for calls of this kind.
-
-    Dynamo counts recompilations per code object and silently gives up at the eighth: a model with
-    nine shapes of layers would run its ninth eagerly. So every kind has a code object of its own.
-    """
-    if key not in _compiled:
-        code = few_rows.__code__.replace(co_name=f"few_rows_{len(_compiled)}")
-        _compiled[key] = torch.compile(FunctionType(code, few_rows.__globals__), fullgraph=True, dynamic=False)
-    return _compiled[key]
-
-
-def _run_compiled(
+def _few(
     x_MK: Tensor, words: Tensor, grids: Tensor, shifts: Tensor | None, bias: Tensor | None, form: Format
 ) -> Tensor:
-    """:func:`few_rows`, compiled; whatever Dynamo would recompile for is in the key or made equal here."""
-    device = x_MK.device
-    autocast = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
-    single, inference = (
-        x_MK.shape[0] == 1,
-        (torch.is_inference_mode_enabled(), x_MK.is_inference(), words.is_inference()),
-    )
+    """:func:`few_rows`, compiled."""
     # Inductor vectorises no loop that reads both bfloat16 and float16: only grids may be either.
     working = torch.float64 if x_MK.dtype == torch.float64 else torch.float32
     x_run = x_MK.detach().to(working).contiguous()
     bias_run = None if bias is None else bias.detach().to(working)
-    key = (
-        form,
-        words.shape[0],
-        working,
-        grids.dtype,
-        grids.dim(),
-        device,
-        bias is None,
-        None if shifts is None else shifts.dtype,
-        single,
-        autocast,
-        inference,
-    )
-    if not single:
+    if x_run.shape[0] > 1:
         torch._dynamo.maybe_mark_dynamic(x_run, 0)
+    y_MN = _run_compiled(few_rows, words.shape[0], x_run, words, grids, shifts, bias_run, form)
+    return _dense(x_MK, words, grids, shifts, bias, form) if y_MN is None else y_MN
+
+
+def _matrix(words: Tensor, grids: Tensor, shifts: Tensor | None, form: Format, dtype: torch.dtype) -> Tensor:
+    """:func:`dequantize` for a product, compiled where that is how packed layers run.
+
+    A compiler may round the product and the sum of an offset once, where :func:`dequantize` rounds twice.
+    """
+    made = None
+    plain = words.device.type in _PLAIN_MATRICES or torch.compiler.is_compiling() or _trains(grids, shifts)
+    if not plain and _can_compile(words):
+        made = _run_compiled(matrix_of, words.shape[0], words, grids, shifts, form, dtype)
+    return dequantize(words, grids, shifts, *form, dtype) if made is None else made
+
+
+def _run_compiled(function: Callable[..., Tensor], rows: int, *arguments: Any) -> Tensor | None:
+    """A function of a packed weight of so many rows, compiled; ``None`` where that fails, with a warning the first time.
+
+    Dynamo counts recompilations per code object and silently gives up at the eighth: a model with
+    nine shapes of layers would run its ninth eagerly. So every kind of call, that is, all that Dynamo
+    would recompile for, has a code object of its own.
+    """
+    device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
+    autocast = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    traits = tuple(
+        (argument.dtype, argument.dim(), argument.is_inference(), argument.shape[0] == 1)
+        if isinstance(argument, Tensor)
+        else argument
+        for argument in arguments
+    )
+    key = function, rows, traits, device, autocast, torch.is_inference_mode_enabled()
+    if key not in _compiled:
+        code = function.__code__.replace(co_name=f"{function.__name__.strip('_')}_{len(_compiled)}")
+        fresh = FunctionType(code, function.__globals__)
+        _compiled[key] = torch.compile(fresh, fullgraph=True, dynamic=False)
     try:
         with torch.no_grad():
-            return _compiled_for(key)(x_run, words, grids, shifts, bias_run, form)
+            return _compiled[key](*arguments)
     except (torch._dynamo.exc.ShortenTraceback, torch._dynamo.exc.InternalTorchDynamoError) as error:
         _uncompilable.add(device.type)
         reason = " ".join(str(error).strip().splitlines()[:2])
         warnings.warn(
             f"torch.compile fails on {device.type} ({reason}); quantised layers run uncompiled there, which is slow for few rows of input. Install a C++ compiler (g++ or clang; Triton on a GPU), or silence this by torch.compiler.set_stance('force_eager')",
             CompileWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
-        return _dense(x_MK, words, grids, shifts, bias, form)
+        return None

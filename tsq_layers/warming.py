@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from tsq_layers import native
+from tsq_layers import kernels, native
 from tsq_layers.linear import QuantLinear
 
-_ROWS = (1, 2)
-"""One row of input is compiled apart; all other numbers are one kind."""
+_ROWS = (1, 2, kernels.FEW_ROWS + 1)
+"""One row of input is compiled apart, some more are one kind, and many are another."""
 
 
 def warmup(model: nn.Module, *, dtype: torch.dtype | None = None) -> dict[str, float]:
