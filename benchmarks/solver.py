@@ -60,7 +60,7 @@ def steps(weight: Tensor, hessian: Tensor, config: QuantConfig) -> dict[str, Cal
     built = objective.build(weight, layer, config)
     metric = stage1.feedback_metric(built.factor, built.order)
     scales, zeros = stage1.fit_grids(weight, metric, bits, group, symmetric=False)
-    assigned = gptq.solve(weight, built.factor, built.order, scales, zeros, bits, group)
+    assigned = gptq.assign(weight, built.factor, built.order, scales, zeros, bits, group)
 
     def refined() -> Tensor:
         pulled = in_original_order(gptq.pulled(assigned.whitened, built.factor), built.order)
@@ -70,7 +70,7 @@ def steps(weight: Tensor, hessian: Tensor, config: QuantConfig) -> dict[str, Cal
 
     return {
         "factorise": lambda: objective.build(weight, layer, config),
-        "columns": lambda: gptq.solve(weight, built.factor, built.order, scales, zeros, bits, group),
+        "columns": lambda: gptq.assign(weight, built.factor, built.order, scales, zeros, bits, group),
         "stage 1": lambda: stage1.fit_grids(weight, metric, bits, group, symmetric=False),
         "stage 2": refined,
         "weight-MSE grids": lambda: stage1.weight_grids(weight, bits, group, symmetric=False),

@@ -44,7 +44,7 @@ def case(
 
 def assign(c: Case) -> Tensor:
     factor = objective.factorise(c.H, c.order, 0.01)[1]
-    return gptq.assign(c.target, factor, c.order, c.scales, c.zeros, c.bits, c.g)
+    return gptq.assign(c.target, factor, c.order, c.scales, c.zeros, c.bits, c.g).codes
 
 
 def expected(c: Case) -> Tensor:
@@ -207,7 +207,7 @@ def assign_together(cases: list[Case]) -> Tensor:
     H, order = torch.stack([c.H for c in cases]), torch.stack([c.order for c in cases])
     factor = objective.factorise(H, order, 0.01)[1]
     target, scales, zeros = (torch.cat([getattr(c, name) for c in cases]) for name in ("target", "scales", "zeros"))
-    return gptq.assign(target, factor, order, scales, zeros, cases[0].bits, cases[0].g)
+    return gptq.assign(target, factor, order, scales, zeros, cases[0].bits, cases[0].g).codes
 
 
 BLOCK_SIZES = [(3, 2, 21, 8), (20, 1, 9, 16), (2, 3, 40, 40), (4, 1, 1, 1), (9, 1, 9, 3), (2, 2, 70, 32), (1, 3, 33, 8)]
@@ -292,7 +292,7 @@ def left(cases: list[Case], free: Tensor | None = None) -> tuple[Tensor, Tensor,
     H, order = torch.stack([c.H for c in cases]), torch.stack([c.order for c in cases])
     factor = objective.factorise(H, order, 0.01)[1]
     target, scales, zeros = (torch.cat([getattr(c, name) for c in cases]) for name in ("target", "scales", "zeros"))
-    found = gptq.solve(target, factor, order, scales, zeros, cases[0].bits, cases[0].g, free)
+    found = gptq.assign(target, factor, order, scales, zeros, cases[0].bits, cases[0].g, free)
     pulled = in_original_order(gptq.pulled(found.whitened, factor), order)
     return found.whitened.mT.flatten(0, 1), pulled, found.loss
 
@@ -303,7 +303,7 @@ def expected_left(cases: list[Case], free: Tensor | None = None) -> tuple[Tensor
     found = []
     for c, own in zip(cases, kept, strict=True):
         damped, factor, *_ = objective.factorise(c.H, c.order, 0.01)
-        codes = gptq.assign(c.target, factor, c.order, c.scales, c.zeros, c.bits, c.g, own)
+        codes = gptq.assign(c.target, factor, c.order, c.scales, c.zeros, c.bits, c.g, own).codes
         error = grid.dequantize(codes, c.scales, c.zeros, c.g, torch.float64) - c.target
         assert own is None or torch.equal(error[~own], -c.target[~own])
         found.append((error[:, c.order] @ factor, error @ damped, (error @ damped * error).sum(1)))
@@ -366,7 +366,7 @@ def test_errors_in_float32_are_within_rounding_of_full_products_in_float64(K: in
     c = case(N=6, K=K, g=16, bits=2)
     damped, factor, *_ = objective.factorise(c.H, c.order, 0.01)
     target, factor, scales, zeros = (values.float() for values in (c.target, factor, c.scales, c.zeros))
-    found = gptq.solve(target, factor, c.order, scales, zeros, 2, 16)
+    found = gptq.assign(target, factor, c.order, scales, zeros, 2, 16)
     error = grid.dequantize(found.codes, scales, zeros, 16, torch.float64) - target.double()
     # K roundings of each sum, and one of the weight, twice: in E = (Q − W') V, and in E Vᵀ; |V| |Vᵀ| bounds H and both.
     sizes = (error.abs() + target.abs().double())[:, c.order] @ factor.double().abs()

@@ -243,7 +243,7 @@ def test_grids_and_codes_are_those_of_the_method(method: str) -> None:
     assert torch.equal(found.zeros.to(zeros.dtype), zeros)
     assert all(not torch.equal(found.scales, other) for kind, (other, _) in grids.items() if kind != method)
     plain = grid.quantize(problem.grid_target, scales, zeros, 3, GROUP)
-    by_gptq = gptq.assign(problem.grid_target, problem.factor, problem.order, scales, zeros, 3, GROUP)
+    by_gptq = gptq.assign(problem.grid_target, problem.factor, problem.order, scales, zeros, 3, GROUP).codes
     assert not torch.equal(plain, by_gptq)
     assert torch.equal(found.codes, plain if name == "rtn" else by_gptq)
 
@@ -301,7 +301,7 @@ def solved(**changes: Any) -> tuple[TwoStageGroupQuantizer, SolverResult]:
 
 
 STARTS = {
-    "gptq": lambda p, s, z: gptq.assign(p.grid_target, p.factor, p.order, s, z, 3, GROUP),
+    "gptq": lambda p, s, z: gptq.assign(p.grid_target, p.factor, p.order, s, z, 3, GROUP).codes,
     "nearest": lambda p, s, z: grid.quantize(p.grid_target, s, z, 3, GROUP),
 }
 

@@ -60,8 +60,8 @@ def assign(
     bits: int,
     group_size: int,
     free: Tensor | None = None,
-) -> Tensor:
-    """Codes that approximate ``target`` under the metric with the factor ``factor``.
+) -> Assigned:
+    """Codes that approximate ``target`` under the metric with the factor ``factor``, and what they cost.
 
     Args:
         target: W' float32 (N, K).
@@ -73,30 +73,13 @@ def assign(
         group_size: columns that share a scale.
         free: bool (N, K); where it is false the weight is zero, and stays so. ``None``: nowhere.
 
-    Returns:
-        codes uint8 (N, K), in the original column order.
-
     Example:
         >>> metric = torch.tensor([[1.0, 0.9], [0.9, 1.0]])
         >>> V = torch.linalg.cholesky(metric.flip(0, 1)).flip(0, 1)
         >>> one = torch.ones(1, 1)
-        >>> assign(torch.tensor([[1.4, 1.4]]), V, torch.arange(2), one, 0 * one, 2, 2)
+        >>> assign(torch.tensor([[1.4, 1.4]]), V, torch.arange(2), one, 0 * one, 2, 2).codes
         tensor([[1, 2]], dtype=torch.uint8)
     """
-    return solve(target, factor, order, scales, zeros, bits, group_size, free).codes
-
-
-def solve(
-    target: Tensor,
-    factor: Tensor,
-    order: Tensor,
-    scales: Tensor,
-    zeros: Tensor,
-    bits: int,
-    group_size: int,
-    free: Tensor | None = None,
-) -> Assigned:
-    """:func:`assign`, with what the loop over the columns knows of the codes' error besides."""
     factors = stack(factor)
     blocks = factors.shape[0]
     together = max(1, _CHUNK_ELEMENTS * blocks // max(1, target.numel()))

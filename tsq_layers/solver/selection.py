@@ -119,7 +119,7 @@ def _best_damping(
         scales, zeros = stage1.fit_grids(problem.grid_target, metric, config.bits, group_size, config.symmetric)
         codes = gptq.assign(
             problem.grid_target, problem.factor, problem.order, scales, zeros, config.bits, group_size
-        )  # fmt: skip
+        ).codes  # fmt: skip
         errors.append(error(grid.dequantize(codes, scales, zeros, group_size) - weight, weight, other))
     values = to_host(*errors)
     return DAMPINGS[min(range(len(values)), key=values.__getitem__)]

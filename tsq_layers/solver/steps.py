@@ -87,7 +87,7 @@ def assign(layer: Layer, state: State) -> None:
     else:
         problem, (scales, zeros) = layer.known, state.grids(layer)
         target = state.reduced(layer, problem.grid_target)
-        state.codes, loss, whitened = gptq.solve(
+        state.codes, loss, whitened = gptq.assign(
             target, problem.factor, problem.order, scales, zeros, config.bits, layer.group_size, layer.free
         )
         if problem.refine_target is problem.grid_target:  # that of the loss, and of stage 2
