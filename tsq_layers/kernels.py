@@ -231,7 +231,7 @@ class _Linear(torch.autograd.Function):
         to_x = to_bias = None
         if ctx.needs_input_grad[0]:
             form: Format = ctx.form
-            to_x = gradient @ dequantize(words, grids, shifts, *form, gradient.dtype)
+            to_x = gradient @ _matrix(words, grids, shifts, form, gradient.dtype)
         if ctx.needs_input_grad[4]:
             to_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0)
         return to_x, None, None, None, to_bias, None
