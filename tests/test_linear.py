@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tsq_layers import grid, kernels, native
@@ -305,17 +304,6 @@ def test_export_runs_and_is_equal() -> None:
 
 
 # --- compilation -------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def count_graphs(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
-    """Compile with a backend that only counts the graphs, starting from none."""
-    counter = CompileCounter()
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
-    monkeypatch.setattr(kernels, "_compiled", {})
-    monkeypatch.setattr(kernels, "_uncompilable", set())
-    monkeypatch.setattr(native, "_usable", False)
-    return lambda: counter.frame_count
 
 
 @pytest.mark.compile

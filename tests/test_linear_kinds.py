@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from grid_kinds import KINDS, assert_same, made, raw_bits
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tsq_layers import few_rows, kernels, native
@@ -285,17 +284,6 @@ def test_an_embedding_looks_up_its_rows(kind: str) -> None:
 
 
 # --- compilation -------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def count_graphs(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
-    """Compile with a backend that only counts the graphs, starting from none."""
-    counter = CompileCounter()
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
-    monkeypatch.setattr(kernels, "_compiled", {})
-    monkeypatch.setattr(kernels, "_uncompilable", set())
-    monkeypatch.setattr(native, "_usable", False)
-    return lambda: counter.frame_count
 
 
 @pytest.mark.compile

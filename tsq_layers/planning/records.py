@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
 from tsq_layers.config import QuantConfig
-from tsq_layers.errors import CheckpointError, ConfigError
+from tsq_layers.errors import CheckpointError
 from tsq_layers.planning import table
 from tsq_layers.report import LayerReport, checked_fields
+from tsq_layers.report.fields import json_object, read_config
 from tsq_layers.solving import TOKENS_PER_COLUMN
 
 SCHEMA_VERSION = 1
@@ -198,10 +199,7 @@ class Plan:
         checked = checked_fields(cls, rest, "the plan")
         checked["stages"] = tuple(map(StagePlan.from_dict, checked["stages"]))
         checked["layers"] = tuple(map(LayerReport.from_dict, checked["layers"]))
-        try:
-            checked["config"] = QuantConfig.from_dict(checked["config"])
-        except ConfigError as error:
-            raise CheckpointError(f"the plan: config: {error}") from None
+        checked["config"] = read_config(checked["config"], "the plan")
         return cls(**checked)
 
     def to_json(self) -> str:
@@ -211,13 +209,7 @@ class Plan:
     @classmethod
     def from_json(cls, text: str) -> Self:
         """Inverse of :meth:`to_json`; raises as :meth:`from_dict` does."""
-        try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise CheckpointError(f"the plan is not a JSON object: {error}") from None
-        if not isinstance(values, dict):
-            raise CheckpointError(f"the plan is not a JSON object but {type(values).__name__}")
-        return cls.from_dict(values)
+        return cls.from_dict(json_object(text, "the plan"))
 
     def table(self) -> str:
         """One aligned line of text for every stage."""

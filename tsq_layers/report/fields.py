@@ -1,13 +1,41 @@
 """Reading the fields of a dataclass from a JSON object: keys, types, and numbers that JSON lacks."""
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from tsq_layers.config import QuantConfig
-from tsq_layers.errors import CheckpointError
+from tsq_layers.errors import CheckpointError, ConfigError
+
+
+def json_object(text: str, where: str) -> dict[str, Any]:
+    """A text that is a JSON object.
+
+    Raises:
+        CheckpointError: it is not.
+    """
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{where} is not a JSON object: {error}") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{where} is not a JSON object but {type(values).__name__}")
+    return values
+
+
+def read_config(values: Mapping[str, Any], where: str) -> QuantConfig:
+    """A configuration in a file.
+
+    Raises:
+        CheckpointError: it is not valid.
+    """
+    try:
+        return QuantConfig.from_dict(values)
+    except ConfigError as error:
+        raise CheckpointError(f"{where}: config: {error}") from None
 
 
 def checked_fields(record: type, values: object, where: str) -> dict[str, Any]:

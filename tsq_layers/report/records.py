@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 from tsq_layers.config import QuantConfig
-from tsq_layers.errors import CheckpointError, ConfigError
+from tsq_layers.errors import CheckpointError
 from tsq_layers.report import coverage, figure, page, table
-from tsq_layers.report.fields import checked_fields
+from tsq_layers.report.fields import checked_fields, json_object, read_config
 from tsq_layers.report.layer import LayerReport
 from tsq_layers.report.parameter import ParameterReport
 
@@ -124,10 +124,7 @@ class Report:
         checked = checked_fields(cls, rest, "the report")
         checked["layers"] = tuple(LayerReport.from_dict(layer) for layer in checked["layers"])
         checked["parameters"] = tuple(map(ParameterReport.from_dict, checked.get("parameters", ())))
-        try:
-            checked["config"] = QuantConfig.from_dict(checked["config"])
-        except ConfigError as error:
-            raise CheckpointError(f"the report: config: {error}") from None
+        checked["config"] = read_config(checked["config"], "the report")
         return cls(**checked)
 
     def to_json(self) -> str:
@@ -137,13 +134,7 @@ class Report:
     @classmethod
     def from_json(cls, text: str) -> Self:
         """Inverse of :meth:`to_json`; raises as :meth:`from_dict` does."""
-        try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise CheckpointError(f"the report is not a JSON object: {error}") from None
-        if not isinstance(values, dict):
-            raise CheckpointError(f"the report is not a JSON object but {type(values).__name__}")
-        return cls.from_dict(values)
+        return cls.from_dict(json_object(text, "the report"))
 
     def table(self) -> str:
         """One aligned line of text for every layer. Columns that would be empty are left out."""
