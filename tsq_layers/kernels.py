@@ -356,7 +356,7 @@ def _run_compiled(function: Callable[..., Tensor], rows: int, *arguments: Any) -
     )
     key = function, rows, traits, device, autocast, torch.is_inference_mode_enabled()
     if key not in _compiled:
-        code = function.__code__.replace(co_name=f"{function.__name__.strip('_')}_{len(_compiled)}")
+        code = function.__code__.replace(co_name=f"{function.__name__}_{len(_compiled)}")
         fresh = FunctionType(code, function.__globals__)
         _compiled[key] = torch.compile(fresh, fullgraph=True, dynamic=False)
     try:
