@@ -31,7 +31,7 @@ def test_codes_in_float32_are_nearly_all_those_of_the_loop_in_float64(seed: int,
     weight, statistics = layer(seed)
     problem = objective.build(weight, statistics, QuantConfig(bits=bits, group_size=32))
     scales, zeros = grid.minmax(problem.grid_target, bits, 32, symmetric=False)
-    found = gptq.assign(problem.grid_target, problem.factor, problem.order, scales, zeros, bits, 32)
+    found = gptq.assign(problem.grid_target, problem.factor, problem.order, scales, zeros, bits, 32).codes
     target, H = problem.grid_target.double(), problem.hessian.double()
     wanted = oracle.gptq(target, H, scales.double(), zeros.double(), bits, 32, problem.order)
     same = (found.long() == wanted).all(1)

@@ -412,7 +412,7 @@ def mixing(values):
     ("mistake", "error"),
     [(reading, DataDependentOutputException), (branching, DataDependentOutputException), (mixing, RuntimeError)],
 )
-@pytest.mark.parametrize(("module", "name"), [(gptq, "solve"), (stage1, "fit_grids"), (grid, "storable")])
+@pytest.mark.parametrize(("module", "name"), [(gptq, "assign"), (stage1, "fit_grids"), (grid, "storable")])
 def test_planted_mistake_is_caught(fake, reads, monkeypatch, module, name, mistake, error):
     original = getattr(module, name)
 

@@ -104,14 +104,14 @@ def test_blocks_of_rows_are_bit_equal_to_the_whole(monkeypatch: pytest.MonkeyPat
     weight = random_weight(9, 75, 3, 32, symmetric=symmetric)
     layer = QuantLinear.from_quantized(weight)
     sizes: list[int] = []
-    original = kernels._dequantize
+    original = kernels.matrix_of
     monkeypatch.setattr(native, "_usable", False)
 
     def record(words: Tensor, *args: Any) -> Tensor:
         sizes.append(words.shape[0])
         return original(words, *args)
 
-    monkeypatch.setattr(kernels, "_dequantize", record)
+    monkeypatch.setattr(kernels, "matrix_of", record)
     for block, expected in ((10, [1] * 9), (160, [2, 2, 2, 2, 1]), (9 * 75, [9])):
         monkeypatch.setattr(kernels, "_BLOCK", block)
         sizes.clear()

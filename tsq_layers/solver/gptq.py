@@ -93,12 +93,12 @@ def assign(
     if free is not None:
         arguments = (*arguments, fold(free, blocks))
     parts = zip(*(values.split(together) for values in arguments), strict=True)
-    found = [_solve(bits, group_size, *part) for part in parts]
+    found = [_assign(bits, group_size, *part) for part in parts]
     codes, loss, whitened = found[0] if len(found) == 1 else map(torch.cat, zip(*found, strict=True))
     return Assigned(codes.flatten(0, 1), loss.flatten(), whitened)
 
 
-def _solve(
+def _assign(
     bits: int,
     group_size: int,
     target: Tensor,
@@ -108,7 +108,7 @@ def _solve(
     zeros: Tensor,
     free: Tensor | None = None,
 ) -> Assigned:
-    """:func:`solve` for some blocks: (b, n, K), (b, K, K), (b, K), twice (b, n, G) and (b, n, K) → (b, …) of each."""
+    """:func:`assign` for some blocks: (b, n, K), (b, K, K), (b, K), twice (b, n, G) and (b, n, K) → (b, …) of each."""
     whitened = target.mT.clone(memory_format=torch.contiguous_format)  # its place, once the columns are in order
     left = take_rows(whitened, order)
     codes = torch.empty(left.shape, dtype=torch.uint8, device=left.device)
