@@ -2,8 +2,8 @@
 
     python benchmarks/running.py --threads 1 --layers 4096x4096 576x576 --bits 2 3 4 8 --rows 1 16 --json running.json
 
-All that is compared takes turns, in another order each time, since what runs after a large product finds other caches and
-clock rates. Each ratio is of medians; the spread is (largest - smallest) / median of the middle half of the times. With one
+All that is compared takes turns, in another order each time, since what runs after a large product was seen to take
+longer. Each ratio is of medians; the spread is (largest - smallest) / median of the middle half of the times. With one
 thread the time is that of the thread's own CPU clock, so that other work on the machine counts less. Beside F.linear in
 float32 and bfloat16: the same weight dequantised at each call; torchao's weight-only layer, if it is installed; aten's kernel
 for 4 bits, where it takes the layer. The limit is the bytes of a layer by the measured bandwidth of a sum over a tensor

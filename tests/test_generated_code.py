@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.compile, pytest.mark.skipif(torch.cuda.is_available(),
 @pytest.mark.parametrize(
     ("kind", "bits"), [("affine", 2), ("affine", 3), ("symmetric", 4), ("offsets", 3), ("tables", 2), ("tables", 4)]
 )
-def test_every_call_is_one_kernel_without_a_temporary_tensor(kind, bits):
+def test_each_function_is_one_kernel_without_a_temporary_tensor(kind, bits):
     layer = random_layer(64, 512, bits, 64, kind, torch.bfloat16)
     with generated.described_gpu():
         for name, (made, _) in generated.functions(layer, 64).items():

@@ -42,7 +42,7 @@ from tsq_layers.errors import CompileWarning, LayerError
 from tsq_layers.few_rows import Format, few_rows, one_pass
 
 FEW_ROWS = 8
-"""Up to this many rows of input one pass over the words is faster than dequantising first."""
+"""Up to this many rows of input are done in one pass over the words where that is compiled; not measured on a GPU."""
 
 _BLOCK = 2**21
 """Weights that are dequantised at a time."""
