@@ -159,11 +159,14 @@ def check_words(words: Tensor, bits: int, columns: int) -> None:
 
 def _unpack_plane(words_NW: Tensor, plane: Plane, columns: int) -> Tensor:
     """The plane's bits of every code, at their place in the code, uint8 (N, K)."""
+    # Whole words are shifted by bytes only, bytes by fields: without a compiler a word for each code would be 4 bytes of it.
+    device = words_NW.device
     words_N1P = words_NW.narrow(1, plane.start, plane.words).unsqueeze(1)
-    right_F1 = torch.arange(0, WORD_BITS, plane.bits, dtype=torch.int32, device=words_NW.device).unsqueeze(1)
-    # A negative word shifts ones in from the left; the mask removes them.
-    fields_NFP = (words_N1P >> right_F1).bitwise_and_(plane.mask).to(torch.uint8)
-    return fields_NFP.flatten(1).narrow(1, 0, columns) << plane.shift
+    byte_41 = torch.arange(0, WORD_BITS, 8, dtype=torch.int32, device=device).unsqueeze(1)
+    field_f1 = torch.arange(0, 8, plane.bits, dtype=torch.uint8, device=device).unsqueeze(1)
+    bytes_N41P = (words_N1P >> byte_41).to(torch.uint8).unsqueeze(2)
+    fields_N4fP = (bytes_N41P >> field_f1).bitwise_and_(plane.mask)
+    return fields_N4fP.flatten(1).narrow(1, 0, columns) << plane.shift
 
 
 def field_of(words: Tensor, plane: Plane, field: int) -> Tensor:
