@@ -11,7 +11,7 @@ import tsq_layers as tsq
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.ablation import records, tables, texts
+from benchmarks.ablation import picture, records, tables, texts
 from benchmarks.ablation.peers import PEERS
 from benchmarks.ablation.records import Run
 from benchmarks.ablation.rows import ROWS
@@ -56,12 +56,34 @@ def test_rounding_is_the_same_row_for_all_tokens() -> None:
 
 
 def test_the_table_has_a_line_for_every_row_and_the_worst_first() -> None:
-    better = dataclasses.replace(RUN, name="two-stage", perplexity={"speeches": 11.0, "novel": 20.0}, loss=None)
+    worse = dataclasses.replace(RUN, name="cdquant")
+    better = dataclasses.replace(RUN, name="lnq", perplexity={"speeches": 11.0, "novel": 20.0}, loss=None)
     base = Run(**{**dataclasses.asdict(records.FLOAT), "perplexity": {"speeches": 10.0, "novel": 11.0}})
-    lines = [line for line in tables.lines([better, base, RUN]) if line.startswith("|")]
-    assert [line.split("|")[1].strip() for line in lines[2:]] == ["float", "gptq", "two-stage"]
+    lines = [line for line in tables.lines([better, base, worse]) if line.startswith("|")]
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["float", "cdquant", "lnq"]
     assert "1234" in lines[3]
     assert "0.01000" in lines[3]
+
+
+def test_headlines_stand_together_along_the_axes_and_by_themselves_have_no_table() -> None:
+    lone = [dataclasses.replace(RUN, group_size=128, name=name) for name in ("best", "gptq")]
+    lines = [line for line in tables.lines([*lone, dataclasses.replace(RUN, name="cdquant"), RUN]) if line]
+    titles = [line for line in lines if not line.startswith("|")]
+    assert titles == ["2 bits, groups of 64, 8192 calibration tokens, seed 0:", "Along the axes:"]
+    cells = [[cell.strip() for cell in line.split("|")[1:6]] for line in lines[lines.index("Along the axes:") + 3 :]]
+    assert cells == [
+        ["2", "64", "8192", "0", "gptq"],
+        ["2", "128", "8192", "0", "gptq"],
+        ["", "", "", "", "best"],
+    ]
+
+
+def test_pictures_are_drawn_of_the_results_of_the_repository(tmp_path: Path) -> None:
+    known = list(records.kept(Path(records.__file__).with_name("results.jsonl")).values())
+    for draw in (picture.draw, picture.draw_axes):
+        draw(known, tmp_path / "picture.png", bits=2, group_size=64, tokens=8192)
+        assert (tmp_path / "picture.png").stat().st_size > 10_000
+        (tmp_path / "picture.png").unlink()
 
 
 def test_the_results_of_the_repository_can_be_read() -> None:

@@ -48,8 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"{done.label}: {values}; {done.seconds:.0f} s", flush=True)
     runs = list(records.kept(options.out).values())
     print("\n".join(tables.lines(runs)))
-    for path in options.picture or ():
-        picture.draw(runs, path, bits=options.bits[0], group_size=options.group_size[0], tokens=options.tokens[0])
+    where = {"bits": options.bits[0], "group_size": options.group_size[0], "tokens": options.tokens[0]}
+    for draw, path in ((picture.draw, options.picture), (picture.draw_axes, options.axes)):
+        if path is not None:
+            draw(runs, path, **where)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -62,7 +64,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="threads of torch; its own default otherwise")
     parser.add_argument("--python", type=Path, help="the interpreter that has the peers of --rows")
     parser.add_argument("--tables", action="store_true", help="only print the tables of what is there")
-    parser.add_argument("--picture", type=Path, nargs=1, help="draw the first of --bits, --group-size, --tokens")
+    parser.add_argument("--picture", type=Path, help="draw the table of the first of --bits, --group-size, --tokens")
+    parser.add_argument("--axes", type=Path, help="draw the headline rows around the first of these")
     parser.add_argument("--out", type=Path, default=RESULTS, help="file of JSON lines")
     return parser.parse_args(arguments)
 

@@ -1,15 +1,18 @@
-"""A picture of one table: perplexity of every row on both texts, the best at the top."""
+"""Pictures: of one table, the best at the top; of the headline rows along the axes."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
 from benchmarks.ablation.peers import PEERS
 from benchmarks.ablation.records import FLOAT, Run
+from benchmarks.ablation.rows import HEADLINES
 
 _COLOURS = ("#1f6f8b", "#c8553d")
+_HEADLINE_COLOURS = dict(zip(HEADLINES, ("#888888", "#1f6f8b", "#c8553d"), strict=True))
 _HIDDEN = 3000.0  # of rows that are worse only the name is of interest
 
 
@@ -38,6 +41,40 @@ def draw(runs: Sequence[Run], path: Path, *, bits: int, group_size: int, tokens:
     axes.grid(axis="x", which="both", alpha=0.25)
     figure.legend(loc="outside lower right", ncols=len(texts), fontsize=8)
     figure.savefig(path, dpi=130)
+
+
+def draw_axes(runs: Sequence[Run], path: Path, *, bits: int, group_size: int, tokens: int) -> None:
+    """Draw the headline rows of the first seed into a PNG or SVG file: perplexity against size, with ``tokens``, and against tokens, with ``bits`` and ``group_size``."""
+    base = next(run for run in runs if run.key == FLOAT.key)
+    text = list(base.perplexity)[-1]
+    shown = [run for run in runs if run.name in HEADLINES and run.seed == 0]
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _curves(left, [(run, run.bits_per_weight or run.bits) for run in shown if run.tokens == tokens], text)
+    left.set_xlabel("bits a weight, with scales and zero points or offsets")
+    left.set_title(f"{tokens} calibration tokens, groups of 32, 64, 128", fontsize=10)
+    same = [run for run in shown if (run.bits, run.group_size) == (bits, group_size)]
+    _curves(right, [(run, run.tokens) for run in same], text)
+    right.set_xscale("log", base=2)
+    right.set_xticks(sorted({run.tokens for run in same}), sorted({run.tokens for run in same}))
+    right.set_xlabel("calibration tokens")
+    right.set_title(f"{bits} bits, groups of {group_size}", fontsize=10)
+    for axes in (left, right):
+        axes.axhline(base.perplexity[text], color="black", linestyle=":", linewidth=1)
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(ScalarFormatter())
+        axes.yaxis.set_minor_formatter(ScalarFormatter())
+        axes.tick_params(which="both", labelsize=8)
+        axes.grid(which="both", alpha=0.25)
+    left.set_ylabel(f"perplexity, {text} (dotted: float)")
+    left.legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+def _curves(axes: Axes, runs: Sequence[tuple[Run, float]], text: str) -> None:
+    for name, colour in _HEADLINE_COLOURS.items():
+        points = sorted((x, run.perplexity[text]) for run, x in runs if run.name == name)
+        axes.plot(*zip(*points, strict=True), "o-", color=colour, label=name, markersize=4, linewidth=1.2)
 
 
 def _means(runs: Sequence[Run]) -> dict[str, dict[str, float]]:

@@ -60,4 +60,7 @@ BEST: dict[str, dict[str, Any]] = {
     "best + distillation": {"method": "best", "distill_epochs": 3},
 }
 
+# The rows that are also measured along the axes: group sizes, calibration tokens, seeds.
+HEADLINES = ("gptq", "two-stage", "best")
+
 ROWS: dict[str, dict[str, Any]] = {**LADDER, **DESCENTS, **CHANGES, **BEST}

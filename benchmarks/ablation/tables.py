@@ -5,26 +5,42 @@ import math
 from collections.abc import Iterator, Sequence
 
 from benchmarks.ablation.records import Run
+from benchmarks.ablation.rows import HEADLINES
 from tsq_layers.demo.results import BLANK, markdown
+
+_NUMBERS = ("layer loss", "held out", "bits/weight", "CPU s")
 
 
 def lines(runs: Sequence[Run]) -> Iterator[str]:
-    """One table for each width, group size, number of tokens and seed; rows in the order of their perplexity on the second text."""
-    base = next((run for run in runs if run.name == "float"), None)
-    rest = sorted((run for run in runs if run is not base), key=_place)
-    for (bits, group_size, tokens, seed), group in itertools.groupby(rest, key=_place):
-        yield ""
-        yield f"{bits} bits, groups of {group_size}, {tokens} calibration tokens, seed {seed}:"
-        yield ""
+    """A table for each width, group size, number of tokens and seed of which more rows than the headlines are there; then the headlines along all of these."""
+    base = [run for run in runs if run.name == "float"]
+    rest = sorted((run for run in runs if run not in base), key=_place)
+    for place, group in itertools.groupby(rest, key=_place):
         rows = sorted(group, key=lambda run: -list(run.perplexity.values())[-1])
-        yield from table(rows if base is None else [base, *rows])
+        if not {run.name for run in rows} <= {*HEADLINES, "rounding"}:
+            bits, group_size, tokens, seed = place
+            title = f"{bits} bits, groups of {group_size}, {tokens} calibration tokens, seed {seed}:"
+            yield from ("", title, "", *table([*base, *rows]))
+    headlines = [run for run in rest if run.name in HEADLINES]
+    if headlines:
+        yield from ("", "Along the axes:", "", *axes(headlines))
 
 
 def table(rows: Sequence[Run]) -> list[str]:
-    """Lines of one table."""
+    """Lines of one table, in the order given."""
     texts = list(rows[0].perplexity)
-    titles = ["", *texts, "layer loss", "held out", "bits/weight", "CPU s"]
-    return markdown(titles, [_cells(run, texts) for run in rows])
+    return markdown(["", *texts, *_NUMBERS], [[run.name, *_cells(run, texts)] for run in rows])
+
+
+def axes(headlines: Sequence[Run]) -> list[str]:
+    """Lines of the table of the headline rows, those of a width, group size, number of tokens and seed together."""
+    texts = list(headlines[0].perplexity)
+    cells = []
+    ordered = sorted(headlines, key=lambda run: (_place(run), HEADLINES.index(run.name)))
+    for place, group in itertools.groupby(ordered, key=_place):
+        for index, run in enumerate(group):
+            cells.append([*([""] * 4 if index else map(str, place)), run.name, *_cells(run, texts)])
+    return markdown(["bits", "group", "tokens", "seed", "method", *texts, *_NUMBERS], cells)
 
 
 def _place(run: Run) -> tuple[int, int, int, int]:
@@ -35,7 +51,7 @@ def _cells(run: Run, texts: Sequence[str]) -> list[str]:
     perplexities = [_number(run.perplexity[text]) for text in texts]
     losses = [BLANK if value is None else f"{value:.5f}" for value in (run.loss, run.held_out_loss)]
     bits = BLANK if run.bits_per_weight is None else f"{run.bits_per_weight:.3f}"
-    return [run.name, *perplexities, *losses, bits, f"{run.cpu_seconds:.0f}" if run.cpu_seconds else BLANK]
+    return [*perplexities, *losses, bits, f"{run.cpu_seconds:.0f}" if run.cpu_seconds else BLANK]
 
 
 def _number(value: float) -> str:
