@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 import tsq_layers as tsq
 from tsq_layers.distillation import Student, distil, output_distance
-from tsq_layers.errors import CalibrationError, ConfigError, FewTokensWarning
+from tsq_layers.errors import CalibrationError, ConfigError, CoverageError, FewTokensWarning, StateError
 
 pytestmark = pytest.mark.filterwarnings(f"ignore::{FewTokensWarning.__module__}.{FewTokensWarning.__name__}")
 KINDS = {
@@ -105,6 +105,35 @@ def test_the_model_is_as_it_was_before_and_after_an_error() -> None:
     assert [set(vars(module)) for module in model.modules()] == keys
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+def test_parameters_that_are_not_trained_have_no_gradient_and_the_order_that_they_had() -> None:
+    model = nn.Sequential(nn.LayerNorm(24), nn.Linear(24, 24), nn.ReLU(inplace=True), nn.Linear(24, 6))
+    order = [name for name, _ in model.named_parameters()]
+    model[0].weight.grad = torch.ones(24)
+    settings = config(distill_epochs=1, skip=("3",))
+    with pytest.raises(CoverageError):
+        tsq.quantize(model, settings, batches(), min_coverage=1.0)
+    assert [name for name, _ in model.named_parameters()] == order
+    model = tsq.quantize(model, settings, batches())
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert torch.equal(gradients.pop("0.weight"), torch.ones(24))
+    assert set(gradients.values()) == {None}
+
+
+def test_epochs_without_a_calibration_are_refused() -> None:
+    model = tsq.prepare(net(), config(distill_epochs=2))
+    model(batches()[0])
+    with pytest.raises(StateError, match=r"distill_epochs=2 needs calibrate\(model, batches\)"):
+        tsq.convert(model)
+    with pytest.raises(StateError, match="distill_epochs=2"):
+        tsq.quantize(net(), config(distill_epochs=2, method="rtn"))
+
+
+def test_a_table_alone_has_nothing_to_be_trained() -> None:
+    ids = [torch.randint(20, (4, 8))]
+    settings = config(method="rtn", embeddings=True, distill_epochs=1)
+    assert tsq.quantize(nn.Sequential(nn.Embedding(20, 8), nn.ReLU()), settings, ids).tsq_report.distances == ()
 
 
 def test_a_distance_of_ones_own_is_lowered() -> None:

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 
 import tsq_layers as tsq
 from tsq_layers import guidance
-from tsq_layers.errors import CalibrationError, FewTokensWarning
+from tsq_layers.errors import CalibrationError, FewTokensWarning, UnguidedLayerWarning
 from tsq_layers.guidance import TokenWeights, Watched, groups_of, model_loss, token_weights
 from tsq_layers.observer import HessianObserver
 
@@ -98,6 +99,57 @@ def test_the_model_is_as_it_was() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not model[0]._forward_hooks
+
+
+def test_what_follows_a_layer_may_work_in_place() -> None:
+    plain = nn.Sequential(nn.Linear(WIDTH, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, CLASSES)).double()
+    in_place = nn.Sequential(plain[0], nn.ReLU(inplace=True), plain[2])
+    for batch in range(3):
+        assert torch.equal(found(in_place).of("0", batch, 0), found(plain).of("0", batch, 0))
+
+
+class Checkpointed(nn.Sequential):
+    """A network whose hidden layer is run again in the backward pass."""
+
+    def __init__(self, *layers: nn.Module, reentrant: bool) -> None:
+        super().__init__(*layers)
+        self.reentrant = reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = checkpoint(lambda y: self[2](self[1](y)), self[0](x), use_reentrant=self.reentrant)
+        return self[3](hidden)
+
+
+def test_layers_that_run_again_in_the_backward_pass_are_seen_once() -> None:
+    layers = [nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, CLASSES)]
+    watched = {str(place): Watched(layers[place].double(), 2) for place in (0, 2, 3)}
+    plain = token_weights(nn.Sequential(*layers), watched, batches(), loss)
+    again = token_weights(Checkpointed(*layers, reentrant=False), watched, batches(), loss)
+    for name in watched:
+        assert len(again.calls[name][0]) == 1
+        assert_close(again.of(name, 0, 0), plain.of(name, 0, 0))
+
+
+def test_layers_without_a_gradient_are_named() -> None:
+    layers = [nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, CLASSES)]
+    watched = {str(place): Watched(layers[place].double(), 2) for place in (0, 2, 3)}
+    with pytest.warns(UnguidedLayerWarning, match="no gradient at the output of 1 layers.*: 2; check"):
+        weights = token_weights(Checkpointed(*layers, reentrant=True), watched, batches(), loss)
+    assert weights.of("2", 0, 0) is None
+    assert weights.of("3", 0, 0) is not None
+
+
+def test_a_call_of_few_tokens_can_be_guided_and_chosen_by() -> None:
+    model = nn.Sequential(nn.Linear(WIDTH, HIDDEN), nn.ReLU(inplace=True), nn.Linear(HIDDEN, CLASSES))
+    settings = tsq.QuantConfig(bits=3, group_size=4, damping="auto", guidance=2)
+    data = [torch.randn(count, WIDTH) for count in (4, 1, 1, 4, 1) * 8]
+    report = tsq.quantize(model, settings, data, loss=loss).tsq_report
+    assert [entry.tokens for entry in report.layers] == [88, 88]
+
+
+def test_layers_that_need_no_statistics_are_not_guided() -> None:
+    settings = tsq.QuantConfig(bits=3, group_size=4, method="rtn", guidance=2)
+    assert tsq.quantize(net(), settings).tsq_report.layers[0].status == "quantized"
 
 
 def test_a_call_that_was_not_seen_has_no_weights() -> None:

@@ -25,13 +25,12 @@ from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
 from tsq_layers import grid, running
-from tsq_layers.batches import with_input
+from tsq_layers.batches import Batch, Forward, frozen, with_input, with_tensors
 from tsq_layers.errors import CalibrationError
+from tsq_layers.layers.offloading import with_weight
 from tsq_layers.linear import QuantLinear
 from tsq_layers.sync import to_host
 
-Batch = Any
-Forward = Callable[[nn.Module, Batch], object]
 Distance = Callable[[object, object, Batch], Tensor]
 
 _BETAS = (0.9, 0.95)
@@ -52,6 +51,7 @@ class Student:
     shape: Callable[[nn.Module, Tensor], Tensor]
 
 
+@torch.inference_mode(False)
 def distil(
     model: nn.Module,
     students: Sequence[Student],
@@ -77,17 +77,21 @@ def distil(
         progress: show a progress bar; ``None`` on a terminal only.
 
     Returns:
-        the mean distance over the batches in each epoch, as met while training.
+        the mean distance over the batches in each epoch, as met while training; none without students.
 
     Raises:
         CalibrationError: a distance that is not finite.
     """
+    if not students:
+        return []
+    batches = [with_tensors(batch, _recordable) for batch in batches]
     grids = {student.matrix: _Grids(student.matrix) for student in students}
     parameters = [parameter for trained in grids.values() for parameter in trained.deltas]
     optimiser = torch.optim.Adam(parameters, lr=rate, betas=_BETAS)
     measured, steps = [], epochs * len(batches)
     measure = distance or output_distance
-    with tqdm(total=steps, desc="distil", unit="batch", disable=None if progress is None else not progress) as bar:
+    show = tqdm(total=steps, desc="distil", unit="batch", disable=None if progress is None else not progress)
+    with frozen(model), show as bar:
         for epoch in range(epochs):
             distances = []
             for index in _shuffled(len(batches), epoch):
@@ -107,6 +111,11 @@ def distil(
     return measured
 
 
+def _recordable(tensor: Tensor) -> Tensor:
+    """A tensor that may be kept for a backward pass, whatever mode it was made in."""
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
 def _shuffled(count: int, epoch: int) -> list[int]:
     return random.Random(epoch).sample(range(count), count)  # noqa: S311  (an order, no secret)
 
@@ -121,7 +130,7 @@ def _step(
 ) -> Tensor:
     with torch.no_grad():
         wanted = forward(model, batch)
-    with torch.inference_mode(False), torch.enable_grad(), _quantised(students, grids):
+    with torch.enable_grad(), _quantised(students, grids):
         distance = measure(forward(model, batch), wanted, batch)
         distance.backward()  # type: ignore[no-untyped-call, unused-ignore]
     return distance.detach()
@@ -195,8 +204,7 @@ def _forward(student: Student, trained: _Grids) -> Callable[..., Any]:
 
     def run(*args: Any, **kwargs: Any) -> Any:
         weight = student.shape(module, trained.weight(module.weight.dtype))  # type: ignore[arg-type]
-        with _with_weight(module, weight):
-            return forward(*args, **kwargs)
+        return with_weight(module, forward, weight, args, kwargs)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         if student.matrix.activation_bits is not None:
@@ -204,18 +212,6 @@ def _forward(student: Student, trained: _Grids) -> Callable[..., Any]:
         return checkpoint(run, *args, use_reentrant=False, **kwargs)
 
     return call
-
-
-@contextmanager
-def _with_weight(module: nn.Module, weight: Tensor) -> Iterator[None]:
-    """Inside, the module's ``weight`` is a tensor with a history."""
-    original = module._parameters.pop("weight")
-    vars(module)["weight"] = weight
-    try:
-        yield
-    finally:
-        del vars(module)["weight"]
-        module._parameters["weight"] = original
 
 
 def output_distance(quantised: object, wanted: object, batch: Batch) -> Tensor:

@@ -66,6 +66,10 @@ class SkippedLayerWarning(TSQWarning):
     """A layer stays in full precision although the configuration did not ask for that."""
 
 
+class UnguidedLayerWarning(TSQWarning):
+    """All tokens of a layer count alike although guidance was asked for: the loss has no gradient there."""
+
+
 class SameInputWarning(TSQWarning):
     """Layers that shared their input in the recording pass did not share it in another pass."""
 

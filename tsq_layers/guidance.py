@@ -19,6 +19,7 @@ hooks on the outputs of the layers. No gradient of a parameter is computed.
 """
 
 import inspect
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,11 +29,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tsq_layers.errors import CalibrationError
+from tsq_layers.batches import Batch, Forward, frozen, with_items
+from tsq_layers.errors import CalibrationError, UnguidedLayerWarning
 
-Batch = Any
 Loss = Callable[[nn.Module, Batch], Tensor]
-Forward = Callable[[nn.Module, Batch], object]
 
 _IGNORED = -100  # a label that cross-entropy leaves out
 _LARGEST_VARIANCE = 1.0  # of weights with mean 1: T tokens are worth T / (1 + variance)
@@ -89,14 +89,30 @@ def token_weights(
         loss: the scalar loss of a batch.
 
     Raises:
-        CalibrationError: the loss is no scalar that depends on the layers, or not finite.
+        CalibrationError: the loss is no scalar that depends on the layers.
+
+    Warns:
+        UnguidedLayerWarning: the loss has no gradient at the output of a layer that was called.
     """
     calls: dict[str, dict[int, list[Tensor]]] = defaultdict(dict)
+    without: dict[str, None] = {}
     for index, batch in enumerate(batches):
         for name, found in _weights_of_batch(model, layers, batch, loss).items():
-            calls[name][index] = found
+            known = [part for part in found if part is not None]
+            if len(known) == len(found):
+                calls[name][index] = known
+            else:
+                without[name] = None
     if not calls:
         raise CalibrationError("guidance: no layer's output has a gradient; check that the loss depends on the model")
+    if without:
+        shown = ", ".join([*without][:5]) + (", …" if len(without) > 5 else "")
+        warnings.warn(
+            f"guidance: the loss has no gradient at the output of {len(without)} layers in some batches, where all their tokens count alike: {shown}; "
+            "check that the loss depends on them, and that they do not run in torch.no_grad() or a reentrant checkpoint",
+            UnguidedLayerWarning,
+            stacklevel=4,
+        )
     return TokenWeights({name: _tempered(found) for name, found in calls.items()})
 
 
@@ -111,36 +127,24 @@ def _tempered(found: Mapping[int, Sequence[Tensor]]) -> dict[int, list[Tensor]]:
 
 def _weights_of_batch(
     model: nn.Module, layers: Mapping[str, Watched], batch: Batch, loss: Loss
-) -> dict[str, list[Tensor]]:
+) -> dict[str, list[Tensor | None]]:
+    """The weights of the tokens in every call, ``None`` where no gradient arrived."""
     found: dict[str, list[Tensor | None]] = defaultdict(list)
-    with _frozen(model), _watching(layers, found), torch.inference_mode(False), torch.enable_grad():
-        value = loss(model, batch)
+    with frozen(model), torch.inference_mode(False), torch.enable_grad():
+        with _watching(layers, found):  # not while gradients arrive: what is checkpointed runs again then
+            value = loss(model, batch)
         if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
             raise CalibrationError(
                 f"guidance: the loss is {_described(value)}; give loss=f(model, batch) that returns a scalar tensor with a gradient"
             )
         value.backward()
-    kept = {name: parts for name, parts in found.items() if all(part is not None for part in parts)}
-    return {name: [part for part in parts if part is not None] for name, parts in kept.items()}
+    return found
 
 
 def _described(value: object) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}" + ("" if value.requires_grad else " without gradient")
     return f"a {type(value).__name__}"
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter takes a gradient: then only activations do, from the first layer that is watched on."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
 
 
 @contextmanager
@@ -154,10 +158,14 @@ def _watching(layers: Mapping[str, Watched], found: dict[str, list[Tensor | None
             handle.remove()
 
 
-def _hook(name: str, watched: Watched, found: dict[str, list[Tensor | None]]) -> Callable[..., None]:
-    def hook(module: nn.Module, args: Any, output: Tensor) -> None:  # noqa: ARG001
+def _hook(name: str, watched: Watched, found: dict[str, list[Tensor | None]]) -> Callable[..., Tensor | None]:
+    def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:  # noqa: ARG001
         place = len(found[name])
         found[name].append(None)
+        if not torch.is_grad_enabled():
+            return None
+        # The first layers depend on nothing that takes a gradient. A leaf could not be changed in place by what follows.
+        watched_output = output if output.requires_grad else output.detach().requires_grad_().clone()
 
         def arrived(gradient: Tensor) -> None:
             squares = gradient.detach().float().square().unflatten(-1, (watched.groups, -1)).mean(-1)
@@ -165,9 +173,8 @@ def _hook(name: str, watched: Watched, found: dict[str, list[Tensor | None]]) ->
             fresh = squares.reshape(-1, watched.groups)
             found[name][place] = fresh if previous is None else previous + fresh
 
-        if not output.requires_grad:
-            output.requires_grad_(True)
-        output.register_hook(arrived)
+        watched_output.register_hook(arrived)
+        return watched_output
 
     return hook
 
@@ -184,7 +191,7 @@ def model_loss(model: nn.Module, batch: Batch, forward: Forward) -> Tensor:
     if isinstance(batch, Mapping) and "labels" not in batch and _is_causal(model) and "input_ids" in batch:
         labels = batch["input_ids"]
         mask = batch.get("attention_mask")
-        batch = {**batch, "labels": labels if mask is None else labels.masked_fill(mask == 0, _IGNORED)}
+        batch = with_items(batch, {"labels": labels if mask is None else labels.masked_fill(mask == 0, _IGNORED)})
     output = forward(model, batch)
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if loss is None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def is_offloaded(module: nn.Module) -> bool:
@@ -48,12 +48,12 @@ def run_with_weight(
         kwargs: keyword arguments of the call.
     """
     if not hasattr(module, "_old_forward"):  # no hook of accelerate
-        return _swapped(module, forward, weight, args, kwargs)
+        return with_weight(module, forward, weight, args, kwargs)
     hook: Any = module._hf_hook
     result = None
     try:
         args, kwargs = hook.pre_forward(module, *args, **kwargs)
-        result = _swapped(module, module._old_forward, weight, args, kwargs)  # type: ignore[arg-type]
+        result = with_weight(module, module._old_forward, weight, args, kwargs)  # type: ignore[arg-type]
     finally:
         result = hook.post_forward(module, result)
     return result
@@ -77,15 +77,16 @@ def entry_device(module: nn.Module) -> torch.device | None:
     return next((parameter.device for parameter in module.parameters() if not parameter.is_meta), None)
 
 
-def _swapped(
+def with_weight(
     module: nn.Module,
     forward: Callable[..., Any],
-    weight: nn.Parameter,
+    weight: Tensor,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> Any:
+    """:func:`run_with_weight` for a layer that is where it runs; ``weight`` may be a tensor with a history."""
     original = module._parameters["weight"]
-    module._parameters["weight"] = weight
+    module._parameters["weight"] = weight  # type: ignore[assignment]
     try:
         return forward(*args, **kwargs)
     finally:
