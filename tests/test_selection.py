@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -124,7 +125,7 @@ def test_the_parts_of_a_call_add_up_to_it(blocks: int, parts: tuple[bool, ...]) 
         torch.rand(3, 7, blocks) if weighted else None,
     )
     observers = [HessianObserver(K, blocks=blocks, dtype=torch.float64) for _ in range(3)]
-    first, last = call.split(0.2, dims=x.dim() - 2)
+    first, last = call.split(4, dims=x.dim() - 2)
     assert (first.x.shape[0], last.x.shape[0]) == (17, 4)
     for part, observer in zip((call, first, last), observers, strict=True):
         part.add_to(observer)
@@ -146,3 +147,17 @@ def test_calibration_chooses_for_each_layer_and_reports_it() -> None:
     assert all(layer.deviation_strength in selection.STRENGTHS for layer in report.layers)
     assert all(layer.damping in selection.DAMPINGS for layer in report.layers)
     assert report.layers[0].deviation_strength == 0.0  # nothing before it: no deviation
+
+
+def test_small_calls_have_their_part_in_what_is_chosen_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = QuantConfig(bits=3, group_size=4, method="gptq", damping="auto")
+    chosen_by: list[int] = []
+
+    def settle(config: QuantConfig, weight: Tensor, fitted: LayerStatistics, other: LayerStatistics, name: str) -> Any:
+        chosen_by.extend((int(fitted.count), int(other.count)))
+        return original(config, weight, fitted, other, name)
+
+    original = selection.settle
+    monkeypatch.setattr(selection, "settle", settle)
+    tsq.quantize(nn.Sequential(nn.Linear(K, N)), settings, list(torch.randn(300, K).split(3)))
+    assert chosen_by == [240, 60]

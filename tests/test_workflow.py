@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections import Counter
+from collections import Counter, UserDict
 from typing import NamedTuple
 
 import pytest
@@ -28,6 +28,16 @@ STAGES = [
     "blocks.1.up",
     "blocks.1.down",
 ]
+
+
+class Batch(UserDict):
+    """Keyword arguments that are attributes too, as transformers' batches are."""
+
+    def __getattr__(self, name):
+        try:
+            return self.data[name]
+        except KeyError:
+            raise AttributeError(name) from None
 
 
 class Block(nn.Module):
@@ -836,3 +846,75 @@ def test_few_tokens_warn_once_with_the_worst_layer():
     ) as found:
         tsq.quantize(toy(), CONFIG, ids(1))
     assert len(found) == 1
+
+
+# ---- batches of other forms, and other modes -------------------------------------------------------------------------
+
+
+def test_a_batch_keeps_its_class_on_its_way():
+    batch = Batch(x=torch.ones(2, 16), name="a", more=[torch.ones(1)])
+    assert batch_forms.moved_to(batch, torch.device("cpu")) is batch
+    moved = batch_forms.moved_to(batch, torch.device("meta"))
+    assert isinstance(moved, Batch)
+    assert (moved.x.device.type, moved.more[0].device.type, moved.name) == ("meta", "meta", "a")
+    assert batch.x.device.type == "cpu"
+
+
+@pytest.mark.filterwarnings("ignore::tsq_layers.errors.FewTokensWarning")
+@pytest.mark.parametrize("changes", [{}, {"distill_epochs": 1}, {"guidance": 2}, {"method": "best"}], ids=str)
+def test_what_is_quantised_in_inference_mode_can_be_trained_afterwards(changes):
+    model = nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16), nn.ReLU(inplace=True), nn.Linear(16, 8))
+    config = tsq.QuantConfig(**{"bits": 3, "group_size": 8, **changes})
+    with torch.inference_mode():
+        batches = [torch.randn(64, 16) for _ in range(4)]
+        model = tsq.quantize(model, config, batches, loss=lambda model, batch: model(batch).square().sum())
+    assert not any(tensor.is_inference() for tensor in model.state_dict().values())
+    x = torch.randn(3, 16, requires_grad=True)
+    model(x).sum().backward()
+    assert x.grad is not None
+
+
+@pytest.mark.filterwarnings("ignore::tsq_layers.errors.FewTokensWarning")
+@pytest.mark.parametrize("rounded", [("q",), ("k",), ("q", "v"), ("q", "k", "v")], ids=str)
+def test_one_of_the_layers_with_an_input_may_need_no_statistics(rounded):
+    torch.manual_seed(0)
+    overrides = {name: {"method": "rtn"} for name in rounded}
+    data = [torch.randn(8, 16, 16) for _ in range(2)]
+    block = Block()
+    report = tsq.quantize(copy.deepcopy(block), dataclasses.replace(CONFIG, overrides=overrides), data).tsq_report
+    alone = tsq.quantize(copy.deepcopy(block), CONFIG, data).tsq_report
+    for entry, other in zip(report.layers[:3], alone.layers[:3], strict=True):
+        assert entry.method == ("rtn" if entry.name in rounded else "two-stage")
+        assert entry.name in rounded or entry.losses == pytest.approx(other.losses, rel=1e-3)
+
+
+class Routed(nn.Module):
+    """Experts of which the second sees few tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList([nn.Linear(16, 16) for _ in range(3)])
+
+    def forward(self, x):
+        parts = (x[5:], x[:5], x[:0])
+        return torch.cat([expert(part) for expert, part in zip(self.experts, parts, strict=True) if len(part)])
+
+
+@pytest.mark.filterwarnings("ignore::tsq_layers.errors.FewTokensWarning")
+def test_a_loop_of_ones_own_lends_experts_the_statistics_of_all():
+    model = tsq.prepare(Routed(), CONFIG)
+    model(torch.randn(400, 16))
+    report = tsq.convert(model).tsq_report
+    assert [(entry.status, entry.tokens) for entry in report.layers] == [
+        ("quantized", 395),
+        ("fallback", 5),
+        ("fallback", 0),
+    ]
+    assert "solved with the 400 of all experts" in report.layers[1].reason
+
+
+@pytest.mark.filterwarnings("ignore::tsq_layers.errors.FewTokensWarning")
+def test_an_expert_that_needs_no_statistics_is_no_fallback():
+    config = dataclasses.replace(CONFIG, overrides={"experts.1": {"method": "rtn"}})
+    report = tsq.quantize(Routed(), config, [torch.randn(400, 16)]).tsq_report
+    assert [entry.status for entry in report.layers] == ["quantized", "quantized", "fallback"]

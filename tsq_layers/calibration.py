@@ -265,5 +265,6 @@ def share_rows(first: Target, other: Target) -> bool:
     """Whether two layers that were given the same tensor see the same rows."""
     plain = first.kind.inputs is rows_of and other.kind.inputs is rows_of
     alone = first.pool or other.pool or first.tied or other.tied or first.guidance or other.guidance
+    alone = alone or first.observed != other.observed
     roundings = [target.config.activation_bits and (8, target.config.rotation) for target in (first, other)]
     return first is other or (plain and not alone and roundings[0] == roundings[1])

@@ -8,6 +8,7 @@ from torch import nn
 
 from tsq_layers.coverage import check_coverage, check_share, parameter_reports
 from tsq_layers.errors import CalibrationError, SkippedLayerWarning, StateError
+from tsq_layers.experts import Experts
 from tsq_layers.hosts import tell_host
 from tsq_layers.layers import kind_of, replace
 from tsq_layers.layers.offloading import pass_on_hook, present
@@ -30,7 +31,7 @@ def convert(model: nn.Module, *, min_coverage: float = 0.0) -> nn.Module:
         the same model (the twin, if the model itself is a single layer), with ``tsq_report``.
 
     Raises:
-        StateError: the model is not prepared.
+        StateError: the model is not prepared, or its configuration asks for what only ``calibrate`` does.
         CalibrationError: no observer saw any data.
         CoverageError: less than ``min_coverage`` would be quantised; the largest gaps are named, and the
             model is still prepared.
@@ -78,12 +79,21 @@ def _solve_observed(preparation: Preparation) -> dict[str, Solved]:
         raise StateError(
             f"guidance needs calibrate(), which takes gradients of the loss; {next(iter(guided))} was only observed"
         )
+    if epochs := preparation.config.distill_epochs:
+        raise StateError(
+            f"distill_epochs={epochs} needs calibrate(model, batches), which runs both models on the batches; call it before convert, or set distill_epochs=0"
+        )
+    experts = Experts(preparation.targets, ())
     solved: dict[str, Solved] = {}
     for name, target in preparation.targets.items():
-        if name not in observers:
-            solved |= solve([target], None)
-        elif name in seen:
-            solved |= solve([target], observers[name].statistics())
+        statistics = observers[name].statistics() if name in seen else None
+        lent = statistics is not None and target.pool is not None and experts.lend(target, statistics)
+        if not lent and (name in seen or not target.observed):
+            solved |= solve([target], statistics)
+    for pool in experts.open():
+        for target, statistics, shortfall in experts.close(pool):
+            if statistics is not None:
+                solved |= solve([target], statistics, shortfall=shortfall)
     return solved
 
 

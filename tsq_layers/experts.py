@@ -12,7 +12,7 @@ from tsq_layers.targets import Target
 
 
 class Experts:
-    """The experts' layers of a model, and what is known of them as a calibration goes on.
+    """The experts' layers that need statistics, and what is known of them as a calibration goes on.
 
     Args:
         targets: all layers of the run, by name.
@@ -24,7 +24,7 @@ class Experts:
     """
 
     def __init__(self, targets: Mapping[str, Target], recorded: Sequence[str]) -> None:
-        self._targets = {name: target for name, target in targets.items() if target.pool is not None}
+        self._targets = {name: target for name, target in targets.items() if target.pool and target.observed}
         self._members: dict[str, list[str]] = defaultdict(list)  # pool → layers
         self._families: dict[str, list[str]] = defaultdict(list)  # family → layers
         self._waiting: dict[str, dict[str, int]] = defaultdict(dict)  # pool → layer → tokens of its own

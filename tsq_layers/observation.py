@@ -15,7 +15,9 @@ from tsq_layers.parking import Parking
 from tsq_layers.records import LayerStatistics
 from tsq_layers.targets import Target
 
-VALIDATION_SHARE = 0.2  # of the tokens of each call, where something is chosen on tokens that are not fitted
+VALIDATION_SHARE = (
+    0.2  # of a layer's tokens, the last ones of each call, where something is chosen on tokens that are not fitted
+)
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Observation:
     _fitted: dict[str, HessianObserver] = field(default_factory=dict)
     _held_out: dict[str, HessianObserver] = field(default_factory=dict)
     _validated: dict[str, HessianObserver] = field(default_factory=dict)
+    _tokens: dict[str, int] = field(default_factory=dict)
 
     def has(self, name: str) -> bool:
         """Whether there are statistics of a layer to be taken."""
@@ -111,9 +114,16 @@ class Observation:
             if all(target.config.is_settled for target in stage) or first.pool is not None:
                 call.add_to(observed)
                 return
-            fitted, validated = call.split(VALIDATION_SHARE, dims=1 if first.blocks == 1 else 2)
+            dims = 1 if first.blocks == 1 else 2
+            fitted, validated = call.split(self._to_validate(first.name, x.shape[:-dims].numel()), dims)
             fitted.add_to(observed)
             validated.add_to(self._validated.setdefault(first.name, first.observer(guided=True)))
+
+    def _to_validate(self, name: str, tokens: int) -> int:
+        """How many tokens of a call are not fitted. The share is that of all calls so far: a call may have but one token."""
+        before = self._tokens.get(name, 0)
+        self._tokens[name] = before + tokens
+        return int(VALIDATION_SHARE * self._tokens[name]) - int(VALIDATION_SHARE * before)
 
     def _weights(self, target: Target, role: Role, arrival: lockstep.Arrival) -> Tensor | None:
         """How much the tokens of a call count, (T, k); all alike where the gradient pass did not see it."""

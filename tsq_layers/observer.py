@@ -30,19 +30,20 @@ class Call:
         """Let an observer see it."""
         observer.observe(self.x, self.reference, self.mask, self.weights)
 
-    def split(self, share: float, dims: int = 1) -> tuple["Call", "Call"]:
-        """The first and the last tokens, the last being a ``share`` of all.
+    def split(self, last: int, dims: int = 1) -> tuple["Call", "Call"]:
+        """The first tokens, and the ``last`` ones.
 
         Args:
+            last: how many.
             dims: dimensions of a token, 1 for (K,) and 2 for (B, K).
 
         Example:
-            >>> first, last = Call(torch.zeros(2, 10, 8)).split(0.2)
+            >>> first, last = Call(torch.zeros(2, 10, 8)).split(4)
             >>> first.x.shape, last.x.shape
             (torch.Size([16, 8]), torch.Size([4, 8]))
         """
         count = self.x.shape[:-dims].numel()
-        border = count - int(share * count)
+        border = count - last
 
         def parts(values: Tensor | None, kept: int) -> list[Tensor | None]:
             if values is None:
@@ -54,8 +55,7 @@ class Call:
             parts(self.x, dims), parts(self.reference, dims), parts(self.mask, 0),
             parts(None if self.weights is None else self.weights.reshape(count, -1), 1),
         )  # fmt: skip
-        first, last = (Call(*(part[index] for part in given)) for index in (0, 1))  # type: ignore[arg-type]
-        return first, last
+        return tuple(Call(*(part[index] for part in given)) for index in (0, 1))  # type: ignore[arg-type, return-value]
 
 
 class HessianObserver(nn.Module):
@@ -152,13 +152,15 @@ class HessianObserver(nn.Module):
         kept = torch.ones(count, dtype=torch.bool, device=x.device) if mask is None else mask.reshape(count) != 0
         self._allocate(x.device, reference is not None)
         self.count += kept.sum()
-        other = None if reference is None else reference.reshape(count, -1)
+        rows, other = x.reshape(count, self.columns), None
+        if reference is not None:
+            other = reference.reshape(count, self.columns)
         with full_precision():
             size = max(1, _CHUNK_ELEMENTS // (self.columns * self.blocks))
             for start in range(0, count, size):
                 part = slice(start, start + size)
                 factors = weights.reshape(count, self.blocks)[part].to(self.dtype)
-                given = (x.reshape(count, -1)[part], None if other is None else other[part])
+                given = (rows[part], None if other is None else other[part])
                 self._add_weighted(*given, factors, kept[part])
 
     def _add_weighted(self, x: Tensor, reference: Tensor | None, weights: Tensor, kept: Tensor) -> None:
@@ -181,6 +183,7 @@ class HessianObserver(nn.Module):
         if reference is not None and self.deviation is not None:
             _add_product(self.deviation, tokens - self._tokens(reference, padding), tokens)
 
+    @torch.inference_mode(False)
     def statistics(self) -> LayerStatistics:
         """The sums so far.
 

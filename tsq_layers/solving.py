@@ -37,6 +37,8 @@ class Shortfall:
     reason: str
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
 def solve(
     targets: Sequence[Target],
     statistics: LayerStatistics | None,
@@ -47,7 +49,7 @@ def solve(
     """Quantise layers that share their input.
 
     Layers with equal configurations are stacked and solved in one run: they share H, and rows are
-    independent.
+    independent. What is stored are no inference tensors, whatever mode the caller is in.
 
     Args:
         targets: the layers.

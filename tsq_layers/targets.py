@@ -71,7 +71,7 @@ class Target:
 
         Only layers that are called once for each token, with an output (…, N), are guided.
         """
-        plain = self.kind.inputs is rows_of and self.pool is None and not self.tied
+        plain = self.observed and self.kind.inputs is rows_of and self.pool is None and not self.tied
         return groups_of(self.shape[0], self.config.guidance) if plain and self.config.guidance else 0
 
     @property
