@@ -1,5 +1,6 @@
 """A calibration that was killed goes on from its last solved layer and ends in the very same weights."""
 
+import functools
 import json
 import signal
 import subprocess
@@ -117,6 +118,23 @@ def test_held_out_losses_are_restored(tmp_path):
     assert [entry.held_out_losses for entry in again.tsq_report.layers] == [
         entry.held_out_losses for entry in expected.tsq_report.layers
     ]
+
+
+class Runner:
+    """A forward that is no function."""
+
+    def __call__(self, net, batch):
+        return net(batch)
+
+
+@pytest.mark.parametrize(
+    "forward", [Runner(), functools.partial(lambda scale, net, batch: net(batch), 1), lambda net, batch: net(batch)]
+)
+def test_any_callable_runs_a_batch_and_another_one_is_another_run(tmp_path, forward):
+    expected = calibrated(tmp_path, forward=forward)
+    assert same(calibrated(tmp_path, forward=forward), expected)
+    with pytest.raises(CheckpointError, match="functions"):
+        tsq.calibrate(tsq.prepare(model(), CONFIG), batches(), checkpoint_dir=tmp_path)
 
 
 def test_other_runs_are_refused_with_the_difference(tmp_path):

@@ -1,5 +1,6 @@
 """The journal of a run: described by everything that its result depends on, so that only the same run goes on from it."""
 
+import functools
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -45,7 +46,7 @@ def journal_of(
         rest |= {f"start: {name}": tensor for name, tensor in _tensors(start)}
     options = {
         "paired": paired,
-        "functions": [f"{function.__module__}.{function.__qualname__}" for function in functions if function],
+        "functions": [_named(function) for function in functions],
         "autocast": [torch.is_autocast_enabled(kind) for kind in AUTOCAST_DEVICES],
         "devices": sorted({str(tensor.device) for tensor in rest.values()}),
         "processor": torch.backends.cpu.get_cpu_capability(),
@@ -56,6 +57,15 @@ def journal_of(
         config=preparation.config.to_dict(), layers=weights, options=options, tensors=fingerprint_weights(rest)
     )
     return Journal(directory, fingerprint)
+
+
+def _named(function: Any) -> str:
+    """What a function is called; an object that can be called has the name of its class, a partial that of its function too."""
+    if function is None:
+        return "none"
+    named = function if hasattr(function, "__qualname__") else type(function)
+    inner = f" of {_named(function.func)}" if isinstance(function, functools.partial) else ""
+    return f"{named.__module__}.{named.__qualname__}{inner}"
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
