@@ -2,13 +2,16 @@
 
 import copy
 import importlib
+import pickle
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+import tsq_layers as tsq
 from tsq_layers import grid
+from tsq_layers.checkpoint.writing import composites_of
 from tsq_layers.layers.expert_weights import ExpertWeights
 from tsq_layers.layers.experts import EXPERTS, split_experts
 from tsq_layers.linear import QuantLinear
@@ -342,3 +345,11 @@ def test_a_compiled_model_computes_the_same():
     given = routing()
     compiled = torch.compile(split, backend="eager")  # experts are called in a loop that no graph can hold
     torch.testing.assert_close(compiled(*given), split(*given), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore::tsq_layers.errors.FewTokensWarning")
+def test_a_quantised_model_with_experts_can_be_pickled():
+    model = tsq.quantize(model_of("Mixtral").float(), tsq.QuantConfig(bits=4, group_size=16), [tokens()])
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(again(tokens()).logits, model(tokens()).logits)
+    assert composites_of(again) == composites_of(model) == [f"model.layers.{index}.mlp.experts" for index in range(2)]

@@ -21,7 +21,7 @@ from tsq_layers.eligibility import (
 )
 from tsq_layers.errors import ConfigError, LayerError, StateError
 from tsq_layers.guidance import Watched
-from tsq_layers.layers import composite_behind, composite_of, kind_of, packed, replace, split_of
+from tsq_layers.layers import composite_of, kind_of, packed, replace, split_of
 from tsq_layers.layers.pools import expert_pool
 from tsq_layers.observer import HessianObserver
 from tsq_layers.report import LayerReport
@@ -131,7 +131,7 @@ def inspect(model: nn.Module, config: QuantConfig, only: Collection[str] | None 
     targets = _keeping_zeros(targets, check_weights(targets))
     check_inputs(targets)
     chosen = {target.module for target in targets.values()}
-    used = {original: split for original, split in splits.items() if _is_used(split, chosen)}
+    used = {original: split for original, split in splits.items() if _is_used(original, split, chosen)}
     if model in used:
         raise LayerError(
             f"the model is itself a {type(model).__name__}, whose parts cannot be replaced in place; wrap it, for example in nn.Sequential(model)"
@@ -174,7 +174,9 @@ def finish(model: nn.Module, converted: Collection[nn.Module]) -> None:
     """Forget the preparation before conversion; composites in which nothing was converted are put back."""
     preparation = fetch(model, "convert")
     preparation.detach()
-    unused = {original: split for original, split in preparation.splits.items() if not _is_used(split, converted)}
+    unused = {
+        original: split for original, split in preparation.splits.items() if not _is_used(original, split, converted)
+    }
     replace(model, _originals(unused))
     del vars(model)[_ATTRIBUTE]
 
@@ -223,7 +225,7 @@ def _split(model: nn.Module) -> tuple[dict[str, nn.Module], dict[nn.Module, nn.M
     return modules, splits
 
 
-def _is_used(split: nn.Module, layers: Collection[nn.Module]) -> bool:
+def _is_used(original: nn.Module, split: nn.Module, layers: Collection[nn.Module]) -> bool:
     """Whether a split module must stay in the place of its original, given the layers that are quantised."""
-    composite = composite_behind(split)
+    composite = composite_of(original)
     return (composite is not None and composite.always) or any(module in layers for module in split.modules())

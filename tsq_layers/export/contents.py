@@ -10,7 +10,7 @@ from torch import nn
 from tsq_layers.errors import StateError
 from tsq_layers.export.floats import Stored, float_tensors
 from tsq_layers.export.problems import ExportError
-from tsq_layers.layers import composite_behind, packed
+from tsq_layers.layers import composite_behind, kind_behind, packed
 from tsq_layers.linear import QuantLinear
 
 
@@ -94,7 +94,8 @@ def read(
         raise ExportError(f"{format_name} can hold no quantised layer of this {type(model).__name__} packed")
     _check_values(layers)
     check_additions(held, format_name)
-    return Contents(model, config, held, float_tensors(model, held, _turned(others)), _unquantised(model))
+    linear = [layer.name for layer in others if layer.kind in ("Linear", "Conv1D")]
+    return Contents(model, config, held, float_tensors(model, held, _turned(others)), [*_unquantised(model), *linear])
 
 
 def layers_of(model: nn.Module) -> list[Layer]:
@@ -108,7 +109,8 @@ def layers_of(model: nn.Module) -> list[Layer]:
     layers = []
     for name, module, matrix in packed(model):
         inside = _composite_around(model, name)
-        kind = inside or kinds.get(name) or ("Linear" if module is matrix else type(module).__name__)
+        known = kind_behind(module) or kinds.get(name)
+        kind = inside or known or ("Linear" if module is matrix else type(module).__name__)
         layers.append(Layer(name, module, matrix, kind))
     if not layers:
         raise StateError(
@@ -123,7 +125,7 @@ def _composite_around(model: nn.Module, name: str) -> str | None:
     for end in range(len(parts)):
         composite = composite_behind(model.get_submodule(".".join(parts[:end])))
         if composite is not None:
-            return composite.name
+            return composite
     return None
 
 

@@ -12,13 +12,12 @@ from tsq_layers.errors import StateError
 from tsq_layers.export.problems import ExportError
 from tsq_layers.layers import composite_behind
 from tsq_layers.layers.attention import ATTENTION, SplitAttention
-from tsq_layers.layers.composites import Composite
 from tsq_layers.layers.expert_weights import ExpertWeights
 from tsq_layers.layers.experts import EXPERTS
 from tsq_layers.linear import QuantLinear
 from tsq_layers.report import memory_extent
 
-_KNOWN: tuple[Composite | None, ...] = (None, ATTENTION, EXPERTS)
+_KNOWN = (None, ATTENTION.name, EXPERTS.name)
 
 
 @dataclass(frozen=True, eq=False)

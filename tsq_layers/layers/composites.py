@@ -43,12 +43,12 @@ class Composite:
 def split_of(composite: Composite, module: nn.Module) -> nn.Module:
     """The split form of a module; :func:`composite_behind` tells what it is."""
     split = composite.split(module)
-    vars(split)["_tsq_composite"] = composite
+    vars(split)["_tsq_composite"] = composite.name  # not itself: its functions may be some that cannot be pickled
     return split
 
 
-def composite_behind(module: nn.Module) -> Composite | None:
-    """The composite that a module is the split form of, or ``None``."""
+def composite_behind(module: nn.Module) -> str | None:
+    """The name of the composite that a module is the split form of, or ``None``."""
     return vars(module).get("_tsq_composite")
 
 

@@ -69,6 +69,11 @@ def is_twin(module: nn.Module) -> bool:
     return "_tsq_twin" in vars(module)
 
 
+def kind_behind(module: nn.Module) -> str | None:
+    """The name of the kind of layer in whose place a quantised layer stands; ``None`` if it was made by itself."""
+    return vars(module).get("_tsq_kind")
+
+
 def packed_linear(module: nn.Module, matrix: QuantLinear) -> nn.Module:
     """The twin of a linear layer is the packed matrix itself."""
     return matrix.train(module.training)
@@ -118,7 +123,7 @@ class LayerKind:
     twin: Callable[[nn.Module, QuantLinear], nn.Module] = packed_linear
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "twin", _marking(self.twin))
+        object.__setattr__(self, "twin", _marking(self.name, self.twin))
 
     def weight(self, module: nn.Module) -> Tensor:
         """The module's weight matrix (N, K), a view of its parameter."""
@@ -127,10 +132,13 @@ class LayerKind:
         return self.to_matrix(module, weight.detach())
 
 
-def _marking(twin: Callable[[nn.Module, QuantLinear], nn.Module]) -> Callable[[nn.Module, QuantLinear], nn.Module]:
+def _marking(
+    kind: str, twin: Callable[[nn.Module, QuantLinear], nn.Module]
+) -> Callable[[nn.Module, QuantLinear], nn.Module]:
     @functools.wraps(twin)
     def marked(module: nn.Module, matrix: QuantLinear) -> nn.Module:
         made = twin(module, matrix)
+        vars(made)["_tsq_kind"] = kind
         if made is not matrix:
             mark_twin(made)
         return made
