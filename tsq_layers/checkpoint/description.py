@@ -16,6 +16,7 @@ from tsq_layers.report import Report, checked_fields
 from tsq_layers.specification import LayerSpec, dtype_name
 
 __all__ = [
+    "DESCRIPTION_DIGEST",
     "DESCRIPTION_FILE",
     "FORMAT",
     "NON_PERSISTENT",
@@ -33,6 +34,7 @@ FORMAT = "tsq_layers"
 SCHEMA_VERSION = 1
 DESCRIPTION_FILE = "tsq.json"
 TENSORS_FILE = "model.safetensors"
+DESCRIPTION_DIGEST = "tsq_description_sha256"  # in the metadata of the tensors file, whose description it belongs to
 NON_PERSISTENT = "non_persistent:"
 
 _SECTIONS: dict[str, tuple[type, ...]] = {

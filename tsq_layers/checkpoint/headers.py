@@ -6,7 +6,13 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from tsq_layers.checkpoint.description import TENSORS_FILE, Description, TensorSpec
+from tsq_layers.checkpoint.description import (
+    DESCRIPTION_DIGEST,
+    DESCRIPTION_FILE,
+    TENSORS_FILE,
+    Description,
+    TensorSpec,
+)
 from tsq_layers.checkpoint.outline import QUANT_METHOD, Outline
 from tsq_layers.errors import CheckpointError
 from tsq_layers.report import Report
@@ -36,6 +42,29 @@ def tensor_files(directory: Path) -> list[Path]:
         return [directory / name for name in sorted(set(names))]
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{INDEX_FILE} in {directory} cannot be read: {error}; {AGAIN}") from error
+
+
+def is_described(directory: Path) -> bool:
+    """Whether ``tsq.json`` describes a directory; not so if something else has written its tensors anew since.
+
+    Raises:
+        CheckpointError: there are shards beside, of which nobody can say which is newer.
+    """
+    if not (directory / DESCRIPTION_FILE).exists():
+        return False
+    file = directory / TENSORS_FILE
+    try:
+        with safe_open(file, framework="pt") as opened:
+            own = DESCRIPTION_DIGEST in (opened.metadata() or {})
+    except FileNotFoundError:
+        return not (directory / INDEX_FILE).exists()
+    except (OSError, SafetensorError):
+        return True  # whoever reads it says what is the matter
+    if own and (directory / INDEX_FILE).exists():
+        raise CheckpointError(
+            f"{directory} holds {TENSORS_FILE} and {DESCRIPTION_FILE} of one save and {INDEX_FILE} of another: remove those of the older one"
+        )
+    return own
 
 
 def read_headers(files: Iterable[Path]) -> tuple[dict[str, TensorSpec], dict[str, str]]:

@@ -16,7 +16,7 @@ from tsq_layers.checkpoint.description import (
     TensorSpec,
     header_digest,
 )
-from tsq_layers.checkpoint.headers import AGAIN, description_from_headers, outlined, tensor_files
+from tsq_layers.checkpoint.headers import AGAIN, description_from_headers, is_described, outlined, tensor_files
 from tsq_layers.checkpoint.planning import Plan, plan
 from tsq_layers.errors import CheckpointError
 from tsq_layers.hosts import tell_host
@@ -84,12 +84,12 @@ def splits_of(model: nn.Module, names: Iterable[str]) -> dict[nn.Module, nn.Modu
 
 def _read_description(directory: Path) -> Description:
     """What ``tsq.json`` says; or, where transformers wrote the directory, ``config.json`` and the tensors' headers."""
+    outline = None if is_described(directory) else outlined(directory)
+    if outline is not None:
+        return description_from_headers(directory, outline)
     try:
         text = (directory / DESCRIPTION_FILE).read_text(encoding="utf-8")
     except FileNotFoundError:
-        outline = outlined(directory)
-        if outline is not None:
-            return description_from_headers(directory, outline)
         raise CheckpointError(f"no {DESCRIPTION_FILE} in {directory}: give the directory that tsq.save wrote") from None
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(
@@ -101,7 +101,7 @@ def _read_description(directory: Path) -> Description:
 def _read_tensors(directory: Path, description: Description, devices: Mapping[str, torch.device]) -> dict[str, Tensor]:
     """All tensors that the model takes, on their devices; the file is first checked against the description."""
     files = tensor_files(directory)
-    if (directory / DESCRIPTION_FILE).exists():
+    if description.header_sha256:  # of tsq.json
         files = [directory / TENSORS_FILE]
         _check_file(directory, description)
     tensors: dict[str, Tensor] = {}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from tsq_layers.checkpoint.description import (
+    DESCRIPTION_DIGEST,
     DESCRIPTION_FILE,
     TENSORS_FILE,
     Description,
@@ -108,7 +109,7 @@ def _write(directory: Path, tensors: Mapping[str, Tensor], description: Descript
         new_tensors, new_description = Path(temporary, TENSORS_FILE), Path(temporary, DESCRIPTION_FILE)
         contiguous = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
         # "format" is what transformers asks for before it opens a file.
-        save_file(contiguous, new_tensors, metadata={"format": "pt", "tsq_description_sha256": description.digest()})
+        save_file(contiguous, new_tensors, metadata={"format": "pt", DESCRIPTION_DIGEST: description.digest()})
         _sort_header(new_tensors)
         new_description.write_text(
             replace(description, header_sha256=header_digest(new_tensors)).to_json(), encoding="utf-8"
@@ -144,6 +145,15 @@ def _check_extra_state(model: nn.Module) -> None:
             raise CheckpointError(
                 f"module {name!r} ({type(module).__name__}) keeps extra state beside its tensors, which safetensors cannot hold; save it on your own"
             )
+    known = {entry.key for entry in entries(model)}
+    lost = next((key for key in model.state_dict() if key not in known), None)
+    if lost is not None:
+        names = {name for name, _ in model.named_modules() if lost.startswith(f"{name}.")}
+        owner = max(names, key=len, default="")
+        raise CheckpointError(
+            f"module {owner!r} ({type(model.get_submodule(owner)).__name__}) keeps {lost!r}, which is no parameter or buffer, and which a checkpoint "
+            "cannot hold: save the model before the pass that makes it (quantize_dynamic, for example), and run that again after loading"
+        )
 
 
 def shared_once(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:

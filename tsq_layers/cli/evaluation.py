@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tsq_layers.cli import models, options
 from tsq_layers.cli.output import write, write_json
-from tsq_layers.errors import CheckpointError
+from tsq_layers.errors import CheckpointError, ConfigError
 from tsq_layers.integrations import causal_lm as bridge
 from tsq_layers.integrations import texts
 from tsq_layers.perplexity import perplexity
@@ -37,20 +37,26 @@ def add(command: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure, and write the number."""
+    window = arguments.window
+    if window < 2:
+        raise ConfigError(f"--window {window}: give at least 2 tokens, of which all but the first are predicted")
+    if arguments.tokens is not None and arguments.tokens < window:
+        raise ConfigError(f"--tokens {arguments.tokens} is less than one window of --window {window}: give more, or a smaller window")
     if arguments.token_file is not None:
         tokens = _read_token_file(Path(arguments.token_file))
     else:
         tokens = texts.read_tokens(Path(arguments.text), bridge.load_tokenizer(arguments.model))
     if arguments.tokens is not None:
-        batches = texts.windows(tokens, arguments.window, max(1, arguments.tokens // arguments.window))
+        batches = texts.windows(tokens, window, arguments.tokens // window)
         tokens = torch.cat([batch["input_ids"].flatten() for batch in batches])
     model = options.placed(models.load(arguments.model, arguments.dtype), arguments.device)
-    value = perplexity(model, tokens, window=arguments.window, batch_size=arguments.batch_size)
+    bridge.check_length(model, window, "--window")
+    value = perplexity(model, tokens, window=window, batch_size=arguments.batch_size)
     if arguments.json:
         shown = value if math.isfinite(value) else str(value)
-        write_json({"perplexity": shown, "tokens": tokens.numel(), "window": arguments.window})
+        write_json({"perplexity": shown, "tokens": tokens.numel(), "window": window})
     else:
-        write(f"perplexity {value:.6f} on {tokens.numel()} tokens in windows of {arguments.window}")
+        write(f"perplexity {value:.6f} on {tokens.numel()} tokens in windows of {window}")
 
 
 def _read_token_file(path: Path) -> Tensor:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import tsq_layers as tsq
 from tsq_layers.checkpoint.description import DESCRIPTION_FILE, Description
-from tsq_layers.checkpoint.headers import description_from_headers, outlined
+from tsq_layers.checkpoint.headers import description_from_headers, is_described, outlined
 from tsq_layers.cli import models, options
 from tsq_layers.cli.output import read, write
 from tsq_layers.errors import ConfigError
@@ -46,8 +46,9 @@ def _report(directory: Path) -> Report:
     path = directory / DESCRIPTION_FILE
     if models.is_foreign(directory):
         return tsq.report(models.load(directory))
-    outline = None if path.exists() else outlined(directory)
-    if outline is None and not path.exists():
+    described = is_described(directory)
+    outline = None if described else outlined(directory)
+    if outline is None and not described:
         raise ConfigError(
             f"{directory} holds no {DESCRIPTION_FILE}: give a directory that tsq quantize or tsq.save wrote"
         )

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import tsq_layers as tsq
-from tsq_layers.checkpoint.description import DESCRIPTION_FILE
+from tsq_layers.checkpoint.headers import is_described
 from tsq_layers.checkpoint.outline import QUANT_METHOD
 from tsq_layers.cli.options import OWN_FORMAT
 from tsq_layers.cli.output import summary, write, write_json, write_summary
@@ -21,7 +21,7 @@ from tsq_layers.integrations import causal_lm as bridge
 def is_foreign(directory: str | Path) -> bool:
     """Whether a directory holds a checkpoint that another tool has quantised."""
     path = Path(directory)
-    if (path / DESCRIPTION_FILE).exists():
+    if is_described(path):
         return False
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
@@ -46,8 +46,7 @@ def load_quantised(directory: str | Path, dtype: str | None = None) -> nn.Module
         ConfigError: it is a float model.
     """
     path = Path(directory)
-    is_float = (path / "config.json").exists() and not (path / DESCRIPTION_FILE).exists() and not is_foreign(path)
-    if is_float:
+    if (path / "config.json").exists() and not bridge.is_quantised(path) and not is_foreign(path):
         raise ConfigError(f"{path} holds a float model: quantise it first, with tsq quantize {path} --out …")
     return load(directory, dtype)
 

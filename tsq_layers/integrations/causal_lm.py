@@ -13,8 +13,7 @@ import torch
 from torch import nn
 
 import tsq_layers as tsq
-from tsq_layers.checkpoint.description import DESCRIPTION_FILE
-from tsq_layers.checkpoint.headers import outlined
+from tsq_layers.checkpoint.headers import is_described, outlined
 from tsq_layers.checkpoint.outline import Outline
 from tsq_layers.checkpoint.writing import write
 from tsq_layers.errors import CheckpointError, ConfigError, MissingExtraError
@@ -159,11 +158,11 @@ def _load_float(transformers: ModuleType, path: Path, dtype: torch.dtype | str) 
 
 def is_quantised(path: Path) -> bool:
     """Whether a directory holds a quantised model, written by this library or by ``save_pretrained``."""
-    return (path / DESCRIPTION_FILE).exists() or outlined(path) is not None
+    return is_described(path) or outlined(path) is not None
 
 
 def _load_quantised(transformers: ModuleType, path: Path) -> nn.Module:
-    if (path / DESCRIPTION_FILE).exists():
+    if is_described(path):
         return tsq.load(path, _built_empty(transformers, path))
     importlib.import_module("tsq_layers.integrations.transformers")  # so that it knows packed layers
     return _load_float(transformers, path, "auto")

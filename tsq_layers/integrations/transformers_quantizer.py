@@ -12,7 +12,7 @@ from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
 from tsq_layers.checkpoint.description import DESCRIPTION_FILE, NON_PERSISTENT, Description
-from tsq_layers.checkpoint.headers import REPORT, read_headers
+from tsq_layers.checkpoint.headers import REPORT, is_described, read_headers
 from tsq_layers.checkpoint.outline import QUANT_METHOD, Outline
 from tsq_layers.checkpoint.planning import is_under
 from tsq_layers.errors import ConfigError
@@ -151,7 +151,7 @@ def _report(metadata: Mapping[str, str], files: list[Path]) -> Report | None:
     """What happened to every layer: from the files' metadata, or from ``tsq.json`` beside them."""
     if REPORT in metadata:
         return Report.from_dict(json.loads(metadata[REPORT]))
-    beside = files[0].parent / DESCRIPTION_FILE if files else None
-    if beside is None or not beside.exists():
+    if not files or not is_described(files[0].parent):
         return None
+    beside = files[0].parent / DESCRIPTION_FILE
     return Description.from_json(beside.read_text(encoding="utf-8")).report
