@@ -544,6 +544,15 @@ def test_save_refuses_extra_state(tmp_path: Path) -> None:
         save(nn.Sequential(quantized(torch.randn(6, 10)), Extra()), tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning", "ignore:.*:UserWarning")
+def test_save_refuses_what_a_later_pass_keeps_elsewhere(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"rnn": nn.LSTM(8, 8), "fc": quantized(torch.randn(6, 10))})
+    save(model, tmp_path)
+    torch.ao.quantization.quantize_dynamic(model, {nn.LSTM}, torch.qint8, inplace=True)
+    with pytest.raises(CheckpointError, match=r"module 'rnn.*keeps 'rnn.*save the model before the pass that makes it"):
+        save(model, tmp_path)
+
+
 def test_save_refuses_tensors_that_overlap_without_being_the_same(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False), quantized(torch.randn(6, 10)))
     model[1].weight = nn.Parameter(model[0].weight.detach().T)

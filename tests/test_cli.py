@@ -19,6 +19,8 @@ from transformers import (
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     PreTrainedTokenizerFast,
 )
 
@@ -26,6 +28,7 @@ import tsq_layers as tsq
 from tsq_layers import cli
 from tsq_layers.cli import evaluation, program
 from tsq_layers.errors import CheckpointError, ConfigError, MissingExtraError
+from tsq_layers.integrations import causal_lm
 from tsq_layers.integrations.transformers import load_causal_lm, load_tokenizer, read_tokens, save_causal_lm, windows
 from tsq_layers.perplexity import perplexity
 from tsq_layers.planning import Plan
@@ -248,6 +251,31 @@ def test_eval_of_the_float_model_in_words(
     assert capsys.readouterr().out == f"perplexity {expected:.6f} on 128 tokens in windows of 32\n"
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--window", "0"], "--window 0: give at least 2 tokens"),
+        (["--window", "32", "--tokens", "5"], "--tokens 5 is less than one window of --window 32"),
+        (["--tokens", "-5"], "--tokens -5 is less than one window"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_amounts_that_cannot_be_evaluated_are_one_line(
+    float_directory: Path, text: Path, capsys: pytest.CaptureFixture[str], more: list[str], message: str
+) -> None:
+    assert message in error_of(capsys, ["eval", str(float_directory), "--text", str(text), *more])
+
+
+def test_sequences_longer_than_learned_positions_are_one_line() -> None:
+    sizes = {"vocab_size": 32, "hidden_size": 16, "ffn_dim": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = OPTForCausalLM(
+        OPTConfig(**sizes, word_embed_proj_dim=16, max_position_embeddings=24, bos_token_id=1, pad_token_id=1)
+    )
+    causal_lm.check_length(model, 24, "--window")
+    with pytest.raises(ConfigError, match="--window 25: this OPTForCausalLM has learned positions for 24 tokens"):
+        causal_lm.check_length(model, 25, "--window")
+
+
 def test_eval_takes_tokens_from_a_file(
     float_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -391,6 +419,7 @@ def test_missing_and_foreign_text_is_one_line(
         (["--tokens", "100000"], "tokens, too few for 3125 windows of 32: give more text"),
         (["--batch-size", "0"], "batch_size=0: give a positive integer"),
         (["--device", "nowhere"], "--device nowhere: "),
+        (["--offload", "nowhere"], "--offload nowhere: "),
         (["--config", "none.json"], "cannot read none.json: No such file or directory"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -406,7 +435,13 @@ def test_calibration_text_is_asked_for(
     float_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     message = error_of(capsys, ["quantize", str(float_directory), "--out", str(tmp_path / "model")])
-    assert "method 'two-stage' needs calibration text: give --text FILE, or --method rtn" in message
+    assert "method='two-stage' needs calibration text: give --text FILE, or a configuration that needs none" in message
+    file = tmp_path / "config.json"
+    file.write_text(tsq.QuantConfig(method="rtn", distill_epochs=2).to_json(), encoding="utf-8")
+    message = error_of(
+        capsys, ["quantize", str(float_directory), "--out", str(tmp_path / "model"), "--config", str(file)]
+    )
+    assert "distill_epochs=2 needs calibration text" in message
 
 
 def test_float_model_is_not_overwritten(float_directory: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from export_models import llama
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import tsq_layers as tsq
-from tsq_layers import cli
+from tsq_layers import cli, workflow
 from tsq_layers.cli import completion, program
 from tsq_layers.cli.models import load
 from tsq_layers.config import QuantConfig
@@ -125,6 +126,83 @@ def test_a_format_that_cannot_hold_the_configuration_is_refused_before_the_work(
     (tmp_path / "full" / "file").touch()
     start = ("quantize", source, "--out", tmp_path / "full", *amounts(text))
     assert "exists and is no empty directory" in error_of(capsys, *start, "--symmetric", "--format", "gptq")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--format", "gptq", "--group-size", "64"], "QuantConfig(bits=4, group_size=32, symmetric=True)"),
+        (["--format", "gguf", "--embeddings", "--config", "SKIP"], "its model is WordLevel, and only BPE is known"),
+        (
+            ["--format", "compressed-tensors", "--embeddings"],
+            "'model.embed_tokens' (Embedding) not; leave such layers out",
+        ),
+        (["--format", "gptq", "--config", "MIXED"], "a gptq file holds one width and one group size"),
+        (
+            ["--format", "gptq", "--config", "WIDE"],
+            "scale_dtype='float32': gptq holds float16 scales; set it to 'float16'",
+        ),
+        (["--min-coverage", "0.999"], "min_coverage=0.999 asks for more"),
+        (["--sequence-length", "32", "--format", "gptq", "--checkpoint-dir", "OUT/run"], "is in --out"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_a_format_cannot_hold_of_a_model_is_refused_before_the_work(
+    source: Path,
+    tmp_path: Path,
+    text: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    message: str,
+) -> None:
+    monkeypatch.setattr(workflow, "calibrate", None)
+    files = {
+        "SKIP": QuantConfig(skip=()),
+        "MIXED": QuantConfig(overrides={"*.up_proj": {"bits": 8}}),
+        "WIDE": QuantConfig(scale_dtype="float32"),
+    }
+    for name, config in files.items():
+        (tmp_path / name).write_text(config.to_json(), encoding="utf-8")
+    given = [
+        str(tmp_path / option) if option in files else option.replace("OUT", str(tmp_path / "out"))
+        for option in options
+    ]
+    start = ("quantize", source, "--out", tmp_path / "out", *amounts(text), "--bits", 4, "--symmetric")
+    grouped = () if "--group-size" in options else ("--group-size", 32)
+    assert message in error_of(capsys, *start, *grouped, *given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_layers_that_a_format_cannot_hold_are_written_as_floats_if_asked(source: Path, tmp_path: Path) -> None:
+    options = ("--format", "compressed-tensors", "--embeddings", "--dequantize-others")
+    assert "model.embed_tokens" not in weights(quantise(source, tmp_path / "out", *options))
+
+
+def test_what_is_refused_only_by_its_values_is_kept(
+    source: Path, tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(source, tmp_path / "float")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"].abs_()  # least values of 0: zero points of 0
+    save_file(tensors, tmp_path / "float" / "model.safetensors", metadata={"format": "pt"})
+    start = ("quantize", tmp_path / "float", "--out", tmp_path / "out", *amounts(text), "--bits", 4, "--group-size", 32)
+    message = error_of(capsys, *start, "--format", "gptq-v1")
+    assert "has zero points of 0" in message
+    (kept,) = tmp_path.glob("out*")
+    assert f"The quantised model is in {kept}, which tsq export reads" in message
+    assert cli.main(["export", str(kept), "--format", "gptq", "--out", str(tmp_path / "other")]) == 0
+
+
+@pytest.mark.parametrize(("command", "form"), [("quantize", "tsq"), ("quantize", "gptq"), ("export", "gptq")])
+def test_a_place_that_cannot_be_written_is_named_first(
+    source: Path, quantised: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, form: str
+) -> None:
+    (tmp_path / "file").touch()
+    arguments = (command, source if command == "quantize" else quantised, "--format", form)
+    for out in (tmp_path / "file" / "x", "/proc/none/x"):
+        assert "cannot be written" in error_of(capsys, *arguments, "--out", out)
+    assert "file" in error_of(capsys, *arguments, "--out", tmp_path / "file")
 
 
 @pytest.mark.parametrize("form", FORMATS)

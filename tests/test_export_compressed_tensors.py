@@ -169,8 +169,17 @@ def test_transformers_loads_the_same_model(tmp_path, bits, group_size):
         ({"skip": ("lm_head", "layers.0.mlp.*")}, {}),
         ({"sizes": {"mlp_bias": True, "attention_bias": True}}, {}),
         ({"embeddings": True}, {"dequantize_others": True}),
+        ({"embeddings": True, "skip": (), "sizes": {"tie_word_embeddings": True}}, {"dequantize_others": True}),
     ],
-    ids=["several schemes", "tied, in shards", "packed output layer", "float layers", "biases", "dequantised table"],
+    ids=[
+        "several schemes",
+        "tied, in shards",
+        "packed output layer",
+        "float layers",
+        "biases",
+        "dequantised table",
+        "tied",
+    ],
 )
 def test_transformers_loads_the_same_model_of_every_make(tmp_path, options, how):
     pytest.importorskip("compressed_tensors")

@@ -13,7 +13,6 @@ from torch.testing import assert_close
 import tsq_layers as tsq
 from tsq_layers.layers import packed
 from tsq_layers.linear import QuantLinear
-from tsq_layers.planning.needs import packed_matrix
 from tsq_layers.preparation import inspect
 from tsq_layers.solver import selection
 
@@ -179,8 +178,8 @@ def test_a_run_that_is_repeated_takes_every_layer_from_its_journal(way: str, tmp
 def test_layers_are_as_planned(way: str) -> None:
     targets: dict[str, Target] = inspect(mlp(), config(way)).targets
     for name, _, matrix in packed(of_mlp(way)):
-        assert buffers(packed_matrix(targets[name])) == buffers(matrix)
-        assert {**packed_matrix(targets[name]).additions()} == matrix.additions()
+        assert buffers(targets[name].empty_matrix()) == buffers(matrix)
+        assert {**targets[name].empty_matrix().additions()} == matrix.additions()
 
 
 @every_way

@@ -29,6 +29,7 @@ from transformers.utils import logging
 import tsq_layers as tsq
 from tsq_layers.cli import main
 from tsq_layers.errors import CheckpointError, ConfigError
+from tsq_layers.export import ExportError
 from tsq_layers.integrations.transformers import TsqConfig, load_causal_lm, save_causal_lm
 from tsq_layers.linear import QuantLinear
 
@@ -450,3 +451,36 @@ model.save_pretrained(sys.argv[1])
     assert found.returncode == 0, found.stderr
     assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["quant_method"] == "tsq"
     assert isinstance(loaded(tmp_path).model.layers[0].mlp.up_proj, QuantLinear)
+
+
+# --- directories that were written before -----------------------------------------------------------------------------
+
+
+def test_what_save_pretrained_writes_over_a_directory_of_ours_is_what_is_read(tmp_path: Path) -> None:
+    first, second = (
+        tsq.quantize(llama(), RTN),
+        tsq.quantize(llama(), tsq.QuantConfig(method="rtn", bits=4, group_size=32)),
+    )
+    save_causal_lm(first, None, tmp_path)
+    second.save_pretrained(tmp_path)
+    assert torch.equal(logits(tsq.load(tmp_path, llama())), logits(second))
+    assert torch.equal(logits(load_causal_lm(tmp_path)), logits(second))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).tsq_report.layers[0].bits == 4
+    llama().save_pretrained(tmp_path)
+    assert torch.equal(logits(load_causal_lm(tmp_path)), logits(llama()))
+    with pytest.raises(CheckpointError, match="of different saves"):
+        tsq.load(tmp_path, llama())
+
+
+def test_files_of_two_saves_of_which_nobody_knows_the_newer_are_refused(tmp_path: Path) -> None:
+    save_causal_lm(tsq.quantize(llama(), RTN), None, tmp_path)
+    tsq.quantize(llama(), RTN).save_pretrained(tmp_path, max_shard_size="20KB")
+    with pytest.raises(CheckpointError, match="of one save and model.safetensors.index.json of another"):
+        tsq.load(tmp_path, llama())
+
+
+def test_what_the_base_model_is_loaded_as_is_exported_as_the_same_kind(tmp_path: Path) -> None:
+    tsq.quantize(gpt2(), RTN).save_pretrained(tmp_path / "model")
+    base = AutoModel.from_pretrained(tmp_path / "model")
+    with pytest.raises(ExportError, match="'h.0.attn.c_attn' .Conv1D."):
+        tsq.export(base, tmp_path / "out", format="compressed-tensors")

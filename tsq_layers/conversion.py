@@ -68,6 +68,21 @@ def convert(model: nn.Module, *, min_coverage: float = 0.0) -> nn.Module:
     return model
 
 
+def check_attainable(preparation: Preparation, min_coverage: float) -> None:
+    """Refuse a coverage that is not reached even if every layer is solved, before any is.
+
+    Raises:
+        CoverageError: it is more.
+    """
+    solved = [
+        LayerReport(
+            name=target.name, kind=target.kind.name, rows=target.shape[0], columns=target.shape[1], status="quantized"
+        )
+        for target in preparation.targets.values()
+    ]
+    check_coverage(parameter_reports(preparation.parameters, [*solved, *preparation.left_alone]), min_coverage)
+
+
 def _solve_observed(preparation: Preparation) -> dict[str, Solved]:
     observers = preparation.observers
     seen = {name for name, observer in observers.items() if observer.hessian is not None}

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tsq_layers.config import QuantConfig
@@ -87,6 +88,22 @@ class Target:
             return found
         basis = {"rotation": config.rotation, "channel_scaling": config.channel_scaling}
         return found | basis | {"activation_bits": config.activation_bits}
+
+    def empty_matrix(self, device: torch.device | str | None = None) -> QuantLinear:
+        """Its packed matrix before it is solved, without bias; on the device of its weight unless another is given."""
+        config, weight, (rows, columns) = self.config, self.weight, self.shape
+        return QuantLinear(
+            columns,
+            rows,
+            bits=config.bits,
+            group_size=min(config.group_size or columns, columns),
+            symmetric=config.symmetric,
+            bias=False,
+            scale_dtype=config.torch_scale_dtype,
+            **self.additions,
+            device=device or weight.device,
+            dtype=weight.dtype,
+        )
 
     def rounded(self, rows: Tensor) -> Tensor:
         """Rows of inputs as the layer will see them: what 8 bits leave of them, if ``activation_bits`` says so.

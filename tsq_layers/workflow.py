@@ -21,7 +21,7 @@ from tsq_layers.batches import (
 )
 from tsq_layers.calibration import Calibration, callers_of
 from tsq_layers.config import QuantConfig
-from tsq_layers.conversion import convert, warn_never_called
+from tsq_layers.conversion import check_attainable, convert, warn_never_called
 from tsq_layers.coverage import check_share
 from tsq_layers.distillation import Distance, Student, distil
 from tsq_layers.errors import StateError
@@ -213,6 +213,7 @@ def quantize(
     check_share(min_coverage)
     prepare(model, config)
     try:
+        check_attainable(preparations.fetch(model, "calibrate"), min_coverage)
         if batches is not None:
             calibrate(
                 model,

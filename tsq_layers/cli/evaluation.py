@@ -41,7 +41,9 @@ def run(arguments: argparse.Namespace) -> None:
     if window < 2:
         raise ConfigError(f"--window {window}: give at least 2 tokens, of which all but the first are predicted")
     if arguments.tokens is not None and arguments.tokens < window:
-        raise ConfigError(f"--tokens {arguments.tokens} is less than one window of --window {window}: give more, or a smaller window")
+        raise ConfigError(
+            f"--tokens {arguments.tokens} is less than one window of --window {window}: give more, or a smaller window"
+        )
     if arguments.token_file is not None:
         tokens = _read_token_file(Path(arguments.token_file))
     else:

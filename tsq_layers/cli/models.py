@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,10 @@ from tsq_layers.checkpoint.headers import is_described
 from tsq_layers.checkpoint.outline import QUANT_METHOD
 from tsq_layers.cli.options import OWN_FORMAT
 from tsq_layers.cli.output import summary, write, write_json, write_summary
+from tsq_layers.config import QuantConfig
 from tsq_layers.errors import ConfigError
+from tsq_layers.export import ExportError
+from tsq_layers.export.exporting import checked
 from tsq_layers.integrations import causal_lm as bridge
 
 
@@ -66,26 +70,66 @@ def check_out(arguments: argparse.Namespace, sources: Mapping[str, str]) -> None
         sources: what is read → its directory.
 
     Raises:
-        ConfigError: it is the directory of a source; or it holds something already, and no format replaces it.
+        ConfigError: it is the directory of a source; it cannot be written; or it holds something already (or will,
+            as ``--checkpoint-dir``), and no format replaces it.
     """
-    out = Path(arguments.out)
+    out = Path(arguments.out).absolute()
     for what, source in sources.items():
         if out.resolve() == Path(source).resolve():
             raise ConfigError(f"--out {arguments.out} is the directory of {what}: give another one")
-    if arguments.format != OWN_FORMAT and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"--out {arguments.out} exists and is no empty directory: give another one, or remove it")
+    if arguments.format != OWN_FORMAT:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ConfigError(f"--out {arguments.out} exists and is no empty directory: give another one, or remove it")
+        kept = getattr(arguments, "checkpoint_dir", None)
+        if kept is not None and Path(kept).resolve().is_relative_to(out.resolve()):
+            raise ConfigError(
+                f"--checkpoint-dir {kept} is in --out {arguments.out}, which must be empty: give another one"
+            )
+    existing = next(path for path in (out, *out.parents) if path.exists())
+    try:
+        with tempfile.TemporaryDirectory(dir=existing, prefix=".tsq-"):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"--out {arguments.out} cannot be written ({existing}: {error.strerror}): give another one"
+        ) from error
 
 
-def save(model: nn.Module, tokenizer: Any, arguments: argparse.Namespace) -> None:
-    """Write a model in ``--format`` to ``--out``, and what it is to stdout."""
+def check_format(
+    model: nn.Module, tokenizer: Any, arguments: argparse.Namespace, config: QuantConfig | None = None
+) -> None:
+    """Refuse what ``--format`` cannot hold of a model before it is calibrated with ``config``, or refined."""
+    if arguments.format != OWN_FORMAT:
+        others = arguments.dequantize_others
+        checked(model, format=arguments.format, tokenizer=tokenizer, dequantize_others=others, config=config)
+
+
+def save(model: nn.Module, tokenizer: Any, arguments: argparse.Namespace, *, fresh: bool = False) -> None:
+    """Write a model in ``--format`` to ``--out``, and what it is to stdout.
+
+    Args:
+        fresh: it is nowhere else: if the format turns out not to hold it, it is saved as this library does.
+
+    Raises:
+        ExportError: the format does not hold it.
+    """
     out = Path(arguments.out)
     if arguments.format == OWN_FORMAT:
         bridge.save_causal_lm(model, tokenizer, out)
         told = f"saved in {arguments.out}; tsq inspect {arguments.out} shows every layer"
     else:
-        options = {"dequantize_others": getattr(arguments, "dequantize_others", False)}
-        options["max_shard_size"] = getattr(arguments, "max_shard_size", "5GB")
-        out = tsq.export(model, out, format=arguments.format, tokenizer=tokenizer, engine=arguments.engine, **options)
+        try:
+            out = tsq.export(
+                model, out, format=arguments.format, tokenizer=tokenizer, engine=arguments.engine,
+                dequantize_others=arguments.dequantize_others, max_shard_size=getattr(arguments, "max_shard_size", "5GB"),
+            )  # fmt: skip
+        except ExportError as error:
+            if not fresh:
+                raise
+            out.absolute().parent.mkdir(parents=True, exist_ok=True)
+            beside = Path(tempfile.mkdtemp(dir=out.absolute().parent, prefix=f"{out.name}-tsq-"))
+            bridge.save_causal_lm(model, tokenizer, beside)
+            raise ExportError(f"{error}. The quantised model is in {beside}, which tsq export reads") from error
         told = f"saved as {arguments.format} in {out}"
     if arguments.json:
         write_json(summary(model, out, arguments.format))

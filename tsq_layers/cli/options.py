@@ -91,6 +91,19 @@ def calibration(arguments: argparse.Namespace, tokenizer: Any) -> list[dict[str,
     return texts.windows(tokens, arguments.sequence_length, sequences(arguments), arguments.batch_size)
 
 
+def add_offload(command: argparse.ArgumentParser) -> None:
+    """Where activations wait."""
+    command.add_argument("--offload", metavar="DEVICE", help="where activations wait, for example cpu (default: there)")
+
+
+def offload(arguments: argparse.Namespace) -> torch.device | None:
+    """The device of ``--offload``."""
+    try:
+        return None if arguments.offload is None else torch.device(arguments.offload)
+    except RuntimeError as error:
+        raise ConfigError(f"--offload {arguments.offload}: {str(error).splitlines()[0]}") from error
+
+
 def add_checkpoint_dir(command: argparse.ArgumentParser) -> None:
     """Where a run that may be killed keeps what it has."""
     command.add_argument(
@@ -126,6 +139,9 @@ def add_format(command: argparse.ArgumentParser, *, own: bool) -> None:
         default=OWN_FORMAT if own else None,
         required=not own,
         help=f"of the files that are written{default}",
+    )
+    command.add_argument(
+        "--dequantize-others", action="store_true", help="write layers that the format cannot hold as floats"
     )
     command.add_argument(
         "--engine", choices=tuple(SERVICES), help="warn if it is known not to serve what is written in that format"

@@ -21,7 +21,7 @@ def add(command: argparse.ArgumentParser) -> None:
     )
     options.add_configuration(command)
     options.add_amounts(command)
-    command.add_argument("--offload", metavar="DEVICE", help="where activations would wait, if not with the model")
+    options.add_offload(command)
     options.add_dtype(command)
     options.add_json(command, "the plan, in bytes and seconds,")
     command.set_defaults(run=run)
@@ -30,6 +30,7 @@ def add(command: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Plan on the model without its weights, if that can be; they are loaded only if its course depends on values."""
     config, count = options.configuration(arguments), options.sequences(arguments)
+    offload = options.offload(arguments)
     example, batches = None, 0
     if config.needs_calibration:
         tokens = torch.empty(count * arguments.sequence_length, dtype=torch.int64, device="meta")
@@ -37,10 +38,10 @@ def run(arguments: argparse.Namespace) -> None:
         example, batches = windows[0]["input_ids"], len(windows)
     model = bridge.empty_causal_lm(arguments.model, arguments.dtype)
     try:
-        found = plan(model, config, _random_tokens(model, example), batches, offload=arguments.offload)
+        found = plan(model, config, _random_tokens(model, example), batches, offload=offload)
     except CalibrationError:
         model = bridge.load_causal_lm(arguments.model, arguments.dtype)
-        found = plan(model, config, _random_tokens(model, example), batches, offload=arguments.offload)
+        found = plan(model, config, _random_tokens(model, example), batches, offload=offload)
     write(found.to_json() if arguments.json else str(found))
 
 

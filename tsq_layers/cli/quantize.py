@@ -25,7 +25,7 @@ def add(command: argparse.ArgumentParser) -> None:
         help="share of the parameters, 0 to 1, that must be quantised, or it is an error (default: 0)",
     )
     options.add_checkpoint_dir(command)
-    command.add_argument("--offload", metavar="DEVICE", help="where activations wait, for example cpu (default: there)")
+    options.add_offload(command)
     options.add_placement(command)
     options.add_json(command, "what was written")
     command.set_defaults(run=run)
@@ -33,8 +33,8 @@ def add(command: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Load, quantise, write."""
-    config = options.configuration(arguments)
-    if arguments.format != options.OWN_FORMAT:
+    config, offload = options.configuration(arguments), options.offload(arguments)
+    if arguments.format != options.OWN_FORMAT:  # before the model is read; its shapes are looked at then
         check_configuration(config, arguments.format)
     models.check_out(arguments, {"the float model": arguments.model})
     if models.is_foreign(arguments.model):
@@ -45,17 +45,22 @@ def run(arguments: argparse.Namespace) -> None:
     batches = None
     if arguments.text is not None:
         batches = options.calibration(arguments, tokenizer)
-    elif config.needs_calibration:
+    elif config.needs_calibration or config.distill_epochs:
+        fields = {"method": config.method != "rtn", "channel_scaling": True, "distill_epochs": True}
+        field = next(name for name, asks in fields.items() if asks and getattr(config, name))
         raise ConfigError(
-            f"method {config.method!r} needs calibration text: give --text FILE, or --method rtn, which needs none"
+            f"{field}={getattr(config, field)!r} needs calibration text: give --text FILE, or a configuration that needs none (--method rtn)"
         )
     model = options.placed(bridge.load_causal_lm(arguments.model, arguments.dtype), arguments.device)
+    if batches is not None:
+        bridge.check_length(model, arguments.sequence_length, "--sequence-length")
+    models.check_format(model, tokenizer, arguments, config)
     model = tsq.quantize(
         model,
         config,
         batches,
-        offload=arguments.offload,
+        offload=offload,
         checkpoint_dir=arguments.checkpoint_dir,
         min_coverage=arguments.min_coverage,
     )
-    models.save(model, tokenizer, arguments)
+    models.save(model, tokenizer, arguments, fresh=True)

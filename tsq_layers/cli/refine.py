@@ -20,7 +20,7 @@ def add(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--joint-rounds", type=int, default=0, help="improve the codes too, in so many rounds (default: %(default)s)"
     )
-    command.add_argument("--offload", metavar="DEVICE", help="where activations wait, for example cpu (default: there)")
+    options.add_offload(command)
     options.add_checkpoint_dir(command)
     options.add_placement(command)
     options.add_json(command, "what was written")
@@ -30,13 +30,16 @@ def add(command: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Load both models, refine the scales, write."""
     models.check_out(arguments, {"the model that is read": arguments.model, "the float model": arguments.reference})
+    offload = options.offload(arguments)
     config = dataclasses.replace(DEFAULT, joint_rounds=arguments.joint_rounds)
     tokenizer = bridge.load_tokenizer(arguments.reference)
     batches = options.calibration(arguments, tokenizer)
     model = models.load_quantised(arguments.model, arguments.dtype)
     reference = options.placed(bridge.load_causal_lm(arguments.reference, arguments.dtype), arguments.device)
+    bridge.check_length(reference, arguments.sequence_length, "--sequence-length")
+    models.check_format(model, tokenizer, arguments)
     model = tsq.refine(
-        options.placed(model, arguments.device), reference, batches, config=config, offload=arguments.offload,
+        options.placed(model, arguments.device), reference, batches, config=config, offload=offload,
         checkpoint_dir=arguments.checkpoint_dir,
     )  # fmt: skip
-    models.save(model, tokenizer, arguments)
+    models.save(model, tokenizer, arguments, fresh=True)

@@ -6,6 +6,7 @@ from tsq_layers.config import QuantConfig
 from tsq_layers.export import compressed_tensors, gguf, gptq
 from tsq_layers.export.limits import Limits
 from tsq_layers.export.problems import ExportError
+from tsq_layers.specification import dtype_name
 
 LIMITS: dict[str, Limits] = {
     "gptq": gptq.LIMITS,
@@ -64,3 +65,8 @@ def _check_grids(config: QuantConfig, limits: Limits) -> None:
     for field, holds in fits.items():
         if not holds:
             raise ExportError(f"{field}={getattr(config, field)!r}: {limits.format_name} holds {limits}; change it")
+    wanted = limits.scale_dtype
+    if wanted is not None and config.torch_scale_dtype.itemsize > wanted.itemsize:
+        raise ExportError(
+            f"scale_dtype={config.scale_dtype!r}: {limits.format_name} holds {dtype_name(wanted)} scales; set it to {dtype_name(wanted)!r}"
+        )

@@ -63,6 +63,7 @@ def read(
     format_name: str,
     holds: str = "linear layers",
     dequantize_others: bool = False,
+    planned: Sequence[Layer] | None = None,
 ) -> Contents:
     """Divide a model.
 
@@ -72,6 +73,7 @@ def read(
         format_name: for messages.
         holds: for messages, what ``takes`` is true of.
         dequantize_others: let the layers that it cannot hold be float tensors.
+        planned: layers that a float model will have, which need no values.
 
     Raises:
         StateError: nothing in the model is quantised, or tensors have no values.
@@ -79,7 +81,7 @@ def read(
             given; or tensors whose names in the float model are not known.
     """
     config = getattr(model, "config", None)
-    layers = layers_of(model)
+    layers = layers_of(model) if planned is None else planned
     if not hasattr(config, "to_json_string") or not hasattr(config, "model_type"):
         raise ExportError(
             f"{type(model).__name__} has no transformers config, without which no engine can build it; save it with tsq.save"
@@ -88,14 +90,19 @@ def read(
     if others and not dequantize_others:
         raise ExportError(
             f"{format_name} holds {holds} only, and {_named(others)} not; leave such layers out of the quantisation "
-            "(skip=…), or write them as floats with dequantize_others=True"
+            "(skip=…), or write them as floats with dequantize_others=True (--dequantize-others)"
         )
     if not held:
         raise ExportError(f"{format_name} can hold no quantised layer of this {type(model).__name__} packed")
-    _check_values(layers)
+    if planned is None:
+        _check_values(layers)
     check_additions(held, format_name)
+    turned = _turned(others) if planned is None else {}  # floats still
     linear = [layer.name for layer in others if layer.kind in ("Linear", "Conv1D")]
-    return Contents(model, config, held, float_tensors(model, held, _turned(others)), [*_unquantised(model), *linear])
+    unquantised = dict.fromkeys([*_unquantised(model), *linear])
+    return Contents(
+        model, config, held, float_tensors(model, held, turned), [name for name in unquantised if name not in held]
+    )
 
 
 def layers_of(model: nn.Module) -> list[Layer]:

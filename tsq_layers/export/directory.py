@@ -26,6 +26,8 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 def new_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A new folder to write in; it becomes ``path`` when the block ends, and vanishes if the block raises.
 
+    Into an empty directory that is there already its files are moved one by one, ``config.json`` as the last.
+
     Args:
         path: must not exist, or be an empty directory.
 
@@ -46,17 +48,20 @@ def new_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
             f"{target} exists and is no empty directory: an export replaces nothing, give another one, or remove it"
         )
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.parent / f".{target.name}-{secrets.token_hex(4)}"
+        inside = target if target.exists() else target.parent  # an empty directory may be a mounted one, and stays
+        inside.mkdir(parents=True, exist_ok=True)
+        temporary = inside / f".{target.name}-{secrets.token_hex(4)}"
         temporary.mkdir()
     except OSError as error:
         raise _not_written(target, error) from error
     try:
         yield temporary
         _settle(temporary)
-        if target.exists():
-            target.rmdir()  # not every system renames onto an empty directory
-        temporary.replace(target)
+        if inside == target:
+            for made in sorted(temporary.iterdir(), key=lambda made: made.name == "config.json"):
+                made.replace(target / made.name)
+        else:
+            temporary.replace(target)
     except (OSError, SafetensorError) as error:
         raise _not_written(target, error) from error
     finally:

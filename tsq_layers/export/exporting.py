@@ -10,11 +10,14 @@ from typing import Any
 
 from torch import nn
 
+from tsq_layers.config import QuantConfig
 from tsq_layers.export import compressed_tensors, gguf, gptq
+from tsq_layers.export.configurations import check_configuration
 from tsq_layers.export.contents import Contents, Layer, read
 from tsq_layers.export.directory import byte_count, new_directory, write_description, write_tensors
 from tsq_layers.export.engines import check_engine, warn_unserved
 from tsq_layers.export.floats import Stored
+from tsq_layers.export.forecast import planned_layers
 from tsq_layers.export.gguf_tokenizer import tokenizer_metadata
 from tsq_layers.export.limits import is_exact
 from tsq_layers.export.problems import ExportError, ExportWarning
@@ -102,13 +105,11 @@ def export(
         ...     sorted(path.name for path in export(model, Path(folder, "out"), format="gptq").iterdir())
         ['config.json', 'generation_config.json', 'model.safetensors']
     """
-    if format not in FORMATS:
-        raise ExportError(f"format={format!r}: give one of {', '.join(map(repr, FORMATS))}")
     if engine is not None:
         check_engine(engine)
-    limit, chosen = byte_count(max_shard_size), FORMATS[format]
-    contents = read(model, chosen.takes, format_name=format, holds=chosen.holds, dequantize_others=dequantize_others)
-    chosen.check(contents, tokenizer)
+    limit = byte_count(max_shard_size)
+    contents = checked(model, format=format, tokenizer=tokenizer, dequantize_others=dequantize_others)
+    chosen = FORMATS[format]
     if chosen.in_model_dtype:
         _warn_rounded_scales(contents)
     if engine is not None:
@@ -117,6 +118,39 @@ def export(
         chosen.write(contents, tokenizer, folder, limit)
     target = Path(directory)
     return target / gguf.FILE if format == "gguf" else target
+
+
+def checked(
+    model: nn.Module,
+    *,
+    format: str,  # noqa: A002  (as in export)
+    tokenizer: Any = None,
+    dequantize_others: bool = False,
+    config: QuantConfig | None = None,
+) -> Contents:
+    """What :func:`export` would write, or its refusal.
+
+    Args:
+        model: a quantised model; a float one, if ``config`` says how it is to be quantised: what depends on the
+            values of codes and grids is not looked at then.
+        format, tokenizer, dequantize_others: as there.
+        config: of the calibration that is yet to come.
+
+    Raises:
+        StateError, ExportError: as there.
+        ConfigError, LayerError: as ``prepare`` says.
+    """
+    if format not in FORMATS:
+        raise ExportError(f"format={format!r}: give one of {', '.join(map(repr, FORMATS))}")
+    chosen, planned = FORMATS[format], None
+    if config is not None:
+        check_configuration(config, format)
+        planned = planned_layers(model, config)
+    contents = read(
+        model, chosen.takes, format_name=format, holds=chosen.holds, dequantize_others=dequantize_others, planned=planned
+    )  # fmt: skip
+    chosen.check(contents, tokenizer)
+    return contents
 
 
 def _warn_rounded_scales(contents: Contents) -> None:

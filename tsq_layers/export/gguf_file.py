@@ -103,7 +103,8 @@ def _typed(value: Value) -> bytes:
     if not isinstance(value, list):
         kind = _kind(value)
         return struct.pack("<I", kind) + _items([value], kind)
-    kind = _INT32 if _kind(value[0]) == _UINT32 else _kind(value[0])
+    kind = _kind(value[0]) if value else _STRING
+    kind = _INT32 if kind == _UINT32 else kind
     return struct.pack("<IIQ", _ARRAY, kind, len(value)) + _items(value, kind)
 
 

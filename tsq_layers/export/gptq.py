@@ -62,7 +62,8 @@ def check_contents(contents: Contents, version: int) -> None:
                 f"layer {first_name!r} has {described(first)} and {name!r} has {described(layer)}, and a gptq file holds one "
                 f"width and one group size: the nearest is a configuration without overrides, or format='compressed-tensors'"
             )
-        if version == 1 and not layer.symmetric and bool((_zeros(layer) == 0).any()):
+        planned = layer.words.is_meta  # then it has no zero points yet
+        if version == 1 and not layer.symmetric and not planned and bool((_zeros(layer) == 0).any()):
             raise ExportError(
                 f"layer {name!r} has zero points of 0, which version 1 of gptq stores as −1: "
                 "the nearest is format='gptq' (version 2), or QuantConfig(symmetric=True)"

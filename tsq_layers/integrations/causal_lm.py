@@ -20,6 +20,7 @@ from tsq_layers.errors import CheckpointError, ConfigError, MissingExtraError
 
 Directory = str | os.PathLike[str]
 
+_POSITION_TABLES = ("wpe", "embed_positions", "position_embeddings")
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -65,6 +66,25 @@ def empty_causal_lm(directory: Directory, dtype: str = "float32") -> nn.Module:
         raise ConfigError(f"{path} holds a model that is quantised already: give the float model")
     with quiet(transformers):
         return _built_empty(transformers, path, dtype=getattr(torch, dtype)).eval()
+
+
+def check_length(model: nn.Module, length: int, option: str) -> None:
+    """Refuse sequences that are longer than the table of positions that a model has learned.
+
+    Args:
+        option: what asked for them, for the message.
+
+    Raises:
+        ConfigError: they are.
+    """
+    for name, module in model.named_modules():
+        rows = getattr(module, "num_embeddings", None)
+        if rows is not None and name.rpartition(".")[2] in _POSITION_TABLES:
+            limit = min(rows, getattr(getattr(model, "config", None), "max_position_embeddings", rows))
+            if length > limit:
+                raise ConfigError(
+                    f"{option} {length}: this {type(model).__name__} has learned positions for {limit} tokens; give at most so many"
+                )
 
 
 def load_tokenizer(directory: Directory) -> Any:

@@ -11,7 +11,6 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tsq_layers.layers.kinds import as_it_is, rows_of
-from tsq_layers.linear import QuantLinear
 from tsq_layers.planning.ledger import Ledger, Work
 from tsq_layers.planning.trace import Input
 from tsq_layers.targets import Target
@@ -74,7 +73,7 @@ class Needs:
 
     def _dense(self, target: Target) -> Need:
         with self._fake:
-            matrix = packed_matrix(target)
+            matrix = target.empty_matrix()
         weight: list[nn.Parameter] = []
 
         def make() -> int:
@@ -90,23 +89,6 @@ class Needs:
             return Need(ledger.live, ledger.peak - ledger.live, ledger.work, tokens)
 
 
-def packed_matrix(target: Target, device: torch.device | str | None = None) -> QuantLinear:
-    """The packed matrix of a layer, empty, without bias; on the device of its weight unless another is given."""
-    config, weight, (rows, columns) = target.config, target.weight, target.shape
-    return QuantLinear(
-        columns,
-        rows,
-        bits=config.bits,
-        group_size=min(config.group_size or columns, columns),
-        symmetric=config.symmetric,
-        bias=False,
-        scale_dtype=config.torch_scale_dtype,
-        **target.additions,
-        device=device or weight.device,
-        dtype=weight.dtype,
-    )
-
-
 def packed_bytes(target: Target) -> int:
     """Bytes of the packed matrix of a layer, without bias."""
-    return sum(buffer.numel() * buffer.element_size() for buffer in packed_matrix(target, "meta").buffers())
+    return sum(buffer.numel() * buffer.element_size() for buffer in target.empty_matrix("meta").buffers())

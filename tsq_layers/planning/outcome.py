@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 from tsq_layers.conversion import convert
-from tsq_layers.planning.needs import packed_matrix
 from tsq_layers.planning.stages import Course
 from tsq_layers.preparation import Preparation
 from tsq_layers.report import LayerReport, Report
@@ -49,7 +48,7 @@ def sees_too_few(target: Target, course: Course) -> bool:
 
 def _solved(target: Target, course: Course, stack: Sequence[str]) -> Solved:
     config, (rows, columns) = target.config, target.shape
-    matrix = packed_matrix(target, "meta")
+    matrix = target.empty_matrix("meta")
     tokens = course.tokens[target.name] if target.observed else None
     few = sees_too_few(target, course)
     entry = LayerReport(
