@@ -54,7 +54,6 @@ BEST: dict[str, dict[str, Any]] = {
     "best, integer zero points": {**tsq.config.BEST, "zero_points": "integer"},
     "best, not rotated": {**tsq.config.BEST, "rotation": None},
     "best, neither": {**tsq.config.BEST, "rotation": None, "zero_points": "integer"},
-    "best, groups of 128": {"method": "best", "group_size": 128},
     "best": {"method": "best"},
     "best, guided": {"method": "best", "guidance": 4},
     "best + distillation": {"method": "best", "distill_epochs": 3},
