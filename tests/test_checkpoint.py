@@ -553,6 +553,18 @@ def test_save_refuses_what_a_later_pass_keeps_elsewhere(tmp_path: Path) -> None:
         save(model, tmp_path)
 
 
+def test_save_takes_a_model_that_calls_its_tensors_otherwise(tmp_path: Path) -> None:
+    model = nn.Sequential(quantized(torch.randn(6, 10)), nn.LayerNorm(6))
+
+    def rename(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: object) -> None:
+        state[f"{prefix}norm.weight"] = state.pop(f"{prefix}1.weight")
+
+    model.register_state_dict_post_hook(rename)
+    save(model, tmp_path)
+    again = load(tmp_path, nn.Sequential(nn.Linear(10, 6), nn.LayerNorm(6)))
+    assert torch.equal(again[1].weight, model[1].weight)
+
+
 def test_save_refuses_tensors_that_overlap_without_being_the_same(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False), quantized(torch.randn(6, 10)))
     model[1].weight = nn.Parameter(model[0].weight.detach().T)

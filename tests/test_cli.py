@@ -22,6 +22,8 @@ from transformers import (
     OPTConfig,
     OPTForCausalLM,
     PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForCausalLM,
 )
 
 import tsq_layers as tsq
@@ -274,6 +276,13 @@ def test_sequences_longer_than_learned_positions_are_one_line() -> None:
     causal_lm.check_length(model, 24, "--window")
     with pytest.raises(ConfigError, match="--window 25: this OPTForCausalLM has learned positions for 24 tokens"):
         causal_lm.check_length(model, 25, "--window")
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    roberta = RobertaForCausalLM(
+        RobertaConfig(**sizes, num_attention_heads=1, max_position_embeddings=18, is_decoder=True)
+    )
+    with pytest.raises(ConfigError, match="positions for 16 tokens"):
+        causal_lm.check_length(roberta, 17, "--window")
+    roberta(torch.full((1, 16), 5))
 
 
 def test_eval_takes_tokens_from_a_file(
@@ -390,7 +399,7 @@ def test_missing_directory_is_one_line(capsys: pytest.CaptureFixture[str], tmp_p
     assert "holds no config.json: give the directory of a transformers model" in error_of(
         capsys, ["eval", str(tmp_path), "--text", str(text)]
     )
-    assert "holds no tsq.json: give a directory that tsq quantize or tsq.save wrote" in error_of(
+    assert "holds no tsq.json that describes its tensors: give a directory that tsq quantize or tsq.save wrote" in error_of(
         capsys, ["inspect", str(tmp_path)]
     )
 

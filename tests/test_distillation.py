@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 
 import tsq_layers as tsq
 from tsq_layers.distillation import Student, distil, output_distance
@@ -119,6 +120,24 @@ def test_parameters_that_are_not_trained_have_no_gradient_and_the_order_that_the
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     assert torch.equal(gradients.pop("0.weight"), torch.ones(24))
     assert set(gradients.values()) == {None}
+
+
+class Checkpointed(nn.Sequential):
+    """A network that keeps no activations, in the old way of torch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self[3](checkpoint(lambda y: self[2](self[1](y)), self[0](x), use_reentrant=True))
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # torch, in passes without gradients
+def test_grids_inside_a_reentrant_checkpoint_are_trained() -> None:
+    layers = [nn.LayerNorm(24), nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 6)]
+    settings = config(distill_epochs=2, skip=("3",))
+    plain, again = (
+        tsq.quantize(kind(*copy.deepcopy(layers)), settings, batches()) for kind in (nn.Sequential, Checkpointed)
+    )
+    assert again.tsq_report.distances == pytest.approx(plain.tsq_report.distances, rel=1e-4)
+    assert_close(again[1].scales, plain[1].scales)
 
 
 def test_epochs_without_a_calibration_are_refused() -> None:

@@ -111,20 +111,29 @@ def test_what_follows_a_layer_may_work_in_place() -> None:
 class Checkpointed(nn.Sequential):
     """A network whose hidden layer is run again in the backward pass."""
 
-    def __init__(self, *layers: nn.Module, reentrant: bool) -> None:
+    def __init__(self, *layers: nn.Module, reentrant: bool, first: int = 1) -> None:
         super().__init__(*layers)
-        self.reentrant = reentrant
+        self.reentrant, self.first = reentrant, first
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = checkpoint(lambda y: self[2](self[1](y)), self[0](x), use_reentrant=self.reentrant)
-        return self[3](hidden)
+        before, inside = list(self)[: self.first], list(self)[self.first : 3]
+        for layer in before:
+            x = layer(x)
+
+        def run(y: Tensor) -> Tensor:
+            for layer in inside:
+                y = layer(y)
+            return y
+
+        return self[3](checkpoint(run, x, use_reentrant=self.reentrant))
 
 
-def test_layers_that_run_again_in_the_backward_pass_are_seen_once() -> None:
+@pytest.mark.parametrize("first", [0, 1])
+def test_layers_that_run_again_in_the_backward_pass_are_seen_once(first: int) -> None:
     layers = [nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, CLASSES)]
     watched = {str(place): Watched(layers[place].double(), 2) for place in (0, 2, 3)}
     plain = token_weights(nn.Sequential(*layers), watched, batches(), loss)
-    again = token_weights(Checkpointed(*layers, reentrant=False), watched, batches(), loss)
+    again = token_weights(Checkpointed(*layers, reentrant=False, first=first), watched, batches(), loss)
     for name in watched:
         assert len(again.calls[name][0]) == 1
         assert_close(again.of(name, 0, 0), plain.of(name, 0, 0))

@@ -120,6 +120,10 @@ def test_held_out_losses_are_restored(tmp_path):
     ]
 
 
+def scaled(scale, net, batch):
+    return net(batch)
+
+
 class Runner:
     """A forward that is no function."""
 
@@ -128,13 +132,16 @@ class Runner:
 
 
 @pytest.mark.parametrize(
-    "forward", [Runner(), functools.partial(lambda scale, net, batch: net(batch), 1), lambda net, batch: net(batch)]
+    "forward",
+    [Runner(), functools.partial(scaled, 1.0), lambda net, batch: net(batch)],
+    ids=["object", "partial", "function"],
 )
 def test_any_callable_runs_a_batch_and_another_one_is_another_run(tmp_path, forward):
     expected = calibrated(tmp_path, forward=forward)
     assert same(calibrated(tmp_path, forward=forward), expected)
-    with pytest.raises(CheckpointError, match="functions"):
-        tsq.calibrate(tsq.prepare(model(), CONFIG), batches(), checkpoint_dir=tmp_path)
+    for other in ({}, {"forward": functools.partial(scaled, 2.0)}):
+        with pytest.raises(CheckpointError, match="functions"):
+            tsq.calibrate(tsq.prepare(model(), CONFIG), batches(), checkpoint_dir=tmp_path, **other)
 
 
 def test_other_runs_are_refused_with_the_difference(tmp_path):

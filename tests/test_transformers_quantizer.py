@@ -472,11 +472,16 @@ def test_what_save_pretrained_writes_over_a_directory_of_ours_is_what_is_read(tm
         tsq.load(tmp_path, llama())
 
 
-def test_files_of_two_saves_of_which_nobody_knows_the_newer_are_refused(tmp_path: Path) -> None:
-    save_causal_lm(tsq.quantize(llama(), RTN), None, tmp_path)
-    tsq.quantize(llama(), RTN).save_pretrained(tmp_path, max_shard_size="20KB")
-    with pytest.raises(CheckpointError, match="of one save and model.safetensors.index.json of another"):
-        tsq.load(tmp_path, llama())
+def test_a_save_into_a_directory_with_shards_of_another_is_what_is_read(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path, max_shard_size="20KB")
+    model = tsq.quantize(llama(), RTN)
+    save_causal_lm(model, None, tmp_path)
+    for again in (
+        tsq.load(tmp_path, llama()),
+        load_causal_lm(tmp_path),
+        AutoModelForCausalLM.from_pretrained(tmp_path),
+    ):
+        assert torch.equal(logits(again), logits(model))
 
 
 def test_what_the_base_model_is_loaded_as_is_exported_as_the_same_kind(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 from collections import Counter, UserDict
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import pytest
@@ -853,21 +854,57 @@ def test_few_tokens_warn_once_with_the_worst_layer():
 
 def test_a_batch_keeps_its_class_on_its_way():
     batch = Batch(x=torch.ones(2, 16), name="a", more=[torch.ones(1)])
-    assert batch_forms.moved_to(batch, torch.device("cpu")) is batch
     moved = batch_forms.moved_to(batch, torch.device("meta"))
     assert isinstance(moved, Batch)
     assert (moved.x.device.type, moved.more[0].device.type, moved.name) == ("meta", "meta", "a")
     assert batch.x.device.type == "cpu"
 
 
+class Wrapping(Mapping):
+    """A mapping that a copy would share its items with."""
+
+    def __init__(self, **items):
+        self.items_ = items
+
+    def __getitem__(self, key):
+        return self.items_[key]
+
+    def __iter__(self):
+        return iter(self.items_)
+
+    def __len__(self):
+        return len(self.items_)
+
+
+def test_the_batch_of_the_caller_is_left_alone():
+    batch = Wrapping(x=torch.ones(2, 16))
+    assert batch_forms.moved_to(batch, torch.device("meta"))["x"].is_meta
+    assert not batch["x"].is_meta
+    assert isinstance(batch_forms.moved_to(torch.ones(2, 2).max(0), None), tuple)
+
+    def forward(model, batch):
+        batch.pop("labels")
+        return model(**batch)
+
+    given = [{"input": torch.randn(300, 16), "labels": torch.ones(1)} for _ in range(2)]
+    model = tsq.quantize(nn.Sequential(nn.Linear(16, 16)), CONFIG, given, forward=forward)
+    assert isinstance(model[0], tsq.QuantLinear)
+    assert all("labels" in batch for batch in given)
+
+
 @pytest.mark.filterwarnings("ignore::tsq_layers.errors.FewTokensWarning")
 @pytest.mark.parametrize("changes", [{}, {"distill_epochs": 1}, {"guidance": 2}, {"method": "best"}], ids=str)
-def test_what_is_quantised_in_inference_mode_can_be_trained_afterwards(changes):
+@pytest.mark.parametrize("resumed", [False, True], ids=["", "resumed"])
+def test_what_is_quantised_in_inference_mode_can_be_trained_afterwards(changes, resumed, tmp_path):
     model = nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16), nn.ReLU(inplace=True), nn.Linear(16, 8))
     config = tsq.QuantConfig(**{"bits": 3, "group_size": 8, **changes})
+    other = copy.deepcopy(model)
     with torch.inference_mode():
         batches = [torch.randn(64, 16) for _ in range(4)]
-        model = tsq.quantize(model, config, batches, loss=lambda model, batch: model(batch).square().sum())
+        options = {"loss": lambda model, batch: model(batch).square().sum(), "checkpoint_dir": tmp_path}
+        if resumed:
+            tsq.quantize(other, config, batches, **options)
+        model = tsq.quantize(model, config, batches, **options)
     assert not any(tensor.is_inference() for tensor in model.state_dict().values())
     x = torch.randn(3, 16, requires_grad=True)
     model(x).sum().backward()

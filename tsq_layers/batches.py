@@ -2,7 +2,8 @@
 
 import copy
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sized
+from collections import UserDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from typing import Any
 
@@ -101,26 +102,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             config.use_cache = use_cache  # type: ignore[union-attr]
 
 
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter takes a gradient."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
-
-
 def moved_to(batch: Batch, device: torch.device | None) -> Batch:
-    """A batch with all its tensors on ``device``; as it is if that is ``None``."""
-    return batch if device is None else with_tensors(batch, lambda tensor: tensor.to(device))
+    """A batch with all its tensors on ``device``, or where they are if that is ``None``; mappings, tuples and lists are new ones."""
+    return with_tensors(batch, lambda tensor: tensor.to(device))
 
 
 def with_tensors(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
-    """A batch of the same form with all its tensors changed; the very same one if no tensor is.
+    """A batch of the same form with all its tensors changed.
 
     Example:
         >>> with_tensors({"x": torch.ones(2), "labels": [torch.ones(1)], "name": "a"}, lambda tensor: 2 * tensor)
@@ -128,22 +116,19 @@ def with_tensors(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
     """
     if isinstance(batch, Tensor):
         return change(batch)
-    if not isinstance(batch, (Mapping, tuple, list)):
-        return batch
-    items = dict(batch) if isinstance(batch, Mapping) else dict(enumerate(batch))
-    changed = {key: with_tensors(value, change) for key, value in items.items()}
-    if all(changed[key] is value for key, value in items.items()):
-        return batch
-    if hasattr(batch, "_make"):  # a named tuple
-        return batch._make(changed.values())
     if isinstance(batch, Mapping):
-        return with_items(batch, changed)
-    return type(batch)(changed.values()) if type(batch) in (tuple, list) else list(changed.values())
+        return with_items(batch, {key: with_tensors(value, change) for key, value in batch.items()})
+    if isinstance(batch, (tuple, list)):
+        changed = [with_tensors(value, change) for value in batch]
+        if hasattr(batch, "_make"):  # a named tuple
+            return batch._make(changed)
+        return tuple(changed) if isinstance(batch, tuple) else changed
+    return batch
 
 
 def with_items(batch: Mapping[Any, Any], items: Mapping[Any, Any]) -> Mapping[Any, Any]:
-    """A copy of a mapping with some items changed, of the same class: transformers' ``BatchEncoding`` has attributes, too."""
-    if not isinstance(batch, MutableMapping):
+    """A copy of a mapping with some items changed; of the same class where that has attributes, as transformers' ``BatchEncoding``."""
+    if not isinstance(batch, (dict, UserDict)):  # what a copy of others shares with them is not known
         return {**batch, **items}
     other = copy.copy(batch)
     for key, value in items.items():

@@ -187,6 +187,7 @@ class Calibration:
         self.solved.update(solved)
         self._bar.update(len(stage))
 
+    @torch.inference_mode(False)
     def _restored(self, stage: Sequence[Target]) -> dict[str, Solved] | None:
         """Layers as an earlier run solved them; ``None`` unless it solved them all."""
         if self.journal is None or not all(target.name in self._known(self.journal) for target in stage):
@@ -204,6 +205,7 @@ class Calibration:
         names = [target.name for target in stage] + self._experts.fellows(stage[0])
         return all(name in self._known(self.journal) for name in names)
 
+    @torch.inference_mode(False)
     def _known(self, journal: Journal) -> Restored:
         """What an earlier run solved. Asked for when all passes have started, so that the data are known."""
         if self._digests:

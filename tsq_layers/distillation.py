@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
 from tsq_layers import grid, running
-from tsq_layers.batches import Batch, Forward, frozen, with_input, with_tensors
+from tsq_layers.batches import Batch, Forward, with_input, with_tensors
 from tsq_layers.errors import CalibrationError
 from tsq_layers.layers.offloading import with_weight
 from tsq_layers.linear import QuantLinear
@@ -91,7 +91,7 @@ def distil(
     measured, steps = [], epochs * len(batches)
     measure = distance or output_distance
     show = tqdm(total=steps, desc="distil", unit="batch", disable=None if progress is None else not progress)
-    with frozen(model), show as bar:
+    with _gradients_kept(model), show as bar:
         for epoch in range(epochs):
             distances = []
             for index in _shuffled(len(batches), epoch):
@@ -100,6 +100,7 @@ def distil(
                 distances.append(_step(model, students, grids, batches[index], forward, measure))
                 optimiser.step()
                 optimiser.zero_grad()
+                model.zero_grad()
                 bar.update()
             measured.append(to_host(torch.stack(distances).mean())[0])
             if not math.isfinite(measured[-1]):
@@ -109,6 +110,21 @@ def distil(
     for trained in grids.values():
         trained.store()
     return measured
+
+
+@contextmanager
+def _gradients_kept(model: nn.Module) -> Iterator[None]:
+    """Afterwards the gradients of the model's own parameters are what they were before.
+
+    They take gradients inside all the same: a reentrant checkpoint passes none on to the grids unless its input has one.
+    """
+    before = [(parameter, parameter.grad) for parameter in model.parameters()]
+    model.zero_grad()
+    try:
+        yield
+    finally:
+        for parameter, gradient in before:
+            parameter.grad = gradient
 
 
 def _recordable(tensor: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ The gradients come from one forward and one backward pass of the full-precision 
 hooks on the outputs of the layers. No gradient of a parameter is computed.
 """
 
+import functools
 import inspect
 import warnings
 from collections import defaultdict
@@ -29,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tsq_layers.batches import Batch, Forward, frozen, with_items
+from tsq_layers.batches import Batch, Forward, with_items
 from tsq_layers.errors import CalibrationError, UnguidedLayerWarning
 
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -129,16 +130,16 @@ def _weights_of_batch(
     model: nn.Module, layers: Mapping[str, Watched], batch: Batch, loss: Loss
 ) -> dict[str, list[Tensor | None]]:
     """The weights of the tokens in every call, ``None`` where no gradient arrived."""
-    found: dict[str, list[Tensor | None]] = defaultdict(list)
-    with frozen(model), torch.inference_mode(False), torch.enable_grad():
-        with _watching(layers, found):  # not while gradients arrive: what is checkpointed runs again then
-            value = loss(model, batch)
+    watch = _Watch()
+    with _frozen(model), watch.over(layers), torch.inference_mode(False), torch.enable_grad():
+        value = loss(model, batch)
         if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
             raise CalibrationError(
                 f"guidance: the loss is {_described(value)}; give loss=f(model, batch) that returns a scalar tensor with a gradient"
             )
+        watch.forward = False
         value.backward()
-    return found
+    return watch.found
 
 
 def _described(value: object) -> str:
@@ -148,35 +149,61 @@ def _described(value: object) -> str:
 
 
 @contextmanager
-def _watching(layers: Mapping[str, Watched], found: dict[str, list[Tensor | None]]) -> Iterator[None]:
-    """Hooks that put the weights of every call's tokens into ``found`` as gradients arrive."""
-    handles = [watched.module.register_forward_hook(_hook(name, watched, found)) for name, watched in layers.items()]
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter takes a gradient: then only activations do, from the first layer that is watched on."""
+    trained = [p for p in model.parameters() if p.requires_grad and not p.is_inference()]
+    for parameter in trained:
+        parameter.requires_grad_(False)
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
-def _hook(name: str, watched: Watched, found: dict[str, list[Tensor | None]]) -> Callable[..., Tensor | None]:
-    def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:  # noqa: ARG001
-        place = len(found[name])
-        found[name].append(None)
+class _Watch:
+    """The weights of every call's tokens, as gradients arrive.
+
+    Attributes:
+        found: layer → one entry a call.
+        forward: whether calls are those of the forward pass. What is checkpointed runs again in the backward pass:
+            its layers then do what they did, but nothing new is recorded.
+    """
+
+    def __init__(self) -> None:
+        self.found: dict[str, list[Tensor | None]] = defaultdict(list)
+        self.forward = True
+
+    @contextmanager
+    def over(self, layers: Mapping[str, Watched]) -> Iterator[None]:
+        """Inside, the outputs of the layers are watched."""
+        handles = [
+            watched.module.register_forward_hook(functools.partial(self._called, name, watched.groups))
+            for name, watched in layers.items()
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _called(self, name: str, groups: int, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:  # noqa: ARG002
+        place, calls = len(self.found[name]), self.found[name]
+        if self.forward:
+            calls.append(None)
         if not torch.is_grad_enabled():
             return None
         # The first layers depend on nothing that takes a gradient. A leaf could not be changed in place by what follows.
-        watched_output = output if output.requires_grad else output.detach().requires_grad_().clone()
+        output = output if output.requires_grad else output.detach().requires_grad_().clone()
 
         def arrived(gradient: Tensor) -> None:
-            squares = gradient.detach().float().square().unflatten(-1, (watched.groups, -1)).mean(-1)
-            previous = found[name][place]
-            fresh = squares.reshape(-1, watched.groups)
-            found[name][place] = fresh if previous is None else previous + fresh
+            squares = gradient.detach().float().square().unflatten(-1, (groups, -1)).mean(-1).reshape(-1, groups)
+            before = calls[place]
+            calls[place] = squares if before is None else before + squares
 
-        watched_output.register_hook(arrived)
-        return watched_output
-
-    return hook
+        if self.forward:
+            output.register_hook(arrived)
+        return output
 
 
 def model_loss(model: nn.Module, batch: Batch, forward: Forward) -> Tensor:

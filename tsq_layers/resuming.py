@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tsq_layers.journal import Fingerprint, Journal, fingerprint_weights
+from tsq_layers.journal import Fingerprint, Journal, fingerprint_batch, fingerprint_weights
 from tsq_layers.layers.offloading import present
 from tsq_layers.precision import AUTOCAST_DEVICES
 from tsq_layers.preparation import Preparation
@@ -60,12 +60,14 @@ def journal_of(
 
 
 def _named(function: Any) -> str:
-    """What a function is called; an object that can be called has the name of its class, a partial that of its function too."""
+    """What a function is called. An object that can be called has the name of its class, whatever it holds; a partial, its arguments too."""
     if function is None:
         return "none"
+    if isinstance(function, functools.partial):
+        arguments = fingerprint_batch((function.args, function.keywords), f"partial of {_named(function.func)}")
+        return f"partial of {_named(function.func)}, {arguments}"
     named = function if hasattr(function, "__qualname__") else type(function)
-    inner = f" of {_named(function.func)}" if isinstance(function, functools.partial) else ""
-    return f"{named.__module__}.{named.__qualname__}{inner}"
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

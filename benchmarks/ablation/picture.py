@@ -1,5 +1,6 @@
 """Pictures: of one table, the best at the top; of the headline rows along the axes."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -52,7 +53,8 @@ def draw_axes(runs: Sequence[Run], path: Path, *, bits: int, group_size: int, to
     left, right = figure.subplots(1, 2)
     _curves(left, [(run, run.bits_per_weight or run.bits) for run in shown if run.tokens == tokens], text)
     left.set_xlabel("bits a weight, with scales and zero points or offsets")
-    left.set_title(f"{tokens} calibration tokens, groups of 32, 64, 128", fontsize=10)
+    sizes = sorted({run.group_size for run in shown if run.tokens == tokens})
+    left.set_title(f"{tokens} calibration tokens, groups of {', '.join(map(str, sizes))}", fontsize=10)
     same = [run for run in shown if (run.bits, run.group_size) == (bits, group_size)]
     _curves(right, [(run, run.tokens) for run in same], text)
     right.set_xscale("log", base=2)
@@ -72,9 +74,14 @@ def draw_axes(runs: Sequence[Run], path: Path, *, bits: int, group_size: int, to
 
 
 def _curves(axes: Axes, runs: Sequence[tuple[Run, float]], text: str) -> None:
-    for name, colour in _HEADLINE_COLOURS.items():
-        points = sorted((x, run.perplexity[text]) for run, x in runs if run.name == name)
-        axes.plot(*zip(*points, strict=True), "o-", color=colour, label=name, markersize=4, linewidth=1.2)
+    """A line for each row and width."""
+    widths = sorted({run.bits for run, _ in runs})
+    for (name, colour), bits in itertools.product(_HEADLINE_COLOURS.items(), widths):
+        points = sorted((x, run.perplexity[text]) for run, x in runs if (run.name, run.bits) == (name, bits))
+        label = name if bits == widths[0] else None
+        axes.plot(
+            [x for x, _ in points], [y for _, y in points], "o-", color=colour, label=label, markersize=4, linewidth=1.2
+        )
 
 
 def _means(runs: Sequence[Run]) -> dict[str, dict[str, float]]:

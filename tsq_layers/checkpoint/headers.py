@@ -45,26 +45,17 @@ def tensor_files(directory: Path) -> list[Path]:
 
 
 def is_described(directory: Path) -> bool:
-    """Whether ``tsq.json`` describes a directory; not so if something else has written its tensors anew since.
-
-    Raises:
-        CheckpointError: there are shards beside, of which nobody can say which is newer.
-    """
+    """Whether ``tsq.json`` describes a directory; not so if something else has written its tensors anew since."""
     if not (directory / DESCRIPTION_FILE).exists():
         return False
     file = directory / TENSORS_FILE
     try:
         with safe_open(file, framework="pt") as opened:
-            own = DESCRIPTION_DIGEST in (opened.metadata() or {})
+            return DESCRIPTION_DIGEST in (opened.metadata() or {})
     except FileNotFoundError:
         return not (directory / INDEX_FILE).exists()
     except (OSError, SafetensorError):
         return True  # whoever reads it says what is the matter
-    if own and (directory / INDEX_FILE).exists():
-        raise CheckpointError(
-            f"{directory} holds {TENSORS_FILE} and {DESCRIPTION_FILE} of one save and {INDEX_FILE} of another: remove those of the older one"
-        )
-    return own
 
 
 def read_headers(files: Iterable[Path]) -> tuple[dict[str, TensorSpec], dict[str, str]]:

@@ -61,9 +61,9 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 def write(model: nn.Module, path: str | os.PathLike[str], placeholders: Sequence[str] = ()) -> None:
     """:func:`save`, with empty tensors under the keys ``placeholders``, see :mod:`tsq_layers.checkpoint.outline`."""
     layers = layers_of(model)
-    _check_extra_state(model)
     tensors, aliases = shared_once(model)
     _check_values(tensors)
+    _check_state(model)
     _check_overlaps(tensors)
     description = Description(
         layers=layers,
@@ -139,14 +139,17 @@ def _flush(file: Path) -> None:
         os.fsync(handle.fileno())
 
 
-def _check_extra_state(model: nn.Module) -> None:
+def _check_state(model: nn.Module) -> None:
+    """Refuse modules that keep anything else than their parameters and buffers: it would be lost."""
     for name, module in model.named_modules():
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             raise CheckpointError(
                 f"module {name!r} ({type(module).__name__}) keeps extra state beside its tensors, which safetensors cannot hold; save it on your own"
             )
-    known = {entry.key for entry in entries(model)}
-    lost = next((key for key in model.state_dict() if key not in known), None)
+    known = {memory_extent(entry.tensor) for entry in entries(model)}
+    state = model.state_dict(keep_vars=True)
+    kept = {key for key, value in state.items() if isinstance(value, Tensor) and memory_extent(value) in known}
+    lost = next((key for key in state if key not in kept), None)
     if lost is not None:
         names = {name for name, _ in model.named_modules() if lost.startswith(f"{name}.")}
         owner = max(names, key=len, default="")

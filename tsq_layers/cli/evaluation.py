@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> None:
         batches = texts.windows(tokens, window, arguments.tokens // window)
         tokens = torch.cat([batch["input_ids"].flatten() for batch in batches])
     model = options.placed(models.load(arguments.model, arguments.dtype), arguments.device)
-    bridge.check_length(model, window, "--window")
+    bridge.check_length(model, min(window, tokens.numel()), "--window")
     value = perplexity(model, tokens, window=window, batch_size=arguments.batch_size)
     if arguments.json:
         shown = value if math.isfinite(value) else str(value)

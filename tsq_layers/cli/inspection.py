@@ -50,7 +50,7 @@ def _report(directory: Path) -> Report:
     outline = None if described else outlined(directory)
     if outline is None and not described:
         raise ConfigError(
-            f"{directory} holds no {DESCRIPTION_FILE}: give a directory that tsq quantize or tsq.save wrote"
+            f"{directory} holds no {DESCRIPTION_FILE} that describes its tensors: give a directory that tsq quantize or tsq.save wrote"
         )
     if outline is None:
         report = Description.from_json(read(path)).report

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import secrets
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from tsq_layers.checkpoint.outline import QUANT_METHOD
 from tsq_layers.cli.options import OWN_FORMAT
 from tsq_layers.cli.output import summary, write, write_json, write_summary
 from tsq_layers.config import QuantConfig
-from tsq_layers.errors import ConfigError
+from tsq_layers.errors import CheckpointError, ConfigError
 from tsq_layers.export import ExportError
 from tsq_layers.export.exporting import checked
 from tsq_layers.integrations import causal_lm as bridge
@@ -111,7 +112,7 @@ def save(model: nn.Module, tokenizer: Any, arguments: argparse.Namespace, *, fre
         fresh: it is nowhere else: if the format turns out not to hold it, it is saved as this library does.
 
     Raises:
-        ExportError: the format does not hold it.
+        ExportError: the format does not hold it; where it is then.
     """
     out = Path(arguments.out)
     if arguments.format == OWN_FORMAT:
@@ -123,16 +124,27 @@ def save(model: nn.Module, tokenizer: Any, arguments: argparse.Namespace, *, fre
                 model, out, format=arguments.format, tokenizer=tokenizer, engine=arguments.engine,
                 dequantize_others=arguments.dequantize_others, max_shard_size=getattr(arguments, "max_shard_size", "5GB"),
             )  # fmt: skip
-        except ExportError as error:
+        except Exception as error:
             if not fresh:
                 raise
-            out.absolute().parent.mkdir(parents=True, exist_ok=True)
-            beside = Path(tempfile.mkdtemp(dir=out.absolute().parent, prefix=f"{out.name}-tsq-"))
-            bridge.save_causal_lm(model, tokenizer, beside)
-            raise ExportError(f"{error}. The quantised model is in {beside}, which tsq export reads") from error
+            raise ExportError(f"{error}. {_kept(model, tokenizer, out.absolute())}") from error
         told = f"saved as {arguments.format} in {out}"
     if arguments.json:
         write_json(summary(model, out, arguments.format))
         return
     write_summary(model)
     write(told)
+
+
+def _kept(model: nn.Module, tokenizer: Any, out: Path) -> str:
+    """Save a model that could not be exported as this library does, beside where it should be or among temporary files; where that is."""
+    problems = []
+    for parent in (out.parent, Path(tempfile.gettempdir())):
+        place = parent / f"{out.name}-tsq-{secrets.token_hex(3)}"
+        try:
+            bridge.save_causal_lm(model, tokenizer, place)
+        except (CheckpointError, OSError) as error:
+            problems.append(str(error))
+        else:
+            return f"The quantised model is in {place}, which tsq export reads"
+    return f"Nor could it be saved: {'; '.join(problems)}"

@@ -96,12 +96,17 @@ def add_offload(command: argparse.ArgumentParser) -> None:
     command.add_argument("--offload", metavar="DEVICE", help="where activations wait, for example cpu (default: there)")
 
 
-def offload(arguments: argparse.Namespace) -> torch.device | None:
-    """The device of ``--offload``."""
+def offload(arguments: argparse.Namespace, *, planned: bool = False) -> torch.device | None:
+    """The device of ``--offload``, which must be there and bring back what it is given, unless it is only ``planned`` with."""
+    if arguments.offload is None:
+        return None
     try:
-        return None if arguments.offload is None else torch.device(arguments.offload)
-    except RuntimeError as error:
+        device = torch.device(arguments.offload)
+        if not planned:
+            torch.zeros(1).to(device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ConfigError(f"--offload {arguments.offload}: {str(error).splitlines()[0]}") from error
+    return device
 
 
 def add_checkpoint_dir(command: argparse.ArgumentParser) -> None:

@@ -30,7 +30,7 @@ def add(command: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Plan on the model without its weights, if that can be; they are loaded only if its course depends on values."""
     config, count = options.configuration(arguments), options.sequences(arguments)
-    offload = options.offload(arguments)
+    offload = options.offload(arguments, planned=True)
     example, batches = None, 0
     if config.needs_calibration:
         tokens = torch.empty(count * arguments.sequence_length, dtype=torch.int64, device="meta")

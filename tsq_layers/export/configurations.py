@@ -19,7 +19,7 @@ LIMITS: dict[str, Limits] = {
 def check_configuration(config: QuantConfig, format_name: str) -> None:
     """Refuse a configuration whose layers a format cannot hold, whatever their shapes.
 
-    Shapes are looked at by :func:`~tsq_layers.export.export`.
+    Shapes are looked at by :func:`.exporting.checked`.
 
     Raises:
         ExportError: the field, what the format holds, and what to change.

@@ -58,14 +58,25 @@ def new_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield temporary
         _settle(temporary)
         if inside == target:
-            for made in sorted(temporary.iterdir(), key=lambda made: made.name == "config.json"):
-                made.replace(target / made.name)
+            _fill(target, temporary)
         else:
             temporary.replace(target)
     except (OSError, SafetensorError) as error:
         raise _not_written(target, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # after the rename there is nothing to remove
+
+
+def _fill(target: Path, folder: Path) -> None:
+    """Move all files of a folder into an empty directory, or none."""
+    try:
+        for made in sorted(folder.iterdir(), key=lambda made: made.name == "config.json"):
+            made.replace(target / made.name)
+    except OSError:
+        for moved in target.iterdir():
+            if moved != folder:
+                moved.unlink()
+        raise
 
 
 def _not_written(target: Path, error: Exception) -> ExportError:

@@ -73,7 +73,8 @@ def export(
 
     Args:
         model: a transformers model that ``tsq.quantize`` has quantised; not changed.
-        directory: must not exist, or be empty. All is written beside it and renamed at the end.
+        directory: must not exist, or be empty. All is written beside it and renamed at the end, or into an empty one and
+            moved up.
         format: as above.
         tokenizer: its tokenizer, whose files are written too. llama.cpp takes token numbers only without one.
         engine: ``"transformers"``, ``"gptqmodel"``, ``"vllm"`` or ``"llama.cpp"``: you are warned if it is known

@@ -14,10 +14,11 @@ from tsq_layers.layers import composite_behind
 from tsq_layers.layers.attention import ATTENTION, SplitAttention
 from tsq_layers.layers.expert_weights import ExpertWeights
 from tsq_layers.layers.experts import EXPERTS
+from tsq_layers.layers.registry import COMPOSITES
 from tsq_layers.linear import QuantLinear
 from tsq_layers.report import memory_extent
 
-_KNOWN = (None, ATTENTION.name, EXPERTS.name)
+_KNOWN = (ATTENTION, EXPERTS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +98,8 @@ def _is_tied(stored: Stored, source: Stored | None) -> bool:
 
 def _of_module(name: str, dot: str, module: nn.Module) -> tuple[Iterator[Stored], bool]:
     """The tensors of a module that is not quantised, and whether those of its children are among them."""
-    if composite_behind(module) not in _KNOWN:
+    composite = composite_behind(module)
+    if composite is not None and not any(known.name == composite and known in COMPOSITES for known in _KNOWN):
         raise ExportError(
             f"module {name!r} ({type(module).__name__}) was split into layers by a composite of your own, so the names of "
             "its tensors in the float model are not known; add it to skip"

@@ -20,7 +20,7 @@ from tsq_layers.errors import CheckpointError, ConfigError, MissingExtraError
 
 Directory = str | os.PathLike[str]
 
-_POSITION_TABLES = ("wpe", "embed_positions", "position_embeddings")
+_POSITION_TABLES = ("wpe", "embed_positions", "position_embeddings", "positions_embed")
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -80,7 +80,9 @@ def check_length(model: nn.Module, length: int, option: str) -> None:
     for name, module in model.named_modules():
         rows = getattr(module, "num_embeddings", None)
         if rows is not None and name.rpartition(".")[2] in _POSITION_TABLES:
-            limit = min(rows, getattr(getattr(model, "config", None), "max_position_embeddings", rows))
+            first = getattr(module, "padding_idx", None)  # RoBERTa counts positions from behind it
+            free = rows if first is None else rows - first - 1
+            limit = min(free, getattr(getattr(model, "config", None), "max_position_embeddings", None) or free)
             if length > limit:
                 raise ConfigError(
                     f"{option} {length}: this {type(model).__name__} has learned positions for {limit} tokens; give at most so many"

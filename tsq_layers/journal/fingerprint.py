@@ -13,7 +13,7 @@ from tsq_layers.journal.digests import HELD_OUT
 from tsq_layers.report import checked_fields
 
 FORMAT = "tsq_layers calibration"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 START_AGAIN = "give another checkpoint_dir, or delete this one to start again"
 
 _ABSENT = object()
