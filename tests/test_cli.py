@@ -399,8 +399,9 @@ def test_missing_directory_is_one_line(capsys: pytest.CaptureFixture[str], tmp_p
     assert "holds no config.json: give the directory of a transformers model" in error_of(
         capsys, ["eval", str(tmp_path), "--text", str(text)]
     )
-    assert "holds no tsq.json that describes its tensors: give a directory that tsq quantize or tsq.save wrote" in error_of(
-        capsys, ["inspect", str(tmp_path)]
+    assert (
+        "holds no tsq.json that describes its tensors: give a directory that tsq quantize or tsq.save wrote"
+        in error_of(capsys, ["inspect", str(tmp_path)])
     )
 
 

@@ -300,6 +300,42 @@ def test_files_that_do_not_fit_are_refused(tmp_path, changes, message):
         tsq.import_checkpoint(folder)
 
 
+@pytest.mark.parametrize(
+    ("form", "part", "value"),
+    [
+        ("gptq", "g_idx", torch.zeros(0, dtype=torch.int32)),
+        ("gptq", "qweight", torch.zeros(4, dtype=torch.int32)),
+        ("gptq", "scales", torch.ones(2, 96, dtype=torch.float64)),
+        ("gptq", "scales", torch.full((2, 96), float("nan"), dtype=torch.float16)),
+        ("compressed-tensors", "weight_scale", torch.ones(7, 2)),
+        ("compressed-tensors", "weight_shape", torch.tensor([96])),
+        ("compressed-tensors", "weight_packed", torch.zeros(96, 8, dtype=torch.int64)),
+        ("compressed-tensors", "weight_scale", torch.full((96, 2), float("inf"))),
+    ],
+    ids=["no order", "flat words", "wide scales", "no numbers", "few scales", "half a shape", "wide words", "infinite"],
+)  # fmt: skip
+def test_tensors_that_make_no_layer_are_refused_by_its_name(tmp_path, form, part, value):
+    folder = exported(quantised(), tmp_path, form)
+    changed_file(folder, **{f"{UP}.{part}": value})
+    with pytest.raises(CheckpointError, match=f"layer '{UP}' of the checkpoint"):
+        tsq.import_checkpoint(folder)
+
+
+def test_descriptions_that_make_no_sense_are_refused(tmp_path):
+    folder = exported(quantised(), tmp_path)
+    changed_config(folder, group_size="32")
+    with pytest.raises(CheckpointError, match="layer '.*' of the checkpoint"):
+        tsq.import_checkpoint(folder)
+    for index in ({}, {"weight_map": ["a"]}):
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+        with pytest.raises(CheckpointError, match="has no weight_map"):
+            tsq.import_checkpoint(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": []}), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="is a list, and an object was expected"):
+        tsq.import_checkpoint(folder)
+
+
 def test_a_refusal_leaves_the_given_model_alone(tmp_path):
     folder, given = exported(quantised(), tmp_path), llama()
     changed_file(folder, **{"model.norm.weight": torch.ones(3)})

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
 from tsq_layers import grid, kernels, native
 from tsq_layers.errors import LayerError
@@ -246,6 +247,29 @@ def test_autocast_rules_as_in_a_float_layer(rows: int) -> None:
         assert layer(inputs(rows, 64).double()).dtype == torch.float64
     assert output.dtype == torch.bfloat16
     assert error_ratio(output, inputs(rows, 64, dtype=torch.bfloat16), layer) <= 2
+
+
+@ignore_torchs_own
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("rows", [1, 5, 40])
+@pytest.mark.parametrize(
+    "additions", [{}, {"rotation": 32}, {"activation_bits": 8}, {"outliers": 20}, {"outlier_columns": 2}], ids=str
+)
+def test_forward_derivatives_are_those_of_the_dequantised_layer(
+    additions: dict[str, int], rows: int, trained: bool
+) -> None:
+    layer = QuantLinear(64, 8, bits=4, group_size=32, bias=True, **additions).requires_grad_(trained)  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(0)
+    for name, buffer in layer.named_buffers():
+        if name in ("words", "zero_words"):
+            buffer.copy_(torch.randint(2**31, buffer.shape, generator=generator))
+    layer.scale_bits.copy_(raw_bits(torch.rand(8, 2, generator=generator).half() + 0.5))  # type: ignore[union-attr, operator]
+    x, tangent = inputs(rows, 64), inputs(rows + 1, 64)[1:]
+    with forward_ad.dual_level():
+        found = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, tangent))).tangent
+    assert found is not None
+    exact = F.linear(tangent, layer.weight)
+    torch.testing.assert_close(found, exact, rtol=0, atol=1e-5 * float(exact.abs().max()))
 
 
 @pytest.mark.parametrize("columns", [64, 75])

@@ -1,6 +1,7 @@
 """The operations for a CPU: against float64, at every layout of the codes; built once; and named where they cannot be built."""
 
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -207,6 +208,50 @@ def test_a_compiler_that_fails_is_quoted(monkeypatch, tmp_path):
     with pytest.warns(CompileWarning, match="no such header"):
         assert not native.usable()
     assert list((tmp_path / "tsq_layers" / "native").iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_written_is_named(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(native, "_usable", None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.warns(CompileWarning, match="Let XDG_CACHE_HOME name a directory that can be written"):
+        assert not native.usable()
+
+
+def test_a_compiler_may_have_arguments(monkeypatch, tmp_path):
+    commands = []
+
+    def compiled(command, **_):
+        commands.append(command)
+        Path(command[command.index("-o") + 1]).touch()
+
+    monkeypatch.setenv("CXX", "ccache 'my g++' -m64")
+    monkeypatch.setattr(subprocess, "run", compiled)
+    assert native._built(tmp_path).exists()
+    assert commands[0][:3] == ["ccache", "my g++", "-m64"]
+
+
+def test_a_damaged_library_is_built_again(monkeypatch, tmp_path):
+    loaded, made = [], []
+
+    def load(path):
+        loaded.append(path)
+        if len(loaded) == 1:
+            raise OSError("file too short")
+
+    def built(folder):
+        library = folder / "library.so"
+        if not library.exists():
+            made.append(library)
+            library.touch()
+        return library
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(native, "_built", built)
+    monkeypatch.setattr(torch.ops, "load_library", load)
+    monkeypatch.setattr(torch.library, "register_fake", lambda *_: None)
+    assert native._load()
+    assert (len(loaded), len(made)) == (2, 2)
 
 
 @needs_operations

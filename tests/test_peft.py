@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("peft")
 
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 import tsq_layers as tsq
 from tsq_layers.errors import ConfigError, StateError
@@ -147,6 +147,44 @@ def test_merging_is_refused_with_what_to_do() -> None:
     with pytest.raises(StateError, match="cannot be merged"):
         model.merge_adapter()
     assert all(torch.equal(value, before[name]) for name, value in packed(model).items())
+
+
+def test_merging_is_refused_before_anything_is_merged() -> None:
+    model = adapted(quantised(skip=("lm_head", "*.q_proj")))  # PEFT would merge the float layers first
+    before = logits(model)
+    for merge in (model.merge_and_unload, model.merge_adapter):
+        with pytest.raises(StateError, match="cannot be merged"):
+            merge()
+    assert torch.equal(logits(model), before)
+    assert sum(name.endswith("lora_A.default.weight") for name, _ in model.named_parameters()) == 6
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"modules_to_save": ["lm_head"]}, "'lm_head' is packed, and would be trained"),
+        ({"modules_to_save": ["embed_tokens"]}, "'model.embed_tokens' is packed, and would be trained"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "'lm_head' is the very packed matrix of 'model.embed_tokens'"),
+        ({"trainable_token_indices": [3, 5]}, "'lm_head' is the very packed matrix of 'model.embed_tokens'"),
+    ],
+    ids=["head", "table", "tied head", "tokens"],
+)
+def test_what_would_silently_not_be_trained_is_refused(changes: dict[str, Any], reason: str) -> None:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True)).eval()
+    model = tsq.quantize(model, tsq.QuantConfig(method="rtn", bits=4, group_size=32, skip=(), embeddings=True))
+    before = [name for name, _ in model.named_modules()]
+    with pytest.raises(ConfigError, match=reason):
+        adapted(model, **changes)
+    assert [name for name, _ in model.named_modules()] == before
+
+
+def test_a_packed_head_of_a_classifier_is_refused() -> None:
+    torch.manual_seed(0)
+    model = LlamaForSequenceClassification(LlamaConfig(**SIZES, num_labels=32, pad_token_id=0)).eval()
+    model = tsq.quantize(model, tsq.QuantConfig(method="rtn", bits=4, group_size=32))
+    with pytest.raises(ConfigError, match="'score' is packed.*task_type=.*SEQ_CLS.*with it in skip"):
+        adapted(model, task_type="SEQ_CLS")
 
 
 def test_unloading_gives_the_quantised_model_back() -> None:

@@ -129,8 +129,24 @@ def test_gradients_flow_through_both(model, batches):
         ({"config": CONFIG, "step": "train"}, "give 'prepare', 'convert', or None"),
         ({"step": "prepare"}, "needs a QuantConfig"),
         ({}, "needs a QuantConfig"),
+        ({"config": tsq.QuantConfig(guidance=2), "step": "prepare"}, "guidance=2: .* needs the whole model"),
+        (
+            {"config": tsq.QuantConfig(distill_epochs=1), "step": "prepare"},
+            "distill_epochs=1: .* needs the whole model",
+        ),
+        ({"config": tsq.QuantConfig(skip=("0",)), "step": "prepare"}, "skip=.* without their names"),
+        ({"config": tsq.QuantConfig(overrides={"0": {"bits": 2}}), "step": "prepare"}, "overrides=.*FqnToConfig"),
     ],
-    ids=["data without steps", "unknown step", "prepare without a configuration", "nothing"],
+    ids=[
+        "data without steps",
+        "unknown step",
+        "prepare without a configuration",
+        "nothing",
+        "guidance",
+        "distillation",
+        "names to skip",
+        "names to override",
+    ],
 )
 def test_what_cannot_be_done_is_said_when_the_configuration_is_made(arguments, message):
     with pytest.raises(ConfigError, match=message):

@@ -12,6 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+from tsq_layers.differentiation import has_dual_numbers, is_differentiated
 
 LARGEST = 127
 """The codes are −127 … 127: symmetric, so that no sign is favoured."""
@@ -36,13 +39,20 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fake_quantized(x: Tensor) -> Tensor:
-    """x̂, in the dtype of ``x`` (…, K); gradients pass straight through.
+    """x̂, in the dtype of ``x`` (…, K); gradients pass straight through, forward too.
 
     Example:
         >>> fake_quantized(torch.tensor([127.0, -63.6]))
         tensor([127., -64.])
     """
-    if torch.is_grad_enabled() and x.requires_grad and not torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active():
+        return _fake(x)
+    if has_dual_numbers():
+        plain, tangent = forward_ad.unpack_dual(x)
+        if tangent is not None:
+            dual: Tensor = forward_ad.make_dual(fake_quantized(plain), tangent)
+            return dual
+    if is_differentiated(x):
         rounded: Tensor = _StraightThrough.apply(x)
         return rounded
     return _fake(x)

@@ -38,6 +38,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from tsq_layers import grid, native, packing
+from tsq_layers.differentiation import has_dual_numbers, is_differentiated
 from tsq_layers.errors import CompileWarning, LayerError
 from tsq_layers.few_rows import Format, few_rows, one_pass
 
@@ -130,7 +131,7 @@ def linear(
 ) -> Tensor:
     """``F.linear(x, dequantised weight, bias)`` in the dtype of ``x`` (that of autocast, if it is on).
 
-    Gradients flow to ``x`` and ``bias``; the dequantised matrix is not kept for them. Sums are
+    Gradients flow to ``x`` and ``bias``, forward and backward; the dequantised matrix is not kept for them. Sums are
     taken in float32 (float64), also for half-precision inputs.
 
     Args:
@@ -162,9 +163,14 @@ def linear(
     check_input(x, columns, words.shape[0])
     x = autocast(x)
     bias = None if bias is None else bias.to(x.dtype)
+    if has_dual_numbers():  # of which neither the operations nor the function below know
+        return F.linear(x, dequantize(words, grids, shifts, bits, group_size, columns, x.dtype), bias)
     form = format_of(grids, bits, group_size, columns)
-    differentiable = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-    if differentiable and not torch.compiler.is_exporting() and not torch._C._are_functorch_transforms_active():
+    if (
+        is_differentiated(x, bias)
+        and not torch.compiler.is_exporting()
+        and not torch._C._are_functorch_transforms_active()
+    ):
         output: Tensor = _Linear.apply(x, words, grids, shifts, bias, form)
         return output
     return _forward(x, words, grids, shifts, bias, form)
@@ -183,6 +189,7 @@ def _is_simple(x: Tensor, bias: Tensor | None, columns: int) -> bool:
         and x.shape[-1:] == (columns,)
         and (bias is None or bias.dtype == x.dtype)
         and not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+        and not has_dual_numbers()
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
         and not is_in_torch_dispatch_mode()

@@ -12,11 +12,13 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,13 +69,23 @@ def multiplies(dtype: torch.dtype) -> bool:
 
 
 def _load() -> bool:
+    cure = "Install a C++ compiler (g++ or clang++, or name it in CXX)"
     try:
-        path = _built()
-        torch.ops.load_library(path)
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        try:
+            folder = _folder()
+        except OSError:
+            cure = "Let XDG_CACHE_HOME name a directory that can be written"
+            raise
+        library = _built(folder)
+        try:
+            torch.ops.load_library(library)
+        except (OSError, RuntimeError):  # damaged, for example by a disk that was full
+            library.unlink(missing_ok=True)
+            torch.ops.load_library(_built(folder))
+    except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
         reason = " ".join(str(getattr(error, "stderr", None) or error).strip().splitlines()[:2])
         warnings.warn(
-            f"the operations for packed layers on a CPU cannot be built ({reason}); torch.compile is used instead, which is slower and compiles for each kind of layer. Install a C++ compiler (g++ or clang++, or name it in CXX)",
+            f"the operations for packed layers on a CPU cannot be built ({reason}); torch.compile is used instead, which is slower and compiles for each kind of layer. {cure}",
             CompileWarning,
             stacklevel=3,
         )
@@ -83,16 +95,16 @@ def _load() -> bool:
     return True
 
 
-def _built() -> Path:
-    """The library for this source, PyTorch, compiler and processor; built if it is not there."""
-    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, _COMPILERS)), None)
-    if compiler is None:
+def _built(directory: Path) -> Path:
+    """The library for this source, PyTorch, compiler and processor, in a directory; built if it is not there."""
+    compiler = shlex.split(os.environ.get("CXX", "")) or [path for path in map(shutil.which, _COMPILERS) if path][:1]
+    if not compiler:
         raise OSError(f"none of {', '.join(_COMPILERS)} is on the path")
     command = _command(compiler)
     sources = (file.read_text(encoding="utf-8") for file in sorted(_SOURCE.parent.glob("*.[ch]*")))
     key = (*sources, torch.__version__, *command, _processor())
     name = hashlib.sha256("\0".join(key).encode()).hexdigest()[:24] + ".so"
-    library = _folder() / name
+    library = directory / name
     if not library.exists():
         started = time.perf_counter()
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
@@ -101,14 +113,16 @@ def _built() -> Path:
                 [*command, str(_SOURCE), "-o", str(made), *_libraries()],
                 check=True, capture_output=True, text=True, timeout=_BUILD_SECONDS,
             )  # fmt: skip
+            with made.open("rb+") as handle:
+                os.fsync(handle.fileno())  # a rename may survive a power cut that the content does not
             made.replace(library)  # at once, for processes that build at the same time
         _log.info("built %s in %.1f s", library, time.perf_counter() - started)
     return library
 
 
-def _command(compiler: str) -> list[str]:
+def _command(compiler: Sequence[str]) -> list[str]:
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-    return [compiler, *_FLAGS, abi, f"-I{_torch('include')}"]
+    return [*compiler, *_FLAGS, abi, f"-I{_torch('include')}"]
 
 
 def _libraries() -> list[str]:

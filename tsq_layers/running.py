@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tsq_layers import activations, basis, kernels, packing
+from tsq_layers.differentiation import has_dual_numbers, is_differentiated
 
 _INTEGER_ROWS = 17  # torch._int_mm takes no fewer on a GPU
 _INTEGER_MULTIPLE = 8  # of which N and K must be there
@@ -154,8 +155,8 @@ def _with_entries(x: Tensor, bias: Tensor | None, parts: Parts, form: Form) -> T
         y = kernels.linear(x, *parts[:3], bias, *form[:3])
         return (y + _sparse_product(x, parts.values, parts.places, parts.words.shape[0])).to(y.dtype)
     bias = None if bias is None else bias.to(x.dtype)
-    differentiable = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-    if differentiable and not exporting and not torch._C._are_functorch_transforms_active():
+    plain = exporting or has_dual_numbers() or torch._C._are_functorch_transforms_active()
+    if not plain and is_differentiated(x, bias):
         output: Tensor = _Dense.apply(x, bias, form, *parts)
         return output
     return F.linear(x, dequantize(parts, form, x.dtype), bias)
@@ -239,8 +240,7 @@ def _integers_pay(x: Tensor, bias: Tensor | None, parts: Parts, form: Form) -> b
         and parts.values is None
         and _has_zero_points(parts)
     )
-    differentiable = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-    return fits and not differentiable and _has_integer_product(x.device)
+    return fits and not is_differentiated(x, bias) and _has_integer_product(x.device)
 
 
 def _has_zero_points(parts: Parts) -> bool:

@@ -57,7 +57,10 @@ class TensorFiles:
     def _files(self) -> list[str]:
         index = self._directory / _INDEX
         if index.exists():
-            return sorted(set(json_object(index)["weight_map"].values()))
+            places = json_object(index).get("weight_map")
+            if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
+                raise CheckpointError(f"{index} has no weight_map of tensors and files; copy the whole directory again")
+            return sorted(set(places.values()))
         files = sorted(file.name for file in self._directory.glob("*.safetensors"))
         if not files:
             raise CheckpointError(f"{self._directory} holds no safetensors files: give the directory of a checkpoint")

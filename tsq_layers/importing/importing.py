@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tsq_layers.config import QuantConfig
 from tsq_layers.coverage import Ownership, ownership, parameter_reports
-from tsq_layers.errors import CheckpointError
+from tsq_layers.errors import CheckpointError, LayerError
 from tsq_layers.importing import compressed_tensors, gptq
 from tsq_layers.importing.architecture import empty_model
 from tsq_layers.importing.files import TensorFiles, json_object
@@ -104,8 +104,10 @@ def _read_description(path: Path) -> tuple[list[PackedLayer], TensorFiles]:
         config = {"quant_method": "gptq", **json_object(path / "quantize_config.json")}
     if config is None:
         raise CheckpointError(f"config.json in {path} has no quantization_config: the model is not quantised")
+    if not isinstance(config, dict):
+        raise CheckpointError(f"quantization_config of {path} is a {type(config).__name__}, and an object was expected")
     method = config.get("quant_method")
-    if method not in FORMATS:
+    if not isinstance(method, str) or method not in FORMATS:
         raise CheckpointError(
             f"quant_method={method!r} of {path} is not known: checkpoints of {', '.join(FORMATS)} are read"
         )
@@ -129,7 +131,16 @@ def _place(model: nn.Module, layer: PackedLayer) -> _Place:
 
 
 def _twin(place: _Place, bias: Tensor | None, dtype: torch.dtype) -> nn.Module:
-    weight = place.layer.read()
+    try:
+        weight = place.layer.read()
+    except (LayerError, ValueError, TypeError, LookupError, RuntimeError, ZeroDivisionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        refuse(
+            place.layer.name, f"its tensors do not fit together or its description ({error}); copy the directory again"
+        )
+    if not bool(torch.isfinite(weight.scales).all()):
+        refuse(place.layer.name, "its scales are not finite; quantise it again")
     if tuple(weight.codes.shape) != place.shape:
         refuse(place.layer.name, f"it is {tuple(weight.codes.shape)} in the files and {place.shape} in the model")
     return place.kind.twin(place.module, QuantLinear.from_quantized(weight, bias, dtype=dtype))

@@ -6,14 +6,22 @@ from typing import Any
 
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import Embedding, Linear
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 from tsq_layers.errors import ConfigError, StateError
 from tsq_layers.layers.embedding import QuantEmbedding
 from tsq_layers.linear import QuantLinear
+from tsq_layers.storage import PackedStorage
 
 _INITIALISERS = (True, False, "gaussian", "orthogonal", "eva")
 _ALL = "all-linear"
+# What PEFT adds to modules_to_save, in PeftModelForSequenceClassification and its relatives.
+_SAVED_BY_TASK = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 
 
 def add_lora(model: nn.Module, config: LoraConfig, **options: Any) -> PeftModel:
@@ -25,7 +33,8 @@ def add_lora(model: nn.Module, config: LoraConfig, **options: Any) -> PeftModel:
         options: of ``peft.get_peft_model``.
 
     Raises:
-        ConfigError: a way to initialise adapters that changes the weights below them.
+        ConfigError: a way to initialise adapters that changes the weights below them; packed layers that would be
+            trained themselves (``modules_to_save``), or that PEFT cannot reach. The model is as it was.
 
     Example:
         >>> model = nn.Sequential(QuantLinear(64, 32, bits=2, group_size=32), nn.ReLU())
@@ -36,8 +45,9 @@ def add_lora(model: nn.Module, config: LoraConfig, **options: Any) -> PeftModel:
     config = knowing_packed_layers(config)
     if config.target_modules == _ALL:
         config.target_modules = _linear_layers(model)
+    _check_targets(model, config)
     adapted: PeftModel = get_peft_model(model, config, **options)
-    return adapted
+    return _unmergeable(adapted)
 
 
 def load_lora(model: nn.Module, directory: str | os.PathLike[str], **options: Any) -> PeftModel:
@@ -50,7 +60,9 @@ def load_lora(model: nn.Module, directory: str | os.PathLike[str], **options: An
     """
     config = PeftConfig.from_pretrained(os.fspath(directory))
     config.inference_mode = not options.get("is_trainable", False)
-    return PeftModel.from_pretrained(model, directory, config=knowing_packed_layers(config), **options)
+    config = knowing_packed_layers(config)
+    _check_targets(model, config)
+    return _unmergeable(PeftModel.from_pretrained(model, directory, config=config, **options))
 
 
 def knowing_packed_layers(config: PeftConfig) -> LoraConfig:
@@ -75,19 +87,56 @@ def knowing_packed_layers(config: PeftConfig) -> LoraConfig:
     return config
 
 
+def _check_targets(model: nn.Module, config: LoraConfig) -> None:
+    """Refuse what PEFT would silently not train.
+
+    Raises:
+        ConfigError: a packed layer among the ``modules_to_save``, those that PEFT adds by the task included; a packed output
+            layer that is one module with the table of the inputs, of which PEFT sees only the latter.
+    """
+    saved = {*(config.modules_to_save or ()), *_SAVED_BY_TASK.get(config.task_type or "", ())}
+    seen = {id(module): name for name, module in model.named_modules()}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not any(isinstance(part, PackedStorage) for part in module.modules()):
+            continue
+        if name.rpartition(".")[2] in saved or name in saved:
+            raise ConfigError(
+                f"{name!r} is packed, and would be trained as one of the modules to save of task_type={config.task_type!r}, modules_to_save="
+                f"{config.modules_to_save!r}: quantise the model with it in skip"
+            )
+        first = seen[id(module)]
+        if first != name and (config.trainable_token_indices or check_target_module_exists(config, name)):
+            raise ConfigError(
+                f"{name!r} is the very packed matrix of {first.removesuffix('.matrix')!r}, and PEFT would adapt only one of them: leave it "
+                "out of target_modules (and trainable_token_indices), or quantise the model with both in skip"
+            )
+
+
+def _unmergeable(adapted: PeftModel) -> PeftModel:
+    """Let merging be refused before any layer is merged: afterwards the float ones would have lost their adapters."""
+    if any(isinstance(module, _Unmergeable) for module in adapted.modules()):
+        vars(adapted.base_model).update(merge_adapter=_refuse_merging, merge_and_unload=_refuse_merging)
+    return adapted
+
+
+def _refuse_merging(*_: Any, **__: Any) -> None:
+    """Raise: packed weights have few values to a group, and a sum with an adapter is not among them.
+
+    Raises:
+        StateError: always.
+    """
+    raise StateError(
+        "adapters cannot be merged into packed weights: keep them beside (save_pretrained writes them), "
+        "or merge them into the float model and quantise that"
+    )
+
+
 class _Unmergeable:
     """Refuses what would write into a packed weight."""
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:  # noqa: ARG002
-        """Raise: packed weights have few values to a group, and a sum with an adapter is not among them.
-
-        Raises:
-            StateError: always.
-        """
-        raise StateError(
-            "adapters cannot be merged into packed weights: keep them beside (save_pretrained writes them), "
-            "or merge them into the float model and quantise that"
-        )
+        """Raise, as :func:`_refuse_merging`."""
+        _refuse_merging()
 
 
 class LoraQuantLinear(_Unmergeable, Linear):

@@ -27,7 +27,8 @@ class TSQConfig(AOBaseConfig):  # type: ignore[misc]  # torchao is not annotated
 
     torchao hands over one layer at a time. So every layer is prepared by itself and sees the full-precision model: the
     one-pass form, in which ``deviation`` has nothing to correct. For paired passes call ``tsq.quantize`` on the whole
-    model, and ``quantize_`` before or after it for the layers that it skips.
+    model, and ``quantize_`` before or after it for the layers that it skips. torchao replaces a module that hangs in several
+    places in the first one only; ``tsq.quantize`` in all.
 
     Args:
         config: as for ``tsq.prepare``; patterns in it match no names, those of ``quantize_`` do. Only the first of two steps
@@ -36,7 +37,8 @@ class TSQConfig(AOBaseConfig):  # type: ignore[misc]  # torchao is not annotated
             were prepared. ``None`` is both at once, for methods that need no data.
 
     Raises:
-        ConfigError: no such step, a step without the configuration that it needs, or one that needs data without steps.
+        ConfigError: no such step, a step without the configuration that it needs, one that needs data without steps, or
+            fields that need the whole model or names in it.
 
     Example:
         >>> import torch
@@ -57,11 +59,28 @@ class TSQConfig(AOBaseConfig):  # type: ignore[misc]  # torchao is not annotated
             raise ConfigError(f"step={self.step!r}: give 'prepare', 'convert', or None for both at once")
         if self.config is None and self.step != "convert":
             raise ConfigError("TSQConfig needs a QuantConfig, but for step='convert'")
+        if self.config is not None:
+            _check_fields(self.config)
         if self.step is None and self.config is not None and self.config.needs_calibration:
             raise ConfigError(
                 f"method {self.config.method!r} needs data: quantize_ with step='prepare', run the model on batches, and "
                 "quantize_ with step='convert'; or give method='rtn', which needs none"
             )
+
+
+def _check_fields(config: tsq.QuantConfig) -> None:
+    """Refuse what needs the whole model, or names in it."""
+    for field in ("guidance", "distill_epochs"):
+        if getattr(config, field):
+            raise ConfigError(
+                f"{field}={getattr(config, field)}: quantize_ hands over one layer at a time, and this needs the whole model: "
+                f"set it to 0, or call tsq.quantize(model, config, batches)"
+            )
+    if config.overrides or config.skip not in ((), tsq.QuantConfig().skip):
+        raise ConfigError(
+            f"skip={config.skip!r}, overrides={dict(config.overrides)!r}: quantize_ hands over layers without their names; choose layers by its "
+            "filter_fn, or configurations by FqnToConfig"
+        )
 
 
 @register_quantize_module_handler(TSQConfig)  # type: ignore[untyped-decorator]
