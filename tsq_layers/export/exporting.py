@@ -33,6 +33,7 @@ class Format:
         holds: the same in words.
         check: refuses what it cannot hold, before anything is written.
         write: (contents, tokenizer, folder, bytes of a shard) writes it.
+        check_model: refuses models of which it holds nothing.
         in_model_dtype: whether engines turn the scales to the dtype of the model when they load it.
     """
 
@@ -40,6 +41,7 @@ class Format:
     holds: str
     check: Callable[[Contents, Any], None]
     write: Callable[[Contents, Any, Path, int], None]
+    check_model: Callable[[nn.Module], None] = lambda _: None
     in_model_dtype: bool = True
 
 
@@ -144,6 +146,7 @@ def checked(
     if format not in FORMATS:
         raise ExportError(f"format={format!r}: give one of {', '.join(map(repr, FORMATS))}")
     chosen, planned = FORMATS[format], None
+    chosen.check_model(model)
     if config is not None:
         check_configuration(config, format)
         planned = planned_layers(model, config)
@@ -212,6 +215,7 @@ FORMATS: dict[str, Format] = {
         holds="linear layers and the embedding",
         check=_check_gguf,
         write=lambda contents, tokenizer, folder, _: gguf.write(contents, tokenizer, folder),
+        check_model=gguf.check_model,
         in_model_dtype=False,
     ),
 }

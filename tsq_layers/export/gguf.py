@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tsq_layers.export.contents import Contents, Layer
 from tsq_layers.export.floats import Stored
@@ -58,17 +58,26 @@ def takes(layer: Layer) -> bool:
     return layer.kind == "Linear" or (type(layer.module) is QuantEmbedding and layer.name == _TABLE)
 
 
+def check_model(model: nn.Module) -> None:
+    """Refuse another architecture, whatever its layers are.
+
+    Raises:
+        ExportError: it is.
+    """
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind is not None and kind not in ("llama", "mistral"):
+        raise ExportError(
+            f"gguf files are written of models of type llama and mistral, and this is {kind!r}: the nearest is format='compressed-tensors'"
+        )
+
+
 def check_contents(contents: Contents) -> None:
     """Refuse what the format cannot hold.
 
     Raises:
-        ExportError: another architecture; a layer's width or grids; a tensor that llama.cpp has no place for.
+        ExportError: a layer's width or grids; a tensor that llama.cpp has no place for.
     """
     config = contents.config
-    if config.model_type not in ("llama", "mistral"):
-        raise ExportError(
-            f"gguf files are written of models of type llama and mistral, and this is {config.model_type!r}: the nearest is format='compressed-tensors'"
-        )
     window = getattr(config, "sliding_window", None)
     if window is not None and window < config.max_position_embeddings:
         raise ExportError(f"sliding_window={window}: llama.cpp runs this architecture without a window; set it to None")
