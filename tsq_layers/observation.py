@@ -15,9 +15,7 @@ from tsq_layers.parking import Parking
 from tsq_layers.records import LayerStatistics
 from tsq_layers.targets import Target
 
-VALIDATION_SHARE = (
-    0.2  # of a layer's tokens, the last ones of each call, where something is chosen on tokens that are not fitted
-)
+VALIDATION_SHARE = 0.2  # of a layer's tokens, the last of each call, where something is chosen on tokens not fitted
 
 
 @dataclass(frozen=True)

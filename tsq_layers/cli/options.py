@@ -104,7 +104,7 @@ def offload(arguments: argparse.Namespace, *, planned: bool = False) -> torch.de
         device = torch.device(arguments.offload)
         if not planned:
             torch.zeros(1).to(device).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"--offload {arguments.offload}: {str(error).splitlines()[0]}") from error
     return device
 

@@ -46,8 +46,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.text is not None:
         batches = options.calibration(arguments, tokenizer)
     elif config.needs_calibration or config.distill_epochs:
-        fields = {"method": config.method != "rtn", "channel_scaling": True, "distill_epochs": True}
-        field = next(name for name, asks in fields.items() if asks and getattr(config, name))
+        rounding = "channel_scaling" if config.channel_scaling else "distill_epochs"
+        field = rounding if config.method == "rtn" else "method"
         raise ConfigError(
             f"{field}={getattr(config, field)!r} needs calibration text: give --text FILE, or a configuration that needs none (--method rtn)"
         )

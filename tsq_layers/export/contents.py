@@ -115,7 +115,7 @@ def layers_of(model: nn.Module) -> list[Layer]:
     kinds = {} if report is None else {layer.name: layer.kind for layer in report.layers}
     layers = []
     for name, module, matrix in packed(model):
-        inside = _composite_around(model, name)
+        inside = composite_around(model, name, composite_behind)
         known = kind_behind(module) or kinds.get(name)
         kind = inside or known or ("Linear" if module is matrix else type(module).__name__)
         layers.append(Layer(name, module, matrix, kind))
@@ -126,11 +126,17 @@ def layers_of(model: nn.Module) -> list[Layer]:
     return layers
 
 
-def _composite_around(model: nn.Module, name: str) -> str | None:
-    """What the module is that was split into layers, one of which is called ``name``; ``None`` if there is none."""
+def composite_around(model: nn.Module, name: str, of: Callable[[nn.Module], str | None]) -> str | None:
+    """What the module is that is split into layers, one of which is called ``name``; ``None`` if there is none.
+
+    Args:
+        model: whose it is.
+        name: of the layer; the module need not be split yet.
+        of: what a module is.
+    """
     parts = name.split(".")
     for end in range(len(parts)):
-        composite = composite_behind(model.get_submodule(".".join(parts[:end])))
+        composite = of(model.get_submodule(".".join(parts[:end])))
         if composite is not None:
             return composite
     return None

@@ -5,7 +5,7 @@ import warnings
 from torch import nn
 
 from tsq_layers.config import QuantConfig
-from tsq_layers.export.contents import Layer
+from tsq_layers.export.contents import Layer, composite_around
 from tsq_layers.layers import composite_of, kind_of
 from tsq_layers.preparation import inspect
 
@@ -26,16 +26,11 @@ def planned_layers(model: nn.Module, config: QuantConfig) -> list[Layer]:
             module = preparation.modules[name]
             kind = kind_of(module)
             assert kind is not None
-            layers.append(Layer(name, kind.twin(module, matrix), matrix, _composite_around(model, name) or kind.name))
+            inside = composite_around(model, name, _composite)
+            layers.append(Layer(name, kind.twin(module, matrix), matrix, inside or kind.name))
     return layers
 
 
-def _composite_around(model: nn.Module, name: str) -> str | None:
-    """The composite that a layer will be a part of."""
-    module = model
-    for part in name.split("."):
-        composite = composite_of(module)
-        if composite is not None:
-            return composite.name
-        module = module.get_submodule(part)
-    return None
+def _composite(module: nn.Module) -> str | None:
+    composite = composite_of(module)
+    return None if composite is None else composite.name
