@@ -14,6 +14,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     BertConfig,
     BertForMaskedLM,
@@ -174,6 +175,15 @@ def test_quantised_table_stays_tied_and_is_stored_once(tmp_path: Path) -> None:
     assert sum(key.endswith(("lm_head.words", "embed_tokens.matrix.words")) for key in keys) == 1
     again.save_pretrained(tmp_path / "again")
     assert torch.equal(logits(loaded(tmp_path / "again")), logits(original))
+
+
+def test_bias_that_another_module_has_too(tmp_path: Path) -> None:
+    original = quantised(bert(), embeddings=True, skip=())
+    assert original.cls.predictions.decoder.bias is original.cls.predictions.bias
+    original.save_pretrained(tmp_path)
+    again = loaded(tmp_path, AutoModelForMaskedLM)
+    assert torch.equal(logits(again), logits(original))
+    assert torch.equal(logits(tsq.load(tmp_path, bert())), logits(original))
 
 
 def test_float_head_stays_tied(tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ class TsqHfQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
         """What ``save_pretrained`` writes; ``model.config`` gets the outline of the model as it is now.
 
-        Tensors that packed layers share are written once. Of a model with adapters only these are saved.
+        Tensors that packed layers share among themselves are written once. Of a model with adapters only these are saved.
         """
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}
@@ -109,11 +109,14 @@ class TsqHfQuantizer(HfQuantizer):
         _forget_outlines(model)
         model.config.quantization_config = TsqConfig(recipe, outline=outline)
         model._weight_conversions = []  # the names that are saved are those of the modules
-        state = {
-            key: tensor
-            for key, tensor in model.state_dict().items()
-            if key not in outline.aliases or not is_under(key, outline.layers)
-        }
+        state: dict[str, Tensor] = {}
+        for key, tensor in model.state_dict().items():
+            holder = outline.aliases.get(key)
+            packed = [is_under(name, outline.layers) for name in (key, holder) if name is not None]
+            if holder is None or not any(packed):
+                state[key] = tensor
+            elif not all(packed):  # a head's bias that is a parameter of another module too
+                state[key] = tensor.clone()
         empty = dict.fromkeys(outline.placeholders, torch.empty(0))
         return state | empty, {} if report is None else {REPORT: json.dumps(report.to_dict(), allow_nan=False)}
 
