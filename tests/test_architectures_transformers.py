@@ -170,6 +170,7 @@ CASES = {
     "gemma2": Case(causal("Gemma2", **HEADS, head_dim=8, sliding_window=4), text),
     "gpt2": Case(gpt2, text),
     "gpt neox": Case(causal("GPTNeoX", num_attention_heads=4), text),
+    "falcon": Case(causal("Falcon", num_attention_heads=4, new_decoder_architecture=True, num_kv_heads=2), text),
     "bert": Case(masked("Bert"), text),
     "albert": Case(masked("Albert", embedding_size=16), text),
     "t5": Case(t5, translation),

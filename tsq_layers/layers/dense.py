@@ -10,7 +10,14 @@ def _is_linear(module: nn.Module) -> bool:
     kind = type(module)
     if not issubclass(kind, nn.Linear) or issubclass(kind, LazyModuleMixin):
         return False  # a lazy one becomes plain once it has a shape
-    return is_plain(module, nn.Linear)
+    return is_plain(module, nn.Linear) or _is_falcon(module)
+
+
+def _is_falcon(module: nn.Module) -> bool:
+    """Whether it is the ``FalconLinear`` of transformers: ``x @ self.weight.T``, and the bias added to that."""
+    kind = type(module)
+    known = kind.__name__ == "FalconLinear" and kind.__module__.rpartition(".")[2] == "modeling_falcon"
+    return known and is_plain(module, kind)
 
 
 def _is_transformers_conv1d(module: nn.Module) -> bool:
