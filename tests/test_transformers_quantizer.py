@@ -14,7 +14,6 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
-    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     BertConfig,
     BertForMaskedLM,
@@ -24,6 +23,12 @@ from transformers import (
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    ModernBertConfig,
+    ModernBertForMaskedLM,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    XLMRobertaConfig,
+    XLMRobertaForMaskedLM,
 )
 from transformers.utils import logging
 
@@ -66,6 +71,23 @@ def mixtral() -> Any:
 def bert() -> Any:
     torch.manual_seed(0)
     return BertForMaskedLM(BertConfig(**SIZES, intermediate_size=96)).eval()
+
+
+def roberta() -> Any:
+    torch.manual_seed(0)
+    return XLMRobertaForMaskedLM(XLMRobertaConfig(**SIZES, intermediate_size=96)).eval()
+
+
+def modernbert() -> Any:
+    torch.manual_seed(0)
+    special = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 1)
+    return ModernBertForMaskedLM(ModernBertConfig(**SIZES, **special, intermediate_size=96)).eval()
+
+
+def siglip() -> Any:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return SiglipVisionModel(SiglipVisionConfig(**sizes, image_size=16, patch_size=8)).eval()
 
 
 def tied() -> Any:
@@ -177,13 +199,28 @@ def test_quantised_table_stays_tied_and_is_stored_once(tmp_path: Path) -> None:
     assert torch.equal(logits(loaded(tmp_path / "again")), logits(original))
 
 
-def test_bias_that_another_module_has_too(tmp_path: Path) -> None:
-    original = quantised(bert(), embeddings=True, skip=())
-    assert original.cls.predictions.decoder.bias is original.cls.predictions.bias
+@pytest.mark.parametrize("build", [bert, roberta, modernbert], ids=lambda build: build.__name__)
+def test_head_with_the_table_and_a_bias_that_another_module_has_too(build: Any, tmp_path: Path) -> None:
+    """In RoBERTa the head comes before the table; ModernBERT gives initial values to the head's weight."""
+    original = quantised(build(), embeddings=True, skip=())
     original.save_pretrained(tmp_path)
     again = loaded(tmp_path, AutoModelForMaskedLM)
+    head, table = again.get_output_embeddings(), again.get_input_embeddings()
+    assert head is table.matrix
     assert torch.equal(logits(again), logits(original))
-    assert torch.equal(logits(tsq.load(tmp_path, bert())), logits(original))
+    assert torch.equal(logits(tsq.load(tmp_path, build())), logits(original))
+
+
+def test_attention_of_torch(tmp_path: Path) -> None:
+    """It is one module when the model is built, and split into layers in the files."""
+    original = quantised(siglip(), skip=())
+    assert isinstance(original.head.attention.q_proj, QuantLinear)
+    original.save_pretrained(tmp_path)
+    pixels = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        expected = original(pixels).pooler_output
+        assert torch.equal(loaded(tmp_path, SiglipVisionModel)(pixels).pooler_output, expected)
+        assert torch.equal(tsq.load(tmp_path, siglip())(pixels).pooler_output, expected)
 
 
 def test_float_head_stays_tied(tmp_path: Path) -> None:

@@ -3,12 +3,13 @@
 Layers of one form are listed together, so that a model of hundreds of layers needs a few entries.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
 from torch import nn
 
+from tsq_layers.checkpoint.planning import is_under
 from tsq_layers.checkpoint.writing import composites_of, layers_of, shared_once
 from tsq_layers.errors import CheckpointError
 from tsq_layers.layers.expert_weights import ExpertWeights
@@ -27,7 +28,7 @@ class Outline:
     Args:
         layers: dotted name → specification.
         composites: names of the modules that were split into plain layers.
-        aliases: key → key of the tensor that it shares.
+        aliases: key → key of the tensor that it shares; both are of packed layers, or neither is.
         placeholders: keys of empty tensors, which keep other readers from taking the file for a float model.
 
     Example:
@@ -55,7 +56,7 @@ class Outline:
         return cls(
             layers=layers,
             composites=composites_of(model),
-            aliases=shared_once(model)[1],
+            aliases=_aliases(model, layers),
             placeholders=[_placeholder(model, list(layers))],
         )
 
@@ -97,6 +98,22 @@ class Outline:
             aliases=dict(values["aliases"]),
             placeholders=list(values["placeholders"]),
         )
+
+
+def _aliases(model: nn.Module, layers: Collection[str]) -> dict[str, str]:
+    """What packed layers share among themselves, and what the rest of the model does.
+
+    A bias of a head that is also a parameter of another module is stored twice: transformers, which loads these files,
+    ties its own parameters, but none to those of a packed layer.
+    """
+    first: dict[tuple[str, bool], str] = {}
+    aliases: dict[str, str] = {}
+    for alias, key in shared_once(model)[1].items():
+        for name in (key, alias):
+            holder = first.setdefault((key, is_under(name, layers)), name)
+            if holder != name:
+                aliases[name] = holder
+    return aliases
 
 
 def _layers(group: Any, number: int) -> dict[str, LayerSpec]:

@@ -15,6 +15,7 @@ from tsq_layers.checkpoint.description import DESCRIPTION_FILE, NON_PERSISTENT, 
 from tsq_layers.checkpoint.headers import REPORT, is_described, read_headers
 from tsq_layers.checkpoint.outline import QUANT_METHOD, Outline
 from tsq_layers.checkpoint.planning import is_under
+from tsq_layers.checkpoint.writing import shared_once
 from tsq_layers.errors import ConfigError
 from tsq_layers.integrations.transformers_config import TsqConfig
 from tsq_layers.integrations.transformers_skeleton import Skeleton, skeleton
@@ -109,14 +110,12 @@ class TsqHfQuantizer(HfQuantizer):
         _forget_outlines(model)
         model.config.quantization_config = TsqConfig(recipe, outline=outline)
         model._weight_conversions = []  # the names that are saved are those of the modules
-        state: dict[str, Tensor] = {}
-        for key, tensor in model.state_dict().items():
-            holder = outline.aliases.get(key)
-            packed = [is_under(name, outline.layers) for name in (key, holder) if name is not None]
-            if holder is None or not any(packed):
-                state[key] = tensor
-            elif not all(packed):  # a head's bias that is a parameter of another module too
-                state[key] = tensor.clone()
+        apart = shared_once(model)[1].keys() - outline.aliases.keys()  # shared by a packed layer and a float one
+        state = {
+            key: tensor.clone() if key in apart else tensor
+            for key, tensor in model.state_dict().items()
+            if key not in outline.aliases or not is_under(key, outline.layers)
+        }
         empty = dict.fromkeys(outline.placeholders, torch.empty(0))
         return state | empty, {} if report is None else {REPORT: json.dumps(report.to_dict(), allow_nan=False)}
 

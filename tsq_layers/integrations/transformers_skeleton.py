@@ -20,6 +20,14 @@ from tsq_layers.linear import QuantLinear
 from tsq_layers.specification import LayerSpec, dtype_name
 
 
+class _Later(nn.Module):
+    """Stands where a layer comes later; with a weight, for models that give initial values to those of their parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._is_hf_initialized, self.weight, self.bias = True, torch.empty(1, 1), None
+
+
 @dataclass(frozen=True, eq=False)
 class Skeleton:
     """What was put into a model.
@@ -53,15 +61,15 @@ def skeleton(
     Raises:
         CheckpointError: a layer or a tensor is missing or has another shape, with its name.
     """
+    composites = [own for name in outline.composites if (own := _own_name(model, name)) is not None]
+    splits = splits_of(model, composites)
+    replace(model, splits)
     names = {name: own for name in outline.layers if (own := _own_name(model, name)) is not None}
     if not names:
         first = next(iter(outline.layers), "")
         raise CheckpointError(
             f"layer {first!r} of the checkpoint, like all others, is not in this {type(model).__name__}"
         )
-    composites = [own for name in outline.composites if (own := _own_name(model, name)) is not None]
-    splits = splits_of(model, composites)
-    replace(model, splits)
     specs = {own: _in_dtype(model, own, outline.layers[name], dtypes) for name, own in names.items()}
     keys = None if stored is None else {_own_key(key, names): spec for key, spec in stored.items()}
     shared = {_own_key(key, names): _own_key(other, names) for key, other in outline.aliases.items()}
@@ -74,7 +82,7 @@ def skeleton(
     for name, layer in layers.items():
         # A table of its own class may have buffers, which transformers makes anew; the rest needs no initial values.
         layer._is_hf_initialized = isinstance(layer, QuantLinear) or not layer._buffers  # type: ignore[assignment]
-        _put(model, name, layer if name not in later else nn.Identity())
+        _put(model, name, layer if name not in later else _Later())
     return Skeleton(layers, later)
 
 
@@ -97,15 +105,12 @@ def _own_name(model: Any, name: str) -> str | None:
 
 
 def _has(model: nn.Module, name: str) -> bool:
-    """Whether there is such a module, or a parameter in whose place experts were put."""
+    """Whether there is such a module."""
     module: Any = model
     for part in name.split("."):
-        inner = getattr(module, part, None)
-        if isinstance(inner, nn.Parameter) and inner.dim() == 3:
-            return True
-        if not isinstance(inner, nn.Module):
+        module = module._modules.get(part)
+        if module is None:
             return False
-        module = inner
     return True
 
 
