@@ -66,7 +66,7 @@ def _rows(network: Any, options: argparse.Namespace) -> Iterator[Row]:
         for method in options.methods
     ]
     source = "".join(path.read_text(encoding="utf-8") for path in sorted(Path(network.__file__).parent.glob("*.py")))
-    same = [source, results.library_digest(), torch.get_num_threads()]
+    same = [network.NAME, source, results.library_digest(), torch.get_num_threads()]
     for method, config in [("float", None), *cases]:
         what = [config.to_dict(), options.seed] if config else ["float"]
         key = results.fingerprint(same, what)
