@@ -25,6 +25,8 @@ from transformers import (
     MixtralForCausalLM,
     ModernBertConfig,
     ModernBertForMaskedLM,
+    OlmoConfig,
+    OlmoForCausalLM,
     SiglipVisionConfig,
     SiglipVisionModel,
     XLMRobertaConfig,
@@ -209,6 +211,13 @@ def test_head_with_the_table_and_a_bias_that_another_module_has_too(build: Any, 
     assert head is table.matrix
     assert torch.equal(logits(again), logits(original))
     assert torch.equal(logits(tsq.load(tmp_path, build())), logits(original))
+
+
+def test_model_without_a_float_parameter(tmp_path: Path) -> None:
+    """OLMo has norms without weights."""
+    olmo = OlmoForCausalLM(OlmoConfig(**SIZES, **HEADS, intermediate_size=96))
+    with pytest.raises(ConfigError, match="every parameter of OlmoForCausalLM is quantised.*embeddings, skip"):
+        quantised(olmo, embeddings=True, skip=()).save_pretrained(tmp_path)
 
 
 def test_attention_of_torch(tmp_path: Path) -> None:

@@ -101,9 +101,17 @@ class TsqHfQuantizer(HfQuantizer):
         """What ``save_pretrained`` writes; ``model.config`` gets the outline of the model as it is now.
 
         Tensors that packed layers share among themselves are written once. Of a model with adapters only these are saved.
+
+        Raises:
+            ConfigError: no parameter of the model is a float.
         """
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}
+        if not any(parameter.is_floating_point() for parameter in model.parameters()):
+            raise ConfigError(
+                f"every parameter of {type(model).__name__} is quantised, and transformers asks one for the dtype of the model: "
+                "leave the embeddings or the head in floats (embeddings, skip), or write it with tsq.save"
+            )
         outline = Outline.of(model)
         report = getattr(model, "tsq_report", None)
         recipe = self.quantization_config.config if report is None else report.config
