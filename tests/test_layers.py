@@ -257,6 +257,21 @@ def test_adapters_are_left_alone():
     assert entry(model, "0.lora_A.default").reason == "part of an adapter on 0.base_layer"
 
 
+def test_network_with_a_layer_of_its_own_called_base_layer():
+    class Stages(nn.Module):
+        """As DLA of timm."""
+
+        def __init__(self):
+            super().__init__()
+            self.base_layer, self.level0 = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x):
+            return self.level0(self.base_layer(x).relu())
+
+    model = tsq.quantize(Stages(), CONFIG, [rows()])
+    assert [layer.name for layer in model.tsq_report.quantized] == ["base_layer", "level0"]
+
+
 def test_model_that_is_a_composite_is_refused_with_what_to_do():
     with pytest.raises(LayerError, match=r"the model is itself a MultiheadAttention.*nn.Sequential"):
         tsq.prepare(nn.MultiheadAttention(16, 2), CONFIG)

@@ -63,9 +63,14 @@ def _own_reason(name: str, kind: LayerKind, modules: Mapping[str, nn.Module], co
     parts = name.split(".")
     for end in range(len(parts)):
         parent = modules.get(".".join(parts[:end]))
-        if parent is not None and "base_layer" in parent._modules and parts[end] != "base_layer":
+        if parent is not None and "base_layer" in parent._modules and _is_adapter(parent, parts[end]):
             return f"part of an adapter on {'.'.join([*parts[:end], 'base_layer'])}"
     return None
+
+
+def _is_adapter(parent: nn.Module, child: str) -> bool:
+    """Whether a child stands beside ``base_layer`` as what PEFT trains; a network's own layers may be called that, too."""
+    return child.startswith("lora_") or child in getattr(parent, "adapter_layer_names", ())
 
 
 def _one_weight(
