@@ -1,6 +1,9 @@
 """Architectures of transformers, tiny and random, go the whole way, as ``test_architectures_torch.py`` says."""
 
 import dataclasses
+import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +23,9 @@ from test_architectures_torch import (
 import tsq_layers as tsq
 
 transformers = pytest.importorskip("transformers")
+sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks are scripts beside the package, not installed
+
+from benchmarks import architectures  # noqa: E402
 
 # The data are as tiny as the models.
 pytestmark = pytest.mark.filterwarnings("ignore::tsq_layers.errors.FewTokensWarning")
@@ -283,3 +289,17 @@ def test_weights_that_are_read_without_a_call_can_be_rounded():
     after = output(model, batch)
     assert 0 < distance(after, before) < 0.025
     check_every_layer_counts(model, batch, after)
+
+
+@pytest.mark.parametrize(
+    ("head", "name", "reached", "why"),
+    [
+        ("causal", "llama", "done", ""),
+        ("image", "resnet", "quantising", "LayerError: .* cannot be rounded to 8 bits"),
+        ("image-text", "blip", "floats", "missing 1 required positional argument"),
+    ],
+)
+def test_benchmark_of_all_architectures_says_how_far_one_came(head, name, reached, why):
+    row = architectures.row(head, name, tsq.QuantConfig(**architectures.CONFIG, method="rtn", activation_bits=8))
+    assert row.reached == reached
+    assert re.search(why, row.why)
