@@ -1,6 +1,8 @@
 """Convolutions: patches times the matrix are what torch computes, and the quantised twin is torch's convolution."""
 
 import copy
+import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import tsq_layers as tsq
 from tsq_layers import grid
 from tsq_layers.errors import LayerError
 from tsq_layers.layers.convolution import CONVOLUTIONS, QuantConv, patches
+from tsq_layers.layers.same_padding import QuantConvSame
 from tsq_layers.linear import QuantLinear
 from tsq_layers.records import QuantizedWeight
 
@@ -178,6 +182,43 @@ def test_kinds_match_what_computes_a_plain_convolution() -> None:
     patched: Any = nn.Conv2d(4, 8, 3)
     patched._conv_forward = lambda x, weight, bias: x
     assert names(patched) == []
+
+
+# --- padding as TensorFlow's -------------------------------------------------------------------
+
+
+class Conv2dSame(nn.Conv2d):
+    """What timm's computes: as ``padding="same"`` of torch, for any stride."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for dim, (kernel, stride) in enumerate(zip(self.kernel_size, self.stride, strict=True), start=2):
+            size = x.shape[dim]
+            missing = max((math.ceil(size / stride) - 1) * stride + kernel - size, 0)
+            before = x.new_zeros(*x.shape[:dim], missing // 2, *x.shape[dim + 1 :])
+            after = x.new_zeros(*x.shape[:dim], missing - missing // 2, *x.shape[dim + 1 :])
+            x = torch.cat([before, x, after], dim)
+        return self._conv_forward(x, self.weight, self.bias)
+
+
+Conv2dSame.__module__ = "timm.layers.conv2d_same"
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 2), (5, 3), (2, 2), (1, 2), (4, 1)])
+def test_padding_that_depends_on_the_size_of_the_input(kernel: int, stride: int, groups: int, tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(Conv2dSame(4, 8, kernel, stride, groups=groups), nn.ReLU(), nn.Conv2d(8, 4, 1))
+
+    model, x, y = build(), torch.randn(192, 4, 9, 8), torch.randn(2, 4, 7, 5)
+    expected = model(y)
+    model = tsq.quantize(model, tsq.QuantConfig(bits=8, group_size=None), [x])
+    assert isinstance(model[0], QuantConvSame)
+    assert (model(y) - expected).norm() < 0.02 * expected.norm()
+    if stride == 1:
+        same = F.conv2d(y, model[0].weight, model[0].bias, padding="same", groups=groups)
+        torch.testing.assert_close(model[0](y), same)
+    tsq.save(model, tmp_path)
+    assert torch.equal(tsq.load(tmp_path, build())(y), model(y))
 
 
 # --- the twin ----------------------------------------------------------------------------------

@@ -257,6 +257,22 @@ def test_adapters_are_left_alone():
     assert entry(model, "0.lora_A.default").reason == "part of an adapter on 0.base_layer"
 
 
+def test_linear_layer_of_a_library_with_a_forward_of_its_own():
+    class Linear(nn.Linear):
+        def forward(self, x):
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            return F.linear(x, self.weight.to(x.dtype), bias)
+
+    assert kind_of(Linear(16, 16)) is None
+    Linear.__module__ = "whisper.model"
+    model, x = nn.Sequential(Linear(16, 16), nn.Linear(16, 8)), rows()
+    before = model(x).detach()
+    model = tsq.quantize(model, CONFIG, [x])
+    assert entry(model, "0").kind == "Linear"
+    assert 0 < distance(model(x).detach(), before) < 0.01
+    assert model[0](x.double()).dtype == torch.float64
+
+
 def test_network_with_a_layer_of_its_own_called_base_layer():
     class Stages(nn.Module):
         """As DLA of timm."""

@@ -34,6 +34,23 @@ def is_patched(module: nn.Module) -> bool:
     return own is not None and getattr(own, "__func__", None) is not type(module).forward
 
 
+def is_class(module: nn.Module, source: str, name: str) -> bool:
+    """Whether a module is of a class of a library that need not be installed.
+
+    Args:
+        module: of that very class, no subclass.
+        source: the last parts of the dotted name of the file that it is defined in: code that models bring along lies
+            in a package of its own.
+        name: of the class.
+
+    Example:
+        >>> is_class(nn.Linear(2, 2), "modules.linear", "Linear"), is_class(nn.Linear(2, 2), "timm.linear", "Linear")
+        (True, False)
+    """
+    kind = type(module)
+    return kind.__name__ == name and f".{kind.__module__}".endswith(f".{source}")
+
+
 def is_plain(module: nn.Module, base: type[nn.Module]) -> bool:
     """Whether a module computes what ``base`` does, of nothing but the parameters ``weight`` and ``bias``.
 
