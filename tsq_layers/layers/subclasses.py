@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from tsq_layers.layers.composites import Composite, shallow_copy
-from tsq_layers.layers.kinds import is_patched
 from tsq_layers.layers.uses import goes_on_to_base
 
 _INSIDE = "convolution"
@@ -108,8 +107,8 @@ def _empty(kind: type[nn.Module]) -> nn.Module:
 def _matches(module: nn.Module) -> bool:
     kind: Any = type(module)
     base, own = _base(kind), module._parameters
-    if base is None or isinstance(module, (LazyModuleMixin, _Opened)) or is_patched(module):
-        return False
+    if base is None or isinstance(module, (LazyModuleMixin, _Opened)) or "forward" in vars(module):
+        return False  # a forward of this one module would go on to the module, not to its copy
     plain = kind._conv_forward is base._conv_forward and "_conv_forward" not in vars(module)
     alone = own.keys() == {"weight", "bias"} and own["weight"] is not None and not hasattr(module, _INSIDE)
     return plain and alone and kind.forward is not base.forward and _goes_on(kind)
