@@ -249,6 +249,12 @@ def test_convolutions_are_refused_with_the_cure():
     tsq.prepare(model, tsq.QuantConfig(activation_bits=8, overrides={"0": {"activation_bits": None}}))
 
 
+def test_all_convolutions_are_named_at_once():
+    model = nn.Sequential(nn.Conv1d(4, 8, 3), nn.Conv1d(8, 8, 3), nn.Linear(8, 8), nn.Conv1d(8, 4, 1))
+    with pytest.raises(LayerError, match="0: inputs of a Conv1d .*; and so for 2 more: 1, 3$"):
+        tsq.prepare(model, tsq.QuantConfig(activation_bits=8))
+
+
 def test_tables_are_left_as_they_are():
     model = nn.Sequential(nn.Embedding(30, 16), nn.Linear(16, 8))
     config = tsq.QuantConfig(group_size=8, activation_bits=8, embeddings=True)

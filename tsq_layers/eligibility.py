@@ -128,13 +128,18 @@ def check_inputs(targets: Mapping[str, Target]) -> None:
     Raises:
         LayerError: a layer that makes its rows is to have rounded inputs.
     """
-    for name, target in targets.items():
-        inputs = target.kind.inputs
-        if target.config.activation_bits is not None and inputs is not None and inputs is not rows_of:
-            raise LayerError(
-                f"{name}: inputs of a {target.kind.name} cannot be rounded to {target.config.activation_bits} bits by token; "
-                f"give it overrides={{{name!r}: {{'activation_bits': None}}}}, or add it to skip"
-            )
+    wrong = [
+        target
+        for target in targets.values()
+        if target.config.activation_bits is not None and target.kind.inputs not in (None, rows_of)
+    ]
+    if wrong:
+        first, others = wrong[0], [target.name for target in wrong[1:]]
+        raise LayerError(
+            f"{first.name}: inputs of a {first.kind.name} cannot be rounded to {first.config.activation_bits} bits by token; "
+            f"give it overrides={{{first.name!r}: {{'activation_bits': None}}}}, or add it to skip"
+            + (f"; and so for {len(others)} more: {', '.join(others)}" if others else "")
+        )
 
 
 def check_weights(targets: Mapping[str, Target]) -> set[str]:
