@@ -1,6 +1,5 @@
 """What a composite is: a module with several weights, which shows itself as plain layers; and replacing modules."""
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -39,14 +38,6 @@ class Composite:
     matches: Callable[[nn.Module], bool]
     split: Callable[[nn.Module], nn.Module]
     always: bool = False
-
-
-def shallow_copy(module: nn.Module) -> nn.Module:
-    """A module of the same class with the same parts, whose own parameters, buffers and layers can be exchanged."""
-    made = copy.copy(module)
-    own = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
-    vars(made).update({name: copy.copy(vars(module)[name]) for name in own})
-    return made
 
 
 def split_of(composite: Composite, module: nn.Module) -> nn.Module:

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tsq_layers.layers.composites import Composite, shallow_copy
+from tsq_layers.layers.composites import Composite
 from tsq_layers.layers.expert_weights import ExpertWeights
 from tsq_layers.layers.uses import Product, products
 
@@ -50,7 +50,9 @@ def split_experts(module: nn.Module) -> nn.Module:
         >>> split.gate_up_proj.shape, split.gate_up_proj.get_submodule("3")
         (torch.Size([4, 32, 8]), Linear(in_features=8, out_features=32, bias=False))
     """
-    split = shallow_copy(module)
+    split = copy.copy(module)
+    own = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+    vars(split).update({name: copy.copy(vars(module)[name]) for name in own})
     for name, transposed in _weights(module).items():
         weight = split._parameters.pop(name)
         assert weight is not None

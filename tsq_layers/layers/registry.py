@@ -16,11 +16,10 @@ from tsq_layers.layers.embedding import EMBEDDING
 from tsq_layers.layers.experts import EXPERTS
 from tsq_layers.layers.kinds import LayerKind, is_twin
 from tsq_layers.layers.same_padding import CONV_SAME
-from tsq_layers.layers.subclasses import SUBCLASS
 from tsq_layers.linear import QuantLinear
 
 KINDS: list[LayerKind] = [LINEAR, CONV1D, *CONVOLUTIONS, CONV_SAME, EMBEDDING]
-COMPOSITES: list[Composite] = [ATTENTION, EXPERTS, SUBCLASS]
+COMPOSITES: list[Composite] = [ATTENTION, EXPERTS]
 
 _Entry = TypeVar("_Entry", LayerKind, Composite)
 

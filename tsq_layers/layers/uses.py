@@ -9,7 +9,7 @@ import ast
 import functools
 import inspect
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import FunctionType, MappingProxyType
 from typing import Any
@@ -89,77 +89,16 @@ def products(function: FunctionType, owner: type[nn.Module]) -> dict[str, frozen
     }
 
 
-_UNREAD = ("__init__", "reset_parameters", "extra_repr", "__repr__")  # they run when a layer is made, or shown
-_WHOLE = ("_parameters", "parameters", "named_parameters", "state_dict", "__dict__", "_conv_forward")
-
-
-def goes_on_to_base(kind: type[nn.Module], base: type[nn.Module], weights: Sequence[str]) -> bool:
-    """Whether a class calls ``super().forward``, and uses its weights in no other way.
-
-    Read are the methods and properties of ``kind`` and of all classes between it and ``base``. To ask for a weight's
-    shape, dtype or device, or to compare it with ``None``, is allowed.
-
-    Args:
-        kind: the class of a layer.
-        base: the one of torch that it derives from, for whose forward the weights are.
-        weights: the attributes.
-
-    Returns:
-        false also where it cannot be told, since there is no source.
-
-    Example:
-        >>> goes_on_to_base(nn.Bilinear, nn.Module, ["weight"])  # F.bilinear(…, self.weight, …)
-        False
-    """
-    going_on = False
-    for owner in kind.__mro__[: kind.__mro__.index(base)]:
-        for name, method in vars(owner).items():
-            function = method.fget if isinstance(method, property) else getattr(method, "func", method)
-            if not isinstance(function, FunctionType) or name in _UNREAD:
-                continue
-            definition = _definition(function)
-            if definition is None:
-                return False
-            parents = {child: node for node in ast.walk(definition) for child in ast.iter_child_nodes(node)}
-            attributes = [node for node in ast.walk(definition) if isinstance(node, ast.Attribute)]
-            if any(
-                node.attr in _WHOLE or (node.attr in weights and not _is_told(node, parents)) for node in attributes
-            ):
-                return False
-            if name == "forward":
-                going_on |= any(_is_super_forward(node) for node in attributes)
-    return going_on
-
-
-def _is_super_forward(attribute: ast.Attribute) -> bool:
-    called = attribute.value.func if isinstance(attribute.value, ast.Call) else None
-    return attribute.attr == "forward" and isinstance(called, ast.Name) and called.id == "super"
-
-
-def _is_told(weight: ast.Attribute, parents: Mapping[ast.AST, ast.AST]) -> bool:
-    """Whether a weight is only asked about: its shape, or whether there is one."""
-    parent = parents[weight]
-    if isinstance(parent, ast.Attribute):
-        return parent.attr in READABLE
-    return isinstance(parent, ast.Compare) and all(isinstance(sign, (ast.Is, ast.IsNot)) for sign in parent.ops)
-
-
-def _definition(function: FunctionType) -> ast.FunctionDef | None:
-    """The source of a function; ``None`` if there is none, or it is another's (a decorator's)."""
+@functools.cache
+def _reads(function: FunctionType) -> Mapping[str, frozenset[_Use]] | None:
+    """Attribute of ``self`` → what is done with it; ``None`` if the source does not tell."""
     if hasattr(function, "__wrapped__"):
         return None
     try:
         definition = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
     except (OSError, TypeError, SyntaxError):
         return None
-    return definition if isinstance(definition, ast.FunctionDef) else None
-
-
-@functools.cache
-def _reads(function: FunctionType) -> Mapping[str, frozenset[_Use]] | None:
-    """Attribute of ``self`` → what is done with it; ``None`` if the source does not tell."""
-    definition = _definition(function)
-    if definition is None or not definition.args.args:
+    if not isinstance(definition, ast.FunctionDef) or not definition.args.args:
         return None
     itself = definition.args.args[0].arg
     parents = {child: node for node in ast.walk(definition) for child in ast.iter_child_nodes(node)}
@@ -174,11 +113,12 @@ def _reads(function: FunctionType) -> Mapping[str, frozenset[_Use]] | None:
     return reads
 
 
-def _use(weight: ast.Attribute, parents: Mapping[ast.AST, ast.AST], names: Mapping[str, Any]) -> _Use:
+def _use(weight: ast.expr, parents: Mapping[ast.AST, ast.AST], names: Mapping[str, Any]) -> _Use:
     """What is done with an attribute, by the expressions that it stands in."""
-    node: ast.expr = weight
-    parent = parents[weight]
-    if _is_told(weight, parents):
+    node, parent = weight, parents[weight]
+    if isinstance(parent, ast.Attribute) and parent.attr in READABLE:
+        return _TOLD
+    if isinstance(parent, ast.Compare) and all(isinstance(sign, (ast.Is, ast.IsNot)) for sign in parent.ops):
         return _TOLD
     index = parent.slice if isinstance(parent, ast.Subscript) and parent.value is weight else None
     one = index is not None and not isinstance(index, (ast.Slice, ast.Tuple))
