@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -17,6 +18,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     BertForMaskedLM,
+    BertPreTrainedModel,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -211,6 +213,30 @@ def test_head_with_the_table_and_a_bias_that_another_module_has_too(build: Any, 
     assert head is table.matrix
     assert torch.equal(logits(again), logits(original))
     assert torch.equal(logits(tsq.load(tmp_path, build())), logits(original))
+
+
+def test_bias_of_a_packed_layer_that_two_others_have_too(tmp_path: Path) -> None:
+    """The packed one is first: what the others share with it, and between them, is not theirs alone."""
+
+    class Tied(BertPreTrainedModel):
+        _tied_weights_keys = {"first.bias": "a.bias", "second.bias": "a.bias"}  # noqa: RUF012
+
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.a, self.first, self.second = nn.Linear(64, 64), nn.LayerNorm(64), nn.LayerNorm(64)
+            self.post_init()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(self.first(self.a(x)))
+
+    config = BertConfig(**SIZES, intermediate_size=96, tie_word_embeddings=True)
+    original = Tied(config)
+    nn.init.normal_(original.a.bias)
+    assert original.a.bias is original.first.bias is original.second.bias
+    original = quantised(original.eval())
+    original.save_pretrained(tmp_path)
+    x = torch.randn(3, 64)
+    assert torch.equal(loaded(tmp_path, Tied)(x), original(x))
 
 
 def test_model_without_a_float_parameter(tmp_path: Path) -> None:
