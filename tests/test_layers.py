@@ -288,6 +288,16 @@ def test_network_with_a_layer_of_its_own_called_base_layer():
     assert [layer.name for layer in model.tsq_report.quantized] == ["base_layer", "level0"]
 
 
+def test_composite_that_is_put_back_takes_over_the_mode():
+    model = nn.Sequential(nn.MultiheadAttention(16, 2, batch_first=True), nn.Linear(16, 8))
+    attention = model[0]
+    tsq.prepare(model, CONFIG)
+    model.eval()
+    tsq.unprepare(model)
+    assert model[0] is attention
+    assert not any(module.training for module in model.modules())
+
+
 def test_model_that_is_a_composite_is_refused_with_what_to_do():
     with pytest.raises(LayerError, match=r"the model is itself a MultiheadAttention.*nn.Sequential"):
         tsq.prepare(nn.MultiheadAttention(16, 2), CONFIG)

@@ -188,8 +188,11 @@ def guided_layers(preparation: Preparation) -> dict[str, Watched]:
 
 
 def _originals(splits: Mapping[nn.Module, nn.Module]) -> dict[nn.Module, nn.Module]:
-    """Split module → its original, which takes over a change of device or dtype that it has missed."""
+    """Split module → its original, which takes over a change of device, dtype or mode that it has missed."""
     for original, split in splits.items():
+        parts = dict(split.named_modules())
+        for name, module in original.named_modules():
+            module.training = parts.get(name, split).training
         old, new = next(original.parameters()), next(split.parameters())
         if (old.device, old.dtype) != (new.device, new.dtype):
             original.to(device=new.device, dtype=new.dtype)
