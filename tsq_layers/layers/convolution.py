@@ -185,9 +185,10 @@ def _groups(module: nn.Module) -> int:
     return Geometry.of(module).groups
 
 
-def _twin(module: nn.Module, matrix: QuantLinear) -> nn.Module:
+def packed_conv(module: nn.Module, matrix: QuantLinear, *, form: type[QuantConv] = QuantConv) -> nn.Module:
+    """The twin of a convolution, of the same geometry."""
     layer: Any = module
-    twin = QuantConv(
+    twin = form(
         matrix,
         kernel_size=layer.kernel_size,
         stride=layer.stride,
@@ -207,7 +208,7 @@ def _kind(base: type[nn.Module]) -> LayerKind:
         from_matrix=_from_matrix,
         inputs=patches,
         blocks=_groups,
-        twin=_twin,
+        twin=packed_conv,
     )
 
 

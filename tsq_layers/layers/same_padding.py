@@ -5,14 +5,14 @@ down) before and the rest after.
 """
 
 import dataclasses
+import functools
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tsq_layers.layers.convolution import CONVOLUTIONS, QuantConv, patches
+from tsq_layers.layers.convolution import CONVOLUTIONS, QuantConv, packed_conv, patches
 from tsq_layers.layers.convolving import Geometry
 from tsq_layers.layers.kinds import is_class, is_plain
-from tsq_layers.linear import QuantLinear
 
 
 class QuantConvSame(QuantConv):
@@ -57,17 +57,11 @@ def _inputs(module: nn.Module, x: Tensor) -> Tensor:
     return patches(module, pad_same(module, x))
 
 
-def _twin(module: nn.Module, matrix: QuantLinear) -> nn.Module:
-    geometry = Geometry.of(module)
-    twin = QuantConvSame(
-        matrix,
-        kernel_size=geometry.kernel_size,
-        stride=geometry.stride,
-        dilation=geometry.dilation,
-        groups=geometry.groups,
-    )
-    return twin.train(module.training)
-
-
-CONV_SAME = dataclasses.replace(CONVOLUTIONS[1], name="Conv2dSame", matches=_matches, inputs=_inputs, twin=_twin)
+CONV_SAME = dataclasses.replace(
+    CONVOLUTIONS[1],
+    name="Conv2dSame",
+    matches=_matches,
+    inputs=_inputs,
+    twin=functools.partial(packed_conv, form=QuantConvSame),
+)
 """timm's convolution with TensorFlow's padding."""
