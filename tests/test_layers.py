@@ -288,6 +288,21 @@ def test_network_with_a_layer_of_its_own_called_base_layer():
     assert [layer.name for layer in model.tsq_report.quantized] == ["base_layer", "level0"]
 
 
+@pytest.mark.parametrize("mode", [False, True])
+def test_parts_of_a_composite_are_in_its_mode(mode):
+    model = nn.Sequential(nn.MultiheadAttention(16, 2, batch_first=True), nn.Linear(16, 8)).train(mode)
+    tsq.prepare(model, CONFIG)
+    assert {module.training for module in model.modules()} == {mode}
+
+
+def test_composite_whose_part_is_in_another_mode_gets_it_back():
+    model = nn.Sequential(nn.MultiheadAttention(16, 2, batch_first=True), nn.Linear(16, 8))
+    model[0].out_proj.eval()
+    tsq.prepare(model, CONFIG)
+    tsq.unprepare(model)
+    assert {name for name, module in model.named_modules() if not module.training} == {"0.out_proj"}
+
+
 def test_composite_that_is_put_back_takes_over_the_mode():
     model = nn.Sequential(nn.MultiheadAttention(16, 2, batch_first=True), nn.Linear(16, 8))
     attention = model[0]

@@ -22,6 +22,7 @@ from tsq_layers.eligibility import (
 from tsq_layers.errors import ConfigError, LayerError, StateError
 from tsq_layers.guidance import Watched
 from tsq_layers.layers import composite_of, kind_of, packed, replace, split_of
+from tsq_layers.layers.composites import take_over_mode
 from tsq_layers.layers.pools import expert_pool
 from tsq_layers.observer import HessianObserver
 from tsq_layers.report import LayerReport
@@ -190,9 +191,7 @@ def guided_layers(preparation: Preparation) -> dict[str, Watched]:
 def _originals(splits: Mapping[nn.Module, nn.Module]) -> dict[nn.Module, nn.Module]:
     """Split module → its original, which takes over a change of device, dtype or mode that it has missed."""
     for original, split in splits.items():
-        parts = dict(split.named_modules())
-        for name, module in original.named_modules():
-            module.training = parts.get(name, split).training
+        take_over_mode(original, split)
         old, new = next(original.parameters()), next(split.parameters())
         if (old.device, old.dtype) != (new.device, new.dtype):
             original.to(device=new.device, dtype=new.dtype)

@@ -43,8 +43,19 @@ class Composite:
 def split_of(composite: Composite, module: nn.Module) -> nn.Module:
     """The split form of a module; :func:`composite_behind` tells what it is."""
     split = composite.split(module)
+    take_over_mode(split, module)
     vars(split)["_tsq_composite"] = composite.name  # not itself: its functions may be some that cannot be pickled
     return split
+
+
+def take_over_mode(module: nn.Module, other: nn.Module) -> None:
+    """Put a module and what it holds into training or evaluation mode like ``other`` and what has the same name there.
+
+    What ``other`` has none of is in the mode of ``other`` itself.
+    """
+    others = dict(other.named_modules())
+    for name, part in module.named_modules():
+        part.training = others.get(name, other).training
 
 
 def composite_behind(module: nn.Module) -> str | None:
