@@ -65,6 +65,21 @@ def test_the_table_has_a_line_for_every_row_and_the_worst_first() -> None:
     assert "0.01000" in lines[3]
 
 
+def test_the_ladder_has_a_line_for_each_step_and_a_column_for_each_width_and_group_size() -> None:
+    steps = [
+        dataclasses.replace(RUN, name=name, group_size=size, seed=seed, perplexity={"speeches": value, "novel": 1234.0})
+        for name, size, seed, value in (("+ stage 1", 32, 0, 50.04), ("+ stage 1", 32, 1, 60.0), ("+ stage 2", 128, 0, 150.6))
+    ]  # fmt: skip
+    lines = [line for line in tables.lines([*steps, RUN, dataclasses.replace(RUN, bits=3)]) if line]
+    title = "The ladder, group sizes along the top (speeches / novel):"
+    assert [line for line in lines if not line.startswith("|")] == [title, "Along the axes:"]
+    cells = {cells[1].strip(): [cell.strip() for cell in cells[2:-1]] for cells in (x.split("|") for x in lines[1:13])}
+    assert cells[""] == ["2 bits, 32", "2 bits, 128"]
+    assert cells["+ stage 1"] == ["50.0 / 1234", "–"]
+    assert cells["+ stage 2"] == ["–", "151 / 1234"]
+    assert cells["best"] == ["–", "–"]
+
+
 def test_headlines_stand_together_along_the_axes_and_by_themselves_have_no_table() -> None:
     lone = [dataclasses.replace(RUN, group_size=128, name=name) for name in ("best", "gptq")]
     lines = [line for line in tables.lines([*lone, dataclasses.replace(RUN, name="cdquant"), RUN]) if line]
