@@ -386,6 +386,26 @@ def test_best_leaves_fields_that_were_given() -> None:
     assert (taken_back.zero_points, taken_back.damping) == ("integer", 0.01)
 
 
+@pytest.mark.parametrize("name", BEST)
+def test_best_leaves_a_field_that_was_given_its_default(name: str) -> None:
+    default = getattr(QuantConfig(), name)
+    wanted = QuantConfig(bits=2, **{**BEST, name: default})
+    given = {"method": "best", name: default}
+    assert QuantConfig(bits=2, **given) == wanted
+    assert QuantConfig.from_dict({"schema_version": SCHEMA_VERSION, "bits": 2, **given}) == wanted
+    assert QuantConfig(bits=2).changed(**given) == wanted
+    assert QuantConfig(bits=2, overrides={"fc": given}).for_layer("fc") == wanted
+
+
+def test_best_of_replace_leaves_fields_that_are_not_at_their_defaults() -> None:
+    config = dataclasses.replace(QuantConfig(bits=2, joint_rounds=5), method="best")
+    assert (
+        config
+        == QuantConfig(bits=2, **{**BEST, "joint_rounds": 5})
+        == QuantConfig(bits=2, joint_rounds=5).changed(method="best")
+    )
+
+
 def test_one_layer_may_be_given_the_preset() -> None:
     config = QuantConfig(method="gptq", overrides={"fc": {"method": "best"}})
     assert config.for_layer("fc") == QuantConfig(**BEST)

@@ -1,8 +1,9 @@
 """`QuantConfig`: what to do with every layer. Frozen, checked when made, JSON both ways."""
 
 import dataclasses
+import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
@@ -48,7 +49,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 }
 _DEFAULT_SKIP = ("lm_head",)
 
-# What the method "best" changes in "two-stage", where the user left a field at its default. benchmarks/README.md
+# What the method "best" changes in "two-stage", where the user does not give a field. benchmarks/README.md
 # has the table that decided it.
 BEST: dict[str, Any] = {
     "deviation_strength": 1.0,
@@ -75,8 +76,8 @@ class QuantConfig:
             ``"quantease"`` (arXiv 2309.01885) and ``"cdquant"`` (arXiv 2406.17542) are cyclic and greedy
             coordinate descent on the codes of these grids; ``"lnq"`` (arXiv 2505.07004) replaces grids by look-up
             tables; ``"two-stage"`` is arXiv 2602.02126; ``"best"`` is two-stage with what was measured to
-            generalise best, and is replaced by that: fields of :data:`BEST` that are left at their defaults take
-            its values. ``dataclasses.replace(config, zero_points="integer")`` takes one back.
+            generalise best, and is replaced by that: fields of :data:`BEST` that are not given take its values.
+            With ``zero_points="integer"`` and ``rotation=None`` other software can load what it makes.
         damping: λ; λ·mean(diag H) is added to the diagonal of H. Multiplied by ten, with a
             :class:`~tsq_layers.errors.DampingWarning`, while the factorisation fails. ``"auto"`` chooses it
             for each layer, on a fifth of the calibration tokens that is held out for that.
@@ -189,12 +190,9 @@ class QuantConfig:
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.method == "best":
-            defaults = {f.name: f.default for f in dataclasses.fields(self)}
-            for name, value in BEST.items():
-                if getattr(self, name) == defaults[name]:
-                    object.__setattr__(self, name, value)
-            object.__setattr__(self, "method", "two-stage")
+        if self.method == "best":  # of dataclasses.replace, which gives every field
+            for name, value in self._preset().items():
+                object.__setattr__(self, name, value)
         check_values({f.name: getattr(self, f.name) for f in dataclasses.fields(self)}, _CHOICES)
         object.__setattr__(self, "skip", checked_patterns(self.skip))
         object.__setattr__(self, "overrides", self._checked_overrides())
@@ -214,7 +212,7 @@ class QuantConfig:
                     f"overrides[{pattern!r}] has unknown field {unknown[0]!r}; allowed are {', '.join(allowed)}"
                 )
             try:
-                dataclasses.replace(self, overrides={}, **changes)
+                self.changed(overrides={}, **changes)
             except ConfigError as error:
                 raise ConfigError(f"overrides[{pattern!r}]: {error}") from None
             checked[pattern] = dict(changes)
@@ -230,7 +228,27 @@ class QuantConfig:
         for pattern, fields in self.overrides.items():
             if matches(pattern, name):
                 changes.update(fields)
-        return dataclasses.replace(self, overrides={}, **changes)
+        return self.changed(overrides={}, **changes)
+
+    def changed(self, **changes: Any) -> "QuantConfig":
+        """As ``dataclasses.replace``, but ``method="best"`` leaves all fields alone that are among the changes.
+
+        Raises:
+            ConfigError: a value that is not allowed.
+
+        Example:
+            >>> QuantConfig(bits=3).changed(method="best", zero_points="integer").zero_points
+            'integer'
+        """
+        if changes.get("method") == "best":
+            changes = {**self._preset(), **changes, "method": "two-stage"}
+        return dataclasses.replace(self, **changes)
+
+    def _preset(self) -> dict[str, Any]:
+        """What "best" makes of the fields that are at their defaults."""
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        found = {name: value for name, value in BEST.items() if getattr(self, name) == defaults[name]}
+        return {**found, "method": "two-stage"}
 
     @property
     def uses_deviation(self) -> bool:
@@ -318,6 +336,21 @@ class QuantConfig:
         if not isinstance(values, dict):
             raise ConfigError(f"not a JSON object but {type(values).__name__}")
         return cls.from_dict(values)
+
+
+def _with_preset(init: Callable[..., None]) -> Callable[..., None]:
+    """Let ``method="best"`` leave fields alone that are given, even if it is with their default values."""
+
+    @functools.wraps(init)
+    def wrapped(self: QuantConfig, *args: Any, **given: Any) -> None:
+        if given.get("method") == "best" and len(given) < len(dataclasses.fields(QuantConfig)):
+            given = {**BEST, **given, "method": "two-stage"}
+        init(self, *args, **given)
+
+    return wrapped
+
+
+QuantConfig.__init__ = _with_preset(QuantConfig.__init__)  # type: ignore[method-assign]
 
 
 def explicit_patterns(config: QuantConfig) -> list[str]:

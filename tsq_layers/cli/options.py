@@ -1,7 +1,6 @@
 """Options that several commands have, and what they mean."""
 
 import argparse
-import dataclasses
 from pathlib import Path
 from typing import Any, get_args
 
@@ -30,7 +29,10 @@ def add_configuration(command: argparse.ArgumentParser) -> None:
         default=unset,
         help=f"columns that share a scale, or none for whole rows (default: {default.group_size})",
     )
-    command.add_argument("--method", choices=get_args(Method), default=unset, help=f"(default: {default.method})")
+    command.add_argument(
+        "--method", choices=get_args(Method), default=unset,
+        help=f"(default: {default.method}); best in another --format is without float zero points and rotation",
+    )  # fmt: skip
     command.add_argument(
         "--symmetric",
         action=argparse.BooleanOptionalAction,
@@ -53,12 +55,17 @@ def _group_size(text: str) -> int | None:
 
 
 def configuration(arguments: argparse.Namespace) -> QuantConfig:
-    """The configuration of ``--config``, or the default one, with what the other options change."""
+    """The configuration of ``--config``, or the default one, with what the other options change.
+
+    In another library's ``--format``, ``--method best`` is without what these do not hold.
+    """
     base = QuantConfig()
     if arguments.config is not None:
         base = QuantConfig.from_json(read(arguments.config))
     given = {name: getattr(arguments, name) for name in _CONFIG_OPTIONS if hasattr(arguments, name)}
-    return dataclasses.replace(base, **given)
+    if given.get("method") == "best" and getattr(arguments, "format", OWN_FORMAT) != OWN_FORMAT:
+        given.update(zero_points="integer", rotation=None)
+    return base.changed(**given)
 
 
 def add_amounts(command: argparse.ArgumentParser) -> None:

@@ -1,7 +1,5 @@
 """Whether a format holds what a configuration makes, before hours of calibration."""
 
-import dataclasses
-
 from tsq_layers.config import QuantConfig
 from tsq_layers.export import compressed_tensors, gguf, gptq
 from tsq_layers.export.limits import Limits
@@ -29,9 +27,9 @@ def check_configuration(config: QuantConfig, format_name: str) -> None:
         >>> check_configuration(QuantConfig(method="best"), "gptq")
         Traceback (most recent call last):
         ...
-        tsq_layers.export.problems.ExportError: zero_points='float': gptq files hold plain codes and scales; set it to 'integer'
+        tsq_layers.export.problems.ExportError: zero_points='float', rotation=64: gptq files hold plain codes and scales; give zero_points='integer', rotation=None
     """
-    layers = [config, *(dataclasses.replace(config, overrides={}, **changes) for changes in config.overrides.values())]
+    layers = [config, *(config.changed(overrides={}, **changes) for changes in config.overrides.values())]
     for layer in layers:
         _check_additions(layer, format_name)
         _check_grids(layer, LIMITS[format_name])
@@ -47,11 +45,11 @@ def _check_additions(config: QuantConfig, form: str) -> None:
         "activation_bits": (None, config.activation_bits is not None),
         "channel_scaling": (False, config.channel_scaling),  # a directory has no place for what folds them
     }
-    for field, (value, there) in wanted.items():
-        if there:
-            raise ExportError(
-                f"{field}={getattr(config, field)!r}: {form} files hold plain codes and scales; set it to {value!r}"
-            )
+    found = [field for field, (_, there) in wanted.items() if there]
+    if found:
+        given = ", ".join(f"{field}={getattr(config, field)!r}" for field in found)
+        changed = ", ".join(f"{field}={wanted[field][0]!r}" for field in found)
+        raise ExportError(f"{given}: {form} files hold plain codes and scales; give {changed}")
 
 
 def _check_grids(config: QuantConfig, limits: Limits) -> None:
