@@ -106,11 +106,24 @@ def test_quantize_tells_programs_what_it_wrote(
     assert found["size_after"] < found["size_before"]
 
 
-def test_quantize_by_the_best_method(source: Path, tmp_path: Path, text: Path) -> None:
+def test_quantize_by_the_best_method(
+    source: Path, tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = ["quantize", str(source), "--out", str(tmp_path / "out"), "--bits", "2", "--group-size", "32"]
     assert cli.main([*arguments, "--method", "best", *amounts(text)]) == 0
     config = tsq.report(load(tmp_path / "out")).config
     assert (config.rotation, config.zero_points, config.joint_rounds) == (64, "float", 2)
+    capsys.readouterr()
+    assert cli.main(["inspect", str(tmp_path / "out")]) == 0
+    assert "refine loss" in (table := capsys.readouterr().out)
+    assert "joint loss" in table
+
+
+def test_the_best_method_in_the_format_of_another_library(source: Path, tmp_path: Path, text: Path) -> None:
+    out = quantise(source, tmp_path / "out", *amounts(text), "--method", "best", "--format", "gptq")
+    layers = [layer for layer in tsq.import_checkpoint(out).modules() if isinstance(layer, tsq.QuantLinear)]
+    assert len(layers) == 14
+    assert all(layer.basis is None and layer.offsets is None for layer in layers)
 
 
 def test_a_format_that_cannot_hold_the_configuration_is_refused_before_the_work(
@@ -118,8 +131,11 @@ def test_a_format_that_cannot_hold_the_configuration_is_refused_before_the_work(
 ) -> None:
     monkeypatch.setattr(tsq, "quantize", None)
     start = ("quantize", source, "--out", tmp_path / "out", *amounts(text))
-    message = error_of(capsys, *start, "--method", "best", "--format", "gptq")
-    assert "zero_points='float': gptq files hold plain codes and scales; set it to 'integer'" in message
+    config = tmp_path / "config.json"
+    config.write_text(tsq.QuantConfig(method="best").to_json(), encoding="utf-8")
+    message = error_of(capsys, *start, "--config", config, "--format", "gptq")
+    assert "zero_points='float', rotation=64: gptq files hold plain codes and scales" in message
+    assert "give zero_points='integer', rotation=None" in message
     assert "bits=5: gptq holds 2, 3, 4 or 8 bits" in error_of(capsys, *start, "--bits", 5, "--format", "gptq")
     assert "symmetric=False: gguf holds" in error_of(capsys, *start, "--format", "gguf")
     (tmp_path / "full").mkdir()
@@ -225,7 +241,7 @@ def test_configurations_that_no_format_holds_are_refused(form: str, changes: dic
     assert LIMITS.keys() == FORMATS.keys()
     symmetric = changes.get("method") != "lnq" and "zero_points" not in changes
     check_configuration(QuantConfig(bits=4, group_size=64, symmetric=True), form)
-    with pytest.raises(ExportError, match="files hold plain codes and scales; set it to"):
+    with pytest.raises(ExportError, match="files hold plain codes and scales; give"):
         check_configuration(QuantConfig(**{"bits": 4, "group_size": 64, "symmetric": symmetric, **changes}), form)
 
 

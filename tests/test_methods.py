@@ -13,7 +13,9 @@ from torch.testing import assert_close
 from tsq_layers.config import QuantConfig
 from tsq_layers.errors import StateError
 from tsq_layers.records import LayerStatistics
+from tsq_layers.report import STEPS
 from tsq_layers.solver import SolverResult, TwoStageGroupQuantizer, objective
+from tsq_layers.solver.steps import asked_for
 
 N, K, GROUP, TOKENS = 12, 22, 8, 200
 WAYS = {
@@ -93,6 +95,10 @@ def test_parts_are_those_of_the_method(way: str) -> None:
         assert len(found.outliers.values) == round(0.05 * N * K)
     if "outlier_columns" in changes:
         assert found.outliers.values.shape == (N, 2)
+
+
+def test_reports_know_all_steps() -> None:
+    assert STEPS == tuple(asked_for(QuantConfig()))
 
 
 @every_way

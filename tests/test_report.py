@@ -11,6 +11,7 @@ from torch import nn
 from tsq_layers.config import QuantConfig
 from tsq_layers.errors import CheckpointError, StateError
 from tsq_layers.report import (
+    STEPS,
     LayerReport,
     ParameterReport,
     Report,
@@ -18,6 +19,7 @@ from tsq_layers.report import (
     library_versions,
     model_bytes,
     report,
+    table,
 )
 from tsq_layers.report.coverage import by_reason
 
@@ -318,6 +320,13 @@ def test_table_is_aligned_and_complete() -> None:
         "block.down  Conv1D   2×300  quantized  –             4    300        4.100       –        –           –       –         –         –        –",
         "lm_head     Linear  10×100  skipped    –             –      –            –       –        –           –       –         –         –        –  by name",
     ]
+
+
+def test_table_has_the_loss_after_every_step() -> None:
+    losses = {step: (9 - order) / 128 for order, step in enumerate(STEPS)}
+    title, line = table.layers([dataclasses.replace(QUANTIZED, losses=losses)]).splitlines()
+    assert [title.index(step) for step in STEPS] == sorted(title.index(step) for step in STEPS)
+    assert all(f" {value:.3g}" in line for value in losses.values())
 
 
 def test_table_leaves_out_empty_columns_and_shows_no_nan() -> None:

@@ -11,9 +11,8 @@ from tsq_layers.checkpoint.headers import description_from_headers, is_described
 from tsq_layers.cli import models, options
 from tsq_layers.cli.output import read, write
 from tsq_layers.errors import ConfigError
-from tsq_layers.report import LayerReport, Report, format_bytes
+from tsq_layers.report import STEPS, LayerReport, Report, format_bytes
 
-_STEPS = ("initialize", "assign", "refine")
 _OBJECTIVES = ("assign", "descent", "exact")
 
 
@@ -80,13 +79,15 @@ def _report_files(report: Report, arguments: argparse.Namespace) -> list[str]:
 
 
 def _layer_table(layers: Sequence[LayerReport]) -> list[str]:
-    """One aligned line a layer: bits, size, loss after each step, and the objective of stage 2 by either solver."""
-    losses, objectives = [f"{step} loss" for step in _STEPS], [f"{step} objective" for step in _OBJECTIVES]
+    """One aligned line a layer: bits, size, loss after each step that was taken, and the objective of stage 2 by either solver."""
+    steps = [step for step in STEPS if any(step in layer.losses for layer in layers)]
+    solvers = [solver for solver in _OBJECTIVES if any(solver in layer.objective for layer in layers)]
+    losses, objectives = [f"{step} loss" for step in steps], [f"{solver} objective" for solver in solvers]
     rows = [["layer", "shape", "method", "bits", "group", "bits/weight", "size", *losses, *objectives, "status"]]
     for layer in layers:
         size = None if layer.bits_per_weight is None else format_bytes(round(layer.weights * layer.bits_per_weight / 8))
         plain = [layer.name or "(model)", f"{layer.rows}×{layer.columns}", layer.method, layer.bits, layer.group_size]
-        numbers = [layer.bits_per_weight, size, *map(layer.losses.get, _STEPS), *map(layer.objective.get, _OBJECTIVES)]
+        numbers = [layer.bits_per_weight, size, *map(layer.losses.get, steps), *map(layer.objective.get, solvers)]
         status = f"{layer.status}: {layer.reason}" if layer.reason else layer.status
         rows.append([*map(_cell, plain), *map(_cell, numbers), status])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -9,6 +9,7 @@ from torch import nn
 
 import tsq_layers as tsq
 from tsq_layers.errors import ConfigError
+from tsq_layers.report import STEPS
 
 
 def write(line: str = "") -> None:
@@ -33,7 +34,7 @@ def summary(model: nn.Module, out: Path, form: str) -> dict[str, Any]:
     report = tsq.report(model)
     losses = {
         step: sum(values) / len(values)
-        for step in ("initialize", "assign", "refine")
+        for step in STEPS
         if (values := [layer.losses[step] for layer in report.quantized if step in layer.losses])
     }
     return {

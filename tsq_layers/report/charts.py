@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from tsq_layers.report import series
 from tsq_layers.report.frame import LEFT, RIGHT, Frame, Height
-from tsq_layers.report.layer import LayerReport
+from tsq_layers.report.layer import STEPS, LayerReport
 
 _DOTS = (1.0, 1.25, 0.75)  # large dots, step by step: a later one leaves a ring of an equal earlier one
 _LARGE = 6.0
@@ -65,7 +65,7 @@ def loss_chart(layers: Sequence[LayerReport]) -> Chart | None:
     held_out = [series.positive(series.final_held_out(layer)) for layer in layers]
     by_step = {
         step: [series.positive(layer.losses.get(step)) for layer in layers]
-        for step in series.steps((layer.losses for layer in layers), series.LOSS_STEPS)
+        for step in series.steps((layer.losses for layer in layers), STEPS)
     }
     everything = [value for values in (*by_step.values(), held_out) for value in values if value is not None]
     if not everything:

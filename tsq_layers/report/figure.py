@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tsq_layers.errors import ConfigError
 from tsq_layers.report import series
 from tsq_layers.report.extras import required
-from tsq_layers.report.layer import LayerReport
+from tsq_layers.report.layer import STEPS, LayerReport
 
 if TYPE_CHECKING:
     from tsq_layers.report.records import Report
@@ -81,7 +81,7 @@ def _losses(panel: Any, layers: Sequence[LayerReport]) -> None:
     stems = [(index, min(values), max(values)) for index, values in ranges if len(values) > 1]
     if stems:
         panel.vlines(*zip(*stems, strict=True), color="#c9d0d8", linewidth=size / 4, zorder=1)
-    for order, step in enumerate(series.steps((layer.losses for layer in layers), series.LOSS_STEPS)):
+    for order, step in enumerate(series.steps((layer.losses for layer in layers), STEPS)):
         points = _points([layer.losses.get(step) for layer in layers])
         style = {"linestyle": "none", "marker": "o", "markeredgewidth": 0, "zorder": 2 + order}
         style["markersize"] = size * (_DOTS[min(order, 2)] if size > _LARGE else 1.0)

@@ -11,6 +11,9 @@ from tsq_layers.report.fields import checked_fields, json_number, read_number
 
 Status = Literal["quantized", "fallback", "skipped", "never called", "not supported"]
 
+STEPS = ("initialize", "assign", "descend", "pairs", "refine", "joint")
+"""Steps of the solver that leave a loss, in their order; each method takes some of them."""
+
 _MAPPINGS = ("losses", "held_out_losses", "objective", "seconds")
 
 
@@ -38,7 +41,7 @@ class LayerReport:
         deviation: where the error of earlier layers entered.
         deviation_strength: the share of it that was used, chosen or given.
         deviation_damping: of the regression that brought it into the target, chosen or given.
-        losses: step (``"initialize"``, ``"assign"``, ``"refine"``) → mean squared output error per
+        losses: step, of :data:`STEPS` → mean squared output error per
             token, relative to the mean squared target output; on the undamped H.
         held_out_losses: the same on tokens that the solver did not see.
         objective: step (``"assign"``, ``"descent"``, ``"exact"``) → what stage 2 minimises.

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tsq_layers.report import series
-from tsq_layers.report.layer import LayerReport
+from tsq_layers.report.layer import STEPS, LayerReport
 from tsq_layers.report.table import BLANK, format_bytes
 
 Value = str | float | None
@@ -127,7 +127,7 @@ _COLUMNS = (
     Column(title="deviation", value=lambda layer: layer.deviation, shared=True),
     Column(title="its share", value=lambda layer: layer.deviation_strength, spec=".2g", shared=True),
     Column(title="its damping", value=lambda layer: layer.deviation_damping, spec=".2g", shared=True),
-    *map(_loss, series.LOSS_STEPS),
+    *map(_loss, STEPS),
     Column(title="held out", value=series.final_held_out, spec=".3g", bar=True),
     Column(title="seconds", value=lambda layer: series.seconds(layer) if layer.seconds else None, spec=".2f"),
 )

@@ -6,10 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from tsq_layers.report.layer import LayerReport
+from tsq_layers.report.layer import STEPS, LayerReport
 
-LOSS_STEPS = ("initialize", "assign", "refine")
-TIMED_STEPS = ("factorise", *LOSS_STEPS)
+TIMED_STEPS = ("factorise", *STEPS)
 
 _NAMED = 16  # at most this many layers are named one by one on an axis
 _LONGEST = 24  # characters of such a name
@@ -51,7 +50,7 @@ def final_held_out(layer: LayerReport) -> float | None:
 
 
 def _final(losses: Mapping[str, float]) -> float | None:
-    value = losses[steps([losses], LOSS_STEPS)[-1]] if losses else math.nan
+    value = losses[steps([losses], STEPS)[-1]] if losses else math.nan
     return value if math.isfinite(value) else None
 
 
@@ -82,7 +81,7 @@ def steps(mappings: Iterable[Mapping[str, float]], known: Sequence[str]) -> list
     """All keys: those known in their order, then the others as they come.
 
     Example:
-        >>> steps([{"polish": 1.0, "assign": 2.0}], LOSS_STEPS)
+        >>> steps([{"polish": 1.0, "assign": 2.0}], STEPS)
         ['assign', 'polish']
     """
     found = list(dict.fromkeys(key for mapping in mappings for key in mapping))

@@ -1,10 +1,12 @@
 """The report as aligned plain text. Numbers that are missing or not finite show as a dash."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from tsq_layers.report import coverage
+from tsq_layers.report.layer import STEPS
 
 if TYPE_CHECKING:
     from tsq_layers.report.layer import LayerReport
@@ -87,6 +89,10 @@ def _align(column: list[str], *, left: bool) -> list[str]:
     return [text.ljust(width) if left else text.rjust(width) for text in column]
 
 
+def _loss(step: str, layer: "LayerReport") -> str:
+    return _format(layer.losses.get(step), ".3g")
+
+
 def _last_held_out(layer: "LayerReport") -> float | None:
     return list(layer.held_out_losses.values())[-1] if layer.held_out_losses else None
 
@@ -103,9 +109,7 @@ _COLUMNS: dict[str, Callable[["LayerReport"], str]] = {
     "bits/weight": lambda layer: _format(layer.bits_per_weight, ".3f"),
     "tokens": lambda layer: _format(layer.tokens, ",d"),
     "damping": lambda layer: _format(layer.damping, ".2g"),
-    "initialize": lambda layer: _format(layer.losses.get("initialize"), ".3g"),
-    "assign": lambda layer: _format(layer.losses.get("assign"), ".3g"),
-    "refine": lambda layer: _format(layer.losses.get("refine"), ".3g"),
+    **{step: functools.partial(_loss, step) for step in STEPS},
     "held out": lambda layer: _format(_last_held_out(layer), ".3g"),
     "seconds": lambda layer: _format(sum(layer.seconds.values()) if layer.seconds else None, ".2f"),
     "reason": lambda layer: layer.reason,

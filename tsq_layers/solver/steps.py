@@ -1,6 +1,6 @@
 """What each step does, by method: functions that take a layer and change its state.
 
-A step that a configuration does not ask for is none of ``STEPS`` for it; see :func:`asked_for`.
+Which of them a configuration asks for is in :func:`asked_for`.
 """
 
 from collections.abc import Callable
