@@ -38,6 +38,10 @@ class CheckpointError(TSQError, ValueError):
     """A saved model that is damaged, incomplete, foreign, or of another architecture."""
 
 
+class ExportError(TSQError, ValueError):
+    """A model that a format of another engine cannot hold as it is, or a place that cannot be written."""
+
+
 class MissingExtraError(TSQError, ImportError):
     """A command or an integration needs an optional dependency that is not installed."""
 
@@ -75,7 +79,11 @@ class SameInputWarning(TSQWarning):
 
 
 class CompileWarning(TSQWarning):
-    """``torch.compile`` is not usable here; the layer runs uncompiled."""
+    """Compiling does not work here: neither this library's own operations, nor else ``torch.compile``; layers run slower."""
+
+
+class ExportWarning(TSQWarning):
+    """What was written is exact, but an engine cannot serve it, or rounds it when it loads it."""
 
 
 class JournalWarning(TSQWarning):

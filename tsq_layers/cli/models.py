@@ -17,8 +17,7 @@ from tsq_layers.checkpoint.outline import QUANT_METHOD
 from tsq_layers.cli.options import OWN_FORMAT
 from tsq_layers.cli.output import summary, write, write_json, write_summary
 from tsq_layers.config import QuantConfig
-from tsq_layers.errors import CheckpointError, ConfigError
-from tsq_layers.export import ExportError
+from tsq_layers.errors import CheckpointError, ConfigError, ExportError
 from tsq_layers.export.exporting import checked
 from tsq_layers.integrations import causal_lm as bridge
 
@@ -44,8 +43,8 @@ def load(directory: str | Path, dtype: str | None = None) -> nn.Module:
     return bridge.load_causal_lm(directory, dtype or "float32")
 
 
-def load_quantised(directory: str | Path, dtype: str | None = None) -> nn.Module:
-    """The same, if it is quantised.
+def load_quantised(directory: str | Path) -> nn.Module:
+    """The same in the dtypes of its files, if it is quantised.
 
     Raises:
         ConfigError: it is a float model.
@@ -53,7 +52,7 @@ def load_quantised(directory: str | Path, dtype: str | None = None) -> nn.Module
     path = Path(directory)
     if (path / "config.json").exists() and not bridge.is_quantised(path) and not is_foreign(path):
         raise ConfigError(f"{path} holds a float model: quantise it first, with tsq quantize {path} --out …")
-    return load(directory, dtype)
+    return load(directory)
 
 
 def tokenizer_of(directory: str | Path) -> Any:

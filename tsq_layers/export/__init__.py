@@ -4,7 +4,7 @@ Reading a model (:mod:`~tsq_layers.export.contents`), refusing what a format can
 (:mod:`~tsq_layers.export.limits`) and writing are apart: nothing is written before all is known to fit.
 """
 
+from tsq_layers.errors import ExportError, ExportWarning
 from tsq_layers.export.exporting import export
-from tsq_layers.export.problems import ExportError, ExportWarning
 
 __all__ = ["ExportError", "ExportWarning", "export"]

@@ -1,9 +1,9 @@
 """Whether a format holds what a configuration makes, before hours of calibration."""
 
 from tsq_layers.config import QuantConfig
+from tsq_layers.errors import ExportError
 from tsq_layers.export import compressed_tensors, gguf, gptq
 from tsq_layers.export.limits import Limits
-from tsq_layers.export.problems import ExportError
 from tsq_layers.specification import dtype_name
 
 LIMITS: dict[str, Limits] = {
@@ -27,7 +27,7 @@ def check_configuration(config: QuantConfig, format_name: str) -> None:
         >>> check_configuration(QuantConfig(method="best"), "gptq")
         Traceback (most recent call last):
         ...
-        tsq_layers.export.problems.ExportError: zero_points='float', rotation=64: gptq files hold plain codes and scales; give zero_points='integer', rotation=None
+        tsq_layers.errors.ExportError: zero_points='float', rotation=64: gptq files hold plain codes and scales; give zero_points='integer', rotation=None
     """
     layers = [config, *(config.changed(overrides={}, **changes) for changes in config.overrides.values())]
     for layer in layers:

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from tsq_layers.errors import StateError
+from tsq_layers.errors import ExportError, StateError
 from tsq_layers.export.floats import Stored, float_tensors
-from tsq_layers.export.problems import ExportError
 from tsq_layers.layers import composite_behind, kind_behind, packed
 from tsq_layers.linear import QuantLinear
 

@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tsq_layers.errors import ExportError
 from tsq_layers.export.floats import Stored
-from tsq_layers.export.problems import ExportError
 from tsq_layers.report import library_versions
 from tsq_layers.specification import dtype_name
 

@@ -8,8 +8,8 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from tsq_layers.errors import ExportError, ExportWarning
 from tsq_layers.export.limits import described
-from tsq_layers.export.problems import ExportError, ExportWarning
 from tsq_layers.linear import QuantLinear
 
 

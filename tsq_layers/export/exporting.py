@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from tsq_layers.config import QuantConfig
+from tsq_layers.errors import ExportError, ExportWarning
 from tsq_layers.export import compressed_tensors, gguf, gptq
 from tsq_layers.export.configurations import check_configuration
 from tsq_layers.export.contents import Contents, Layer, read
@@ -20,7 +21,6 @@ from tsq_layers.export.floats import Stored
 from tsq_layers.export.forecast import planned_layers
 from tsq_layers.export.gguf_tokenizer import tokenizer_metadata
 from tsq_layers.export.limits import is_exact
-from tsq_layers.export.problems import ExportError, ExportWarning
 from tsq_layers.specification import dtype_name
 
 

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tsq_layers.errors import StateError
-from tsq_layers.export.problems import ExportError
+from tsq_layers.errors import ExportError, StateError
 from tsq_layers.layers import composite_behind
 from tsq_layers.layers.attention import ATTENTION, SplitAttention
 from tsq_layers.layers.expert_weights import ExpertWeights

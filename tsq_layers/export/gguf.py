@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tsq_layers.errors import ExportError
 from tsq_layers.export.contents import Contents, Layer
 from tsq_layers.export.floats import Stored
 from tsq_layers.export.gguf_blocks import TYPES, pack
 from tsq_layers.export.gguf_file import BF16, F16, F32, BlockType, GGUFTensor, Value, write_gguf
 from tsq_layers.export.gguf_tokenizer import tokenizer_metadata
 from tsq_layers.export.limits import Limits, check
-from tsq_layers.export.problems import ExportError
 from tsq_layers.layers.embedding import QuantEmbedding
 from tsq_layers.linear import QuantLinear
 from tsq_layers.packing import unpack

@@ -8,8 +8,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from tsq_layers.errors import ExportError
 from tsq_layers.export.gguf_file import Value
-from tsq_layers.export.problems import ExportError
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 

@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tsq_layers.errors import ExportError
 from tsq_layers.export import bitstream
 from tsq_layers.export.contents import Contents, Layer
 from tsq_layers.export.floats import Stored
 from tsq_layers.export.limits import Limits, check, described
-from tsq_layers.export.problems import ExportError
 from tsq_layers.kernels import zero_points
 from tsq_layers.linear import QuantLinear
 from tsq_layers.packing import unpack

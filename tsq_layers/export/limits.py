@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tsq_layers.export.problems import ExportError
+from tsq_layers.errors import ExportError
 from tsq_layers.linear import QuantLinear
 from tsq_layers.specification import dtype_name
 
