@@ -17,9 +17,10 @@ from tsq_layers import cli, workflow
 from tsq_layers.cli import completion, program
 from tsq_layers.cli.models import load
 from tsq_layers.config import QuantConfig
-from tsq_layers.export import ExportError
+from tsq_layers.errors import ExportError
 from tsq_layers.export.configurations import LIMITS, check_configuration
 from tsq_layers.export.exporting import FORMATS
+from tsq_layers.integrations.causal_lm import load_tokenizer
 from tsq_layers.layers import packed
 
 WORDS = [f"w{number}" for number in range(47)]
@@ -325,6 +326,19 @@ def test_refine_lowers_the_loss_of_a_checkpoint_of_another_tool(
     for (_, _, one), (_, _, other) in zip(packed(before), packed(after), strict=True):
         assert torch.equal(one.words, other.words)
         assert not torch.equal(one.scales, other.scales)
+
+
+def test_refine_keeps_the_dtypes_of_the_checkpoint(source: Path, quantised: Path, tmp_path: Path, text: Path) -> None:
+    tsq.export(load(quantised).half(), tmp_path / "theirs", format="gptq", tokenizer=load_tokenizer(source))
+    arguments = ["refine", str(tmp_path / "theirs"), str(source), "--out", str(tmp_path / "out"), *amounts(text)]
+    assert cli.main([*arguments, "--format", "gptq"]) == 0
+
+    def dtypes(directory: Path) -> dict[str, torch.dtype]:
+        return {name: tensor.dtype for name, tensor in load_file(directory / "model.safetensors").items()}
+
+    found = dtypes(tmp_path / "out")
+    assert found["model.norm.weight"] == torch.float16
+    assert found == dtypes(tmp_path / "theirs")
 
 
 def test_refine_refuses_another_float_model(

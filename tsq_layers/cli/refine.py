@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> None:
     config = dataclasses.replace(DEFAULT, joint_rounds=arguments.joint_rounds)
     tokenizer = bridge.load_tokenizer(arguments.reference)
     batches = options.calibration(arguments, tokenizer)
-    model = models.load_quantised(arguments.model, arguments.dtype)
+    model = models.load_quantised(arguments.model)
     reference = options.placed(bridge.load_causal_lm(arguments.reference, arguments.dtype), arguments.device)
     bridge.check_length(reference, arguments.sequence_length, "--sequence-length")
     models.check_format(model, tokenizer, arguments)
