@@ -413,6 +413,18 @@ def test_forward_pre_hook_sees_the_inputs_and_changes_nothing() -> None:
     assert_same(observer.statistics(), observed((x,)))
 
 
+def test_forward_pre_hook_sees_an_input_that_is_given_by_name() -> None:
+    layer, x = nn.Linear(WIDTH, 3), torch.ones(2, WIDTH)
+    observer = HessianObserver(WIDTH)
+    handle = layer.register_forward_pre_hook(observer)
+    with pytest.raises(CalibrationError, match="with_kwargs=True"):
+        layer(input=x)
+    handle.remove()
+    layer.register_forward_pre_hook(observer, with_kwargs=True)
+    layer(input=x)
+    assert int(observer.statistics().count) == 2
+
+
 def test_inputs_that_require_grad_leave_no_graph() -> None:
     statistics = observed((normal(4, WIDTH).requires_grad_(),))
     assert not statistics.hessian.requires_grad
@@ -553,15 +565,21 @@ def test_statistics_of_nothing_are_refused() -> None:
         pytest.param((torch.ones(4, 7), None, torch.ones(5)), r"shape \(4, 7\) and its mask \(5,\)", id="mask"),
     ],
 )
-def test_shapes_are_checked(call: tuple[Tensor, ...], message: str) -> None:
-    observer = HessianObserver(WIDTH)
+@pytest.mark.parametrize("blocks", [None, 3], ids=["plain", "weighted"])
+def test_shapes_are_checked(call: tuple[Tensor, ...], message: str, blocks: int | None) -> None:
+    observer = HessianObserver(WIDTH, blocks=blocks or 1)
     with pytest.raises(CalibrationError, match=message):
-        observer.observe(*call)
+        observer.observe(*call, weights=None if blocks is None else torch.ones(4, blocks))
     assert observer.hessian is None  # nothing was added
 
 
+@pytest.mark.parametrize("weights", [None, torch.ones(4, 1)], ids=["plain", "weighted"])
 @pytest.mark.parametrize("paired_first", [True, False], ids=["paired-first", "unpaired-first"])
-def test_mixing_calls_with_and_without_reference_is_refused(paired_first: bool) -> None:
-    calls = [(torch.ones(4, WIDTH), torch.ones(4, WIDTH)), (torch.ones(4, WIDTH),)]
+def test_mixing_calls_with_and_without_reference_is_refused(paired_first: bool, weights: Tensor | None) -> None:
+    calls = [{"x": torch.ones(4, WIDTH), "reference": torch.ones(4, WIDTH)}, {"x": torch.ones(4, WIDTH)}]
+    first, second = calls if paired_first else calls[::-1]
+    observer = HessianObserver(WIDTH)
+    observer.observe(**first, weights=weights)
     with pytest.raises(CalibrationError, match="with and without a reference were mixed"):
-        observed(*(calls if paired_first else calls[::-1]))
+        observer.observe(**second, weights=weights)
+    assert int(observer.count) == 4

@@ -1,6 +1,6 @@
 """`HessianObserver`: what calibration learns about the inputs of a layer."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from tsq_layers.errors import CalibrationError
 from tsq_layers.precision import full_precision
+from tsq_layers.recording import first_tensor
 from tsq_layers.records import LayerStatistics
 
 _PANEL = 128  # columns of H updated by one matrix product; narrower panels waste fewer flops on the half not kept
@@ -103,9 +104,18 @@ class HessianObserver(nn.Module):
         self.register_buffer("deviation", None)
         self.register_buffer("count", None)
 
-    def forward(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:  # noqa: ARG002  (what torch gives a hook)
-        """The pre-hook: observe the layer's first positional argument, change nothing."""
-        self.observe(args[0])
+    def forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002  (what torch gives a hook)
+        """The pre-hook: observe the layer's first tensor argument, change nothing.
+
+        Raises:
+            CalibrationError: there is none; torch tells a hook of arguments by name only if that is asked for.
+        """
+        x = first_tensor(args, kwargs or {})
+        if x is None:
+            raise CalibrationError(
+                "the observer saw a call without a tensor; if the layer is called with arguments by name, register it by register_forward_pre_hook(observer, with_kwargs=True)"
+            )
+        self.observe(x)
 
     @torch.no_grad()
     def observe(
@@ -131,10 +141,10 @@ class HessianObserver(nn.Module):
         if weights is not None:
             self._observe_weighted(x, reference, mask, weights)
             return
-        self._check(x, reference, mask)
+        self._check(x, reference, mask, self.blocks)
         tokens = x.shape[:-1] if self.blocks == 1 else x.shape[:-2]
         padding = None if mask is None else mask.reshape(tokens) == 0
-        count = torch.tensor(tokens.numel(), device="cpu").to(x.device) if padding is None else (~padding).sum()
+        count = tokens.numel() if padding is None else (~padding).sum()
         self._allocate(x.device, reference is not None)
         self.count += count
         call = (x, reference, padding)
@@ -144,6 +154,7 @@ class HessianObserver(nn.Module):
 
     def _observe_weighted(self, x: Tensor, reference: Tensor | None, mask: Tensor | None, weights: Tensor) -> None:
         """As if every block had seen inputs of its own, √w·x, but without making them."""
+        self._check(x, reference, mask, 1)
         count = x.shape[:-1].numel()
         if weights.numel() != count * self.blocks:
             raise CalibrationError(
@@ -206,8 +217,8 @@ class HessianObserver(nn.Module):
         blocks = f", blocks={self.blocks}" if self.blocks > 1 else ""
         return f"columns={self.columns}{blocks}, dtype={self.dtype}"
 
-    def _check(self, x: Tensor, reference: Tensor | None, mask: Tensor | None) -> None:
-        token = (self.blocks, self.columns) if self.blocks > 1 else (self.columns,)
+    def _check(self, x: Tensor, reference: Tensor | None, mask: Tensor | None, blocks: int) -> None:
+        token = (blocks, self.columns) if blocks > 1 else (self.columns,)
         if tuple(x.shape[-len(token) :]) != token or not x.is_floating_point():
             wanted = ", ".join(map(str, token))
             raise CalibrationError(
@@ -217,7 +228,7 @@ class HessianObserver(nn.Module):
             raise CalibrationError(
                 f"x has shape {tuple(x.shape)} and its reference {tuple(reference.shape)}; both must agree"
             )
-        if mask is not None and mask.numel() * self.blocks * self.columns != x.numel():
+        if mask is not None and mask.numel() * blocks * self.columns != x.numel():
             raise CalibrationError(
                 f"x has shape {tuple(x.shape)} and its mask {tuple(mask.shape)}; the mask has one entry a token"
             )

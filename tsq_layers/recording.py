@@ -77,7 +77,7 @@ def hooked(modules: Mapping[str, nn.Module], hook: Callable[..., None]) -> Itera
         yield
 
 
-def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
+def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
     """The first tensor among the arguments of a call, positional ones before keywords."""
     return next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
 
