@@ -73,6 +73,15 @@ def test_perplexity_is_that_of_a_computation_by_hand(model: LlamaForCausalLM, to
     assert perplexity(model, tokens, window=16, batch_size=batch_size) == pytest.approx(expected, rel=1e-5)
 
 
+def test_no_cache_is_made(model: LlamaForCausalLM, tokens: Tensor) -> None:
+    caches = []
+    handle = model.register_forward_hook(lambda _, args, output: caches.append(output.past_key_values))
+    perplexity(model, tokens, window=16)
+    handle.remove()
+    assert caches == [None] * 4
+    assert model.config.use_cache
+
+
 def test_perplexity_by_hand_differs_for_other_tokens(model: LlamaForCausalLM, tokens: Tensor) -> None:
     model = model.double().eval()
     changed = tokens.clone()

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import chain
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from tsq_layers.batches import evaluating
 from tsq_layers.errors import ConfigError, LayerError
 
 # Float32 logits that are held at once while the loss is computed; 2^24 of them are 64 MiB.
@@ -51,7 +51,7 @@ def perplexity(
     device = _device_of(model)
     batches = list(_batches(ids, window, batch_size))
     total, count = 0.0, 0
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         for batch in tqdm(batches, desc="perplexity", disable=None if progress is None else not progress, leave=False):
             loss = _loss(_logits(model, batch.to(device)), batch.to(device))
             if math.isnan(loss):
@@ -121,15 +121,3 @@ def _loss(logits: Tensor, batch: Tensor) -> float:
 def _device_of(model: nn.Module) -> torch.device:
     first = next(chain(model.parameters(), model.buffers()), None)
     return torch.device("cpu") if first is None else first.device
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards every module's own training flag as it was."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training
