@@ -10,8 +10,9 @@ from oracles import grid as oracle
 from torch import Tensor
 from torch.testing import assert_close
 
+from tsq_layers.basis import Basis
 from tsq_layers.errors import LayerError
-from tsq_layers.records import LayerStatistics, QuantizedWeight
+from tsq_layers.records import LayerStatistics, Outliers, QuantizedWeight
 
 
 def statistics(columns: int = 3, deviation: bool = True, fill: float = 1.0) -> LayerStatistics:
@@ -241,6 +242,16 @@ def test_weight_dequantized_differs_from_the_oracle_when_zero_points_are_shifted
     wrong = oracle.dequantize(weight.codes, weight.scales, weight.zeros.roll(1, dims=1), 3)
     with pytest.raises(AssertionError):
         assert_close(weight.dequantize(torch.float64), wrong, rtol=1e-10, atol=0)
+
+
+def test_weight_moves_with_its_sparse_part_and_its_basis() -> None:
+    place = torch.zeros(1, dtype=torch.int32)
+    for where in ({"indices": place}, {"columns": place}):
+        values = fields()["scales"].new_ones((1,) if "indices" in where else (4, 1))
+        weight = QuantizedWeight(**fields(outliers=Outliers(values, **where), basis=Basis.rotated(7, 4))).to("meta")
+        parts = [weight.codes, weight.outliers.values, weight.outliers.places, weight.basis.signs]
+        assert all(part.is_meta for part in parts)
+        assert weight.outliers.columns is None or "columns" in where
 
 
 @pytest.mark.parametrize(

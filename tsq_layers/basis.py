@@ -100,7 +100,7 @@ class Basis:
         """Sums over tokens of products of two inputs, in the new basis: T H Tᵀ, (…, K, K) → (…, K, K)."""
         return self.apply(self.apply(sums).mT).mT
 
-    def to(self, device: torch.device) -> "Basis":
+    def to(self, device: torch.device | str) -> "Basis":
         """The same on another device."""
         return Basis(self.rotation, *(None if v is None else v.to(device) for v in (self.signs, self.scaling)))
 

@@ -120,6 +120,12 @@ class Outliers:
                 "give (E,) for E entries, (N, C) for C columns"
             )
 
+    def to(self, device: torch.device | str) -> "Outliers":
+        """All of it on a device."""
+        places = self.places.to(device)
+        where = {"columns": places} if self.indices is None else {"indices": places}
+        return Outliers(self.values.to(device), **where)
+
     @property
     def places(self) -> Tensor:
         """The indices or columns."""
@@ -253,10 +259,10 @@ class QuantizedWeight:
         return grid.dequantize(self.codes, self.scales, self.zeros, self.group_size, dtype)
 
     def to(self, device: torch.device | str) -> "QuantizedWeight":
-        """Codes and grids on a device; neither sparse part nor basis."""
-        offsets, tables = (None if values is None else values.to(device) for values in (self.offsets, self.tables))
-        moved = {name: getattr(self, name).to(device) for name in ("codes", "scales", "zeros")}
-        return replace(self, **moved, offsets=offsets, tables=tables)
+        """All of it on a device."""
+        names = ("codes", "scales", "zeros", "offsets", "tables", "outliers", "basis")
+        there = {name: value for name in names if (value := getattr(self, name)) is not None}
+        return replace(self, **{name: value.to(device) for name, value in there.items()})
 
     @property
     def bits_per_weight(self) -> float:
