@@ -80,7 +80,9 @@ class QuantConfig:
             With ``zero_points="integer"`` and ``rotation=None`` other software can load what it makes.
         damping: λ; λ·mean(diag H) is added to the diagonal of H. Multiplied by ten, with a
             :class:`~tsq_layers.errors.DampingWarning`, while the factorisation fails. ``"auto"`` chooses it
-            for each layer, on a fifth of the calibration tokens that is held out for that.
+            for each layer, on a fifth of the calibration tokens that is held out for that. Where none can be, for
+            fused experts and in ``convert`` without ``calibrate``, it is 0.01 (``deviation_strength`` 0.5,
+            ``deviation_damping`` 0.1).
         act_order: process columns by descending H_jj. Costs nothing at run time: grids are static.
         grid_metric: what stage 1 minimises (two-stage only); ``"feedback"`` is the rounding error that
             GPTQ's error feedback will leave, ``"blocks"`` the paper's group-wise reconstruction loss

@@ -1,4 +1,4 @@
-"""The only place where a value crosses from the device to the host.
+"""The only place where a value crosses from the device to the host while layers are observed, solved and packed.
 
 Reading a tensor's value stops the host until the device has caught up. Everything else in the
 observers, the solver and the packer stays on the device; the few deliberate reads (a handful a

@@ -42,7 +42,9 @@ def prepare(model: nn.Module, config: QuantConfig) -> nn.Module:
     form: H from the full-precision model, no deviation.
 
     Args:
-        model: any module on a real device; its ``nn.Linear`` and transformers ``Conv1D`` layers are targets.
+        model: any module on a real device. Targets are its layers of every kind that is registered (:func:`tsq_layers.register`):
+            linear layers, convolutions, embeddings if ``config`` says so, and the linear layers of which attention
+            modules and fused experts consist.
         config: what to do with each.
 
     Returns:
@@ -56,6 +58,7 @@ def prepare(model: nn.Module, config: QuantConfig) -> nn.Module:
     Warns:
         UnmatchedPatternWarning: a pattern of ``config`` matches no layer.
         SkippedLayerWarning: a layer is left alone because its weight is tied to another module's.
+        LostZerosWarning: a pruned layer is quantised in a way that cannot hold a zero.
 
     Example:
         >>> import torch
@@ -110,7 +113,8 @@ def calibrate(
     Args:
         model: a prepared model. It runs in evaluation mode without gradients.
         batches: any iterable, taken one by one; a tensor, a tuple (positional arguments) or a dict
-            (keyword arguments) each, on any device; a ``padding`` token is left out by an ``attention_mask`` among the keywords.
+            (keyword arguments) each, on any device. Tokens that are 0 in an ``attention_mask`` among the keywords are
+            padding and do not count.
         held_out: batches of which only the loss is reported.
         paired: ``False`` leaves the full-precision pass out: half the work, and no deviation.
             ``None`` runs it if the configuration makes use of it.
@@ -144,6 +148,10 @@ def calibrate(
     Warns:
         FewTokensWarning: a layer saw fewer than 16 tokens for each of its input columns.
         SkippedLayerWarning: a layer was never called; it stays in full precision.
+        DampingWarning: a Hessian could be factorised with more damping only.
+        SameInputWarning: layers that shared their input in the first pass did not later.
+        UnguidedLayerWarning: the loss has no gradient at a layer that was to be guided by it.
+        JournalWarning: part of ``checkpoint_dir`` is damaged, and is solved again.
     """
     preparation = preparations.fetch(model, "calibrate")
     if preparation.solved is not None:
@@ -201,7 +209,11 @@ def quantize(
     Args:
         batches: may be ``None`` if no method in ``config`` needs calibration (``method="rtn"``).
 
-    Everything else is as for the three functions. When anything is raised, the model is as it was.
+    Everything else, exceptions and warnings too, is as for the three functions. When anything is raised, the model is
+    as it was.
+
+    Returns:
+        the converted model; a new object only where the model is itself a layer.
 
     Example:
         >>> import torch

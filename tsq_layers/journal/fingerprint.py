@@ -28,7 +28,7 @@ class Fingerprint:
 
     Args:
         config: :meth:`tsq_layers.QuantConfig.to_dict`.
-        layers: name of a target → its kind, and shape, dtype and checksum of its full-precision weight, as
+        layers: name of a target → shape, dtype and checksum of its full-precision weight, as
             :func:`fingerprint_weights` gives them.
         tensors: the same of every other parameter and buffer: outputs depend on them as well.
         options: anything else that changes results: paired passes, versions, devices, threads.

@@ -42,7 +42,7 @@ def settle(
         config: of the layer.
         weight: W, float (N, K).
         fitted: statistics of most tokens.
-        other: those of the other tokens; ``None``, or of no tokens: nothing is chosen, the defaults are taken.
+        other: those of the other tokens; ``None``, or of no tokens: nothing is chosen, and usual numbers are taken.
         name: how messages call the layer.
 
     Example:
