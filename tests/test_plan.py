@@ -650,6 +650,22 @@ def test_layers_with_few_tokens_are_named():
 # --- as text and as JSON ---------------------------------------------------------------------------
 
 
+def test_what_is_not_counted_is_named():
+    model = nn.Sequential(nn.Linear(32, 16), nn.Linear(16, 8))
+
+    def planned(**changes):
+        return plan(model, tsq.QuantConfig(bits=4, group_size=16, **changes), torch.zeros(4, 32), 1)
+
+    assert planned().not_counted == ()
+    assert "not counted" not in str(planned())
+    best = planned(method="best", guidance=2)
+    assert best.not_counted == ("joint_rounds=2", "damping='auto'", "deviation_damping='auto'", "guidance=2")
+    assert f"not counted: time and memory for {', '.join(best.not_counted)}" in str(best)
+    assert Plan.from_json(best.to_json()) == best
+    one = planned(overrides={"1": {"method": "cdquant"}})
+    assert one.not_counted == ("method='cdquant'",)
+
+
 def test_json_both_ways():
     found = plan(blocks(), dataclasses.replace(CONFIG, skip=("1.down",)), rows(), 2, held_out=1, offload="meta")
     again = Plan.from_json(found.to_json())

@@ -53,6 +53,7 @@ def plan(
     for example, would stay there.)
 
     Seconds are those of this machine, with the model where it is; for a model on the meta device, on the CPU.
+    They are those of rounding, GPTQ and two-stage: what a configuration adds to these is named in :attr:`Plan.not_counted`.
 
     Args:
         model: not prepared; may be on the meta device, if its course does not depend on values.

@@ -159,6 +159,13 @@ class Plan:
         return worst if worst is not None and worst.total + self.thread_bytes >= self.recording else None
 
     @property
+    def not_counted(self) -> tuple[str, ...]:
+        """Fields of the configuration, or of its overrides, that cost time and memory beyond the numbers here."""
+        overrides = self.config.overrides.values()
+        configs = [self.config, *(self.config.changed(overrides={}, **changes) for changes in overrides)]
+        return tuple(dict.fromkeys(name for config in configs for name in _uncounted(config)))
+
+    @property
     def few_tokens(self) -> tuple[StagePlan, ...]:
         """Stages of layers that will see fewer than 16 tokens for each of their columns, the worst first."""
         seen = [stage for stage in self.stages if stage.few_tokens and self._uses_data(stage)]
@@ -182,7 +189,7 @@ class Plan:
             "seconds": dict(self.seconds),
             "experts": list(self.experts),
         }
-        return {"schema_version": SCHEMA_VERSION, **values, "peak": self.peak}
+        return {"schema_version": SCHEMA_VERSION, **values, "peak": self.peak, "not_counted": list(self.not_counted)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -195,7 +202,7 @@ class Plan:
             raise CheckpointError(
                 f"plan: schema_version={values.get('schema_version')!r}, this version of tsq_layers reads {SCHEMA_VERSION}; make the plan again"
             )
-        rest = {key: value for key, value in values.items() if key not in ("schema_version", "peak")}
+        rest = {key: value for key, value in values.items() if key not in ("schema_version", "peak", "not_counted")}
         checked = checked_fields(cls, rest, "the plan")
         checked["stages"] = tuple(map(StagePlan.from_dict, checked["stages"]))
         checked["layers"] = tuple(map(LayerReport.from_dict, checked["layers"]))
@@ -217,3 +224,14 @@ class Plan:
 
     def __str__(self) -> str:
         return f"{table.summary(self)}\n\n{self.table()}".rstrip()
+
+
+def _uncounted(config: QuantConfig) -> list[str]:
+    costs = {
+        "method": config.method in ("quantease", "cdquant", "lnq"),
+        "joint_rounds": config.method == "two-stage" and config.joint_rounds > 0,
+        **{name: getattr(config, name) == "auto" for name in ("damping", "deviation_strength", "deviation_damping")},
+        "guidance": config.guidance > 0,
+        "distill_epochs": config.distill_epochs > 0,
+    }
+    return [f"{name}={getattr(config, name)!r}" for name, there in costs.items() if there]

@@ -56,7 +56,8 @@ def _time(plan: "Plan") -> str:
 
 
 def _notes(plan: "Plan") -> list[str]:
-    lines = [_few_tokens(plan)] if plan.few_tokens else []
+    lines = [f"not counted: time and memory for {', '.join(plan.not_counted)}"] if plan.not_counted else []
+    lines += [_few_tokens(plan)] if plan.few_tokens else []
     if plan.experts:
         few = f"{len(plan.experts)} layers of experts see too few tokens and share those of all experts"
         lines.append(f"shared statistics: {few}: {_some(plan.experts)}")
