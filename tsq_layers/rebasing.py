@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tsq_layers import activations, grid
+from tsq_layers import grid
 from tsq_layers.basis import Basis, fixed_signs
 from tsq_layers.config import QuantConfig
 from tsq_layers.precision import full_precision
 from tsq_layers.records import LayerStatistics
+from tsq_layers.running import rounded
 from tsq_layers.solver import objective, stage1
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -118,12 +119,10 @@ def rounding_loss(weight: Tensor, hessian: Tensor, scaling: Tensor, config: Quan
 
 def rounded_rows(x: Tensor, rotation: int | None) -> Tensor:
     """What 8 bits leave of inputs that are rotated before, in their own basis: (…, K) in at least float32."""
-    wide = x if x.dtype == torch.float64 else x.to(torch.float32)
     if rotation is None:
-        return activations.fake_quantized(wide)
-    basis = Basis(rotation, fixed_signs(x.shape[-1], x.device))
+        return rounded(x, None)
     with full_precision():
-        return basis.undo(activations.fake_quantized(basis.apply(wide)))
+        return rounded(x, Basis(rotation, fixed_signs(x.shape[-1], x.device)))
 
 
 def _scales(hessian: Tensor, strength: float) -> Tensor:

@@ -162,6 +162,18 @@ class Description:
         return cls(**{**values, "layers": layers, "tensors": tensors, "report": report})
 
 
+def sort_metadata(file: Path) -> None:
+    """Sort the metadata of a safetensors file, which are written in random order: the same model shall give the same bytes."""
+    with file.open("rb+") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        header = json.loads(handle.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8").ljust(length)
+        if len(text) == length:  # not so if safetensors escapes a rare character in another way: then the order stays
+            handle.seek(8)
+            handle.write(text)
+
+
 def header_digest(path: Path) -> str:
     """SHA-256 of the header of a safetensors file: 8 bytes of length, then that many bytes of JSON."""
     with path.open("rb") as file:

@@ -1,6 +1,5 @@
 """Saving: collect every tensor once, write beside the old files, then swap."""
 
-import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -23,6 +22,7 @@ from tsq_layers.checkpoint.description import (
     TensorSpec,
     entries,
     header_digest,
+    sort_metadata,
 )
 from tsq_layers.errors import CheckpointError, StateError
 from tsq_layers.layers import composite_behind, packed
@@ -110,7 +110,7 @@ def _write(directory: Path, tensors: Mapping[str, Tensor], description: Descript
         contiguous = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
         # "format" is what transformers asks for before it opens a file.
         save_file(contiguous, new_tensors, metadata={"format": "pt", DESCRIPTION_DIGEST: description.digest()})
-        _sort_header(new_tensors)
+        sort_metadata(new_tensors)
         new_description.write_text(
             replace(description, header_sha256=header_digest(new_tensors)).to_json(), encoding="utf-8"
         )
@@ -119,18 +119,6 @@ def _write(directory: Path, tensors: Mapping[str, Tensor], description: Descript
             _flush(file)
         new_tensors.replace(directory / TENSORS_FILE)
         new_description.replace(directory / DESCRIPTION_FILE)
-
-
-def _sort_header(file: Path) -> None:
-    """Put the metadata in order: safetensors writes it in random order, and the same model shall give the same bytes."""
-    with file.open("rb+") as handle:
-        length = int.from_bytes(handle.read(8), "little")
-        header = json.loads(handle.read(length))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
-        if len(text) == length:  # not so if safetensors escapes a rare character in another way: then the order stays
-            handle.seek(8)
-            handle.write(text)
 
 
 def _flush(file: Path) -> None:

@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 from tsq_layers.cli import options
-from tsq_layers.cli.output import read, write, write_json
+from tsq_layers.cli.output import write, write_json
 from tsq_layers.demo.run import run_demo
+from tsq_layers.integrations.texts import read_text
 
 
 def add(command: argparse.ArgumentParser) -> None:
@@ -33,7 +34,7 @@ def run(arguments: argparse.Namespace) -> None:
         run_demo(out, quick=arguments.quick, texts=texts, write=write)
         return
     run_demo(out, quick=arguments.quick, texts=texts, write=_tell)
-    write_json(json.loads(read(out / "results.json")))
+    write_json(json.loads(read_text(out / "results.json")))
 
 
 def _tell(line: str) -> None:

@@ -9,9 +9,11 @@ import tsq_layers as tsq
 from tsq_layers.checkpoint.description import DESCRIPTION_FILE, Description
 from tsq_layers.checkpoint.headers import description_from_headers, is_described, outlined
 from tsq_layers.cli import models, options
-from tsq_layers.cli.output import read, write
+from tsq_layers.cli.output import write
 from tsq_layers.errors import ConfigError
+from tsq_layers.integrations.texts import read_text
 from tsq_layers.report import STEPS, LayerReport, Report, format_bytes
+from tsq_layers.report.table import aligned
 
 _OBJECTIVES = ("assign", "descent", "exact")
 
@@ -52,7 +54,7 @@ def _report(directory: Path) -> Report:
             f"{directory} holds no {DESCRIPTION_FILE} that describes its tensors: give a directory that tsq quantize or tsq.save wrote"
         )
     if outline is None:
-        report = Description.from_json(read(path)).report
+        report = Description.from_json(read_text(path)).report
     else:
         report = description_from_headers(directory, outline).report
     if report is None:
@@ -90,16 +92,7 @@ def _layer_table(layers: Sequence[LayerReport]) -> list[str]:
         numbers = [layer.bits_per_weight, size, *map(layer.losses.get, steps), *map(layer.objective.get, solvers)]
         status = f"{layer.status}: {layer.reason}" if layer.reason else layer.status
         rows.append([*map(_cell, plain), *map(_cell, numbers), status])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    aligned = [
-        [
-            row[0].ljust(widths[0]),
-            *(text.rjust(width) for text, width in zip(row[1:-1], widths[1:-1], strict=True)),
-            row[-1],
-        ]
-        for row in rows
-    ]
-    return ["  ".join(row) for row in aligned]
+    return aligned(list(zip(*rows, strict=True)), ("layer", "status"))
 
 
 def _cell(value: object) -> str:

@@ -7,7 +7,6 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from tsq_layers.cli.output import read
 from tsq_layers.config import Method, QuantConfig
 from tsq_layers.errors import ConfigError
 from tsq_layers.export.engines import SERVICES
@@ -61,7 +60,7 @@ def configuration(arguments: argparse.Namespace) -> QuantConfig:
     """
     base = QuantConfig()
     if arguments.config is not None:
-        base = QuantConfig.from_json(read(arguments.config))
+        base = QuantConfig.from_json(texts.read_text(arguments.config))
     given = {name: getattr(arguments, name) for name in _CONFIG_OPTIONS if hasattr(arguments, name)}
     if given.get("method") == "best" and getattr(arguments, "format", OWN_FORMAT) != OWN_FORMAT:
         given.update(zero_points="integer", rotation=None)

@@ -8,7 +8,6 @@ from typing import Any
 from torch import nn
 
 import tsq_layers as tsq
-from tsq_layers.errors import ConfigError
 from tsq_layers.report import STEPS
 
 
@@ -49,17 +48,3 @@ def summary(model: nn.Module, out: Path, form: str) -> dict[str, Any]:
         "seconds": report.seconds,
         "mean_losses": losses,
     }
-
-
-def read(path: str | Path) -> str:
-    """The text of a file.
-
-    Raises:
-        ConfigError: it cannot be read, or is not UTF-8.
-    """
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error

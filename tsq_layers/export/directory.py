@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tsq_layers.checkpoint.description import sort_metadata
 from tsq_layers.errors import ExportError
 from tsq_layers.export.floats import Stored
 from tsq_layers.report import library_versions
@@ -129,19 +130,7 @@ def write_tensors(folder: Path, tensors: Sequence[Stored], limit: int) -> None:
         # "format" is what transformers asks for before it opens a file; who has packed the bits, a reader may want to know.
         packer = f"tsq_layers {library_versions()['tsq_layers']}"
         save_file(_made(shard), folder / name, metadata={"format": "pt", "packer": packer})
-        _order_metadata(folder / name)
-
-
-def _order_metadata(file: Path) -> None:
-    """Sort the metadata, which safetensors writes in random order: the same model shall give the same bytes."""
-    with file.open("rb+") as handle:
-        length = int.from_bytes(handle.read(8), "little")
-        header = json.loads(handle.read(length))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8").ljust(length)
-        if len(text) == length:  # but for names that safetensors escapes in another way: then the order stays
-            handle.seek(8)
-            handle.write(text)
+        sort_metadata(folder / name)
 
 
 def _shards(tensors: Sequence[Stored], limit: int) -> list[list[Stored]]:

@@ -22,7 +22,7 @@ def read_tokens(text: str | Path, tokenizer: Any) -> Tensor:
     name = "the text"
     if isinstance(text, Path):
         name = str(text)
-        text = _read_text(text)
+        text = read_text(text)
     ids = tokenizer(text, verbose=False)["input_ids"]
     if not ids:
         raise ConfigError(f"{name} has no tokens")
@@ -63,9 +63,14 @@ def windows(tokens: Tensor, length: int, count: int, batch_size: int = 1) -> lis
     return [{"input_ids": batch} for batch in torch.split(rows, batch_size)]
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: str | Path) -> str:
+    """The text of a file.
+
+    Raises:
+        ConfigError: it cannot be read, or is not UTF-8.
+    """
     try:
-        return path.read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from tsq_layers.report import format_bytes
+from tsq_layers.report.table import aligned
 
 if TYPE_CHECKING:
     from tsq_layers.planning.records import Plan, StagePlan
@@ -23,8 +24,7 @@ def stages(plan: "Plan") -> str:
     columns = [[title, *map(cell, plan.stages)] for title, cell in _COLUMNS.items()]
     if not any(stage.offloaded for stage in plan.stages):
         columns = [column for column in columns if column[0] != "offloaded"]
-    aligned = [_align(column, left=place in (0, len(columns) - 1)) for place, column in enumerate(columns)]
-    return "\n".join("  ".join(line).rstrip() for line in zip(*aligned, strict=True))
+    return "\n".join(aligned(columns, (columns[0][0], columns[-1][0])))
 
 
 def _peak(plan: "Plan") -> str:
@@ -93,11 +93,6 @@ def _seconds(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
-def _align(column: Sequence[str], *, left: bool) -> list[str]:
-    width = max(map(len, column))
-    return [text.ljust(width) if left else text.rjust(width) for text in column]
 
 
 _COLUMNS: dict[str, Callable[["StagePlan"], str]] = {

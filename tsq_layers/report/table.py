@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING
 
 from tsq_layers.report import coverage
@@ -68,8 +68,7 @@ def layers(rows: Sequence["LayerReport"]) -> str:
     """One aligned line for every layer, under a line of titles. Columns that would be empty are left out."""
     cells = {title: [cell(layer) for layer in rows] for title, cell in _COLUMNS.items()}
     shown = {title: column for title, column in cells.items() if any(text not in ("", BLANK) for text in column)}
-    aligned = [_align([title, *column], left=title in _LEFT) for title, column in shown.items()]
-    return "\n".join("  ".join(line).rstrip() for line in zip(*aligned, strict=True))
+    return "\n".join(aligned([[title, *column] for title, column in shown.items()], _LEFT))
 
 
 def _format(value: float | None, spec: str) -> str:
@@ -84,9 +83,23 @@ def format_bytes(count: int) -> str:
     return f"{count} B"
 
 
-def _align(column: list[str], *, left: bool) -> list[str]:
-    width = max(map(len, column))
-    return [text.ljust(width) if left else text.rjust(width) for text in column]
+def aligned(columns: Sequence[Sequence[str]], left: Collection[str]) -> list[str]:
+    """Lines of a table.
+
+    Args:
+        columns: each begins with its title.
+        left: titles of those whose texts stand on the left.
+
+    Example:
+        >>> aligned([["layer", "up"], ["bits", "4"]], ["layer"])
+        ['layer  bits', 'up        4']
+    """
+    widths = [max(map(len, column)) for column in columns]
+    padded = [
+        [text.ljust(width) if column[0] in left else text.rjust(width) for text in column]
+        for column, width in zip(columns, widths, strict=True)
+    ]
+    return ["  ".join(line).rstrip() for line in zip(*padded, strict=True)]
 
 
 def _loss(step: str, layer: "LayerReport") -> str:
