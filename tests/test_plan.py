@@ -15,12 +15,13 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import tsq_layers as tsq
 from tsq_layers.errors import CalibrationError, CheckpointError, ConfigError, LayerError, StateError
+from tsq_layers.pass_state import restored
 from tsq_layers.planning import Plan, StagePlan, plan
 from tsq_layers.planning import speed as speed_of_machine
 from tsq_layers.planning.ledger import Ledger, Work
 from tsq_layers.planning.solver import solver_bytes, solver_flops
 from tsq_layers.planning.speed import speed
-from tsq_layers.planning.stand_ins import StandIns, restored
+from tsq_layers.planning.stand_ins import StandIns
 from tsq_layers.planning.trace import trace
 
 CONFIG = tsq.QuantConfig(bits=4, group_size=32)

@@ -107,6 +107,31 @@ def moved_to(batch: Batch, device: torch.device | None) -> Batch:
     return with_tensors(batch, lambda tensor: tensor.to(device))
 
 
+def copied_to(batch: Batch, device: torch.device | None) -> Batch:
+    """The same with copies of all tensors, for a model that may change them in place."""
+    return with_tensors(batch, lambda tensor: tensor.to(device, copy=True))
+
+
+def versions(batch: Batch) -> list[int]:
+    """How often each tensor of a batch was changed in place; inference tensors do not know it.
+
+    Example:
+        >>> x = torch.ones(2)
+        >>> before = versions([x])
+        >>> _ = x.mul_(2)
+        >>> versions([x]) == before
+        False
+    """
+    found: list[int] = []
+
+    def look(tensor: Tensor) -> Tensor:
+        found.append(-1 if tensor.is_inference() else tensor._version)
+        return tensor
+
+    with_tensors(batch, look)
+    return found
+
+
 def with_tensors(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
     """A batch of the same form with all its tensors changed.
 

@@ -16,9 +16,11 @@ from tsq_layers.batches import (
     Batch,
     Forward,
     PaddingMask,
+    copied_to,
     evaluating,
     moved_to,
     peeked,
+    versions,
     with_input,
 )
 from tsq_layers.errors import SameInputWarning
@@ -29,8 +31,9 @@ from tsq_layers.layers import kind_of, rows_of
 from tsq_layers.layers.offloading import entry_device, run_with_weight
 from tsq_layers.observation import Observation, Role
 from tsq_layers.parking import Parking
+from tsq_layers.pass_state import PassState
 from tsq_layers.preparation import Preparation
-from tsq_layers.recording import record
+from tsq_layers.recording import hooked, record
 from tsq_layers.records import LayerStatistics
 from tsq_layers.solving import Shortfall, solve
 from tsq_layers.targets import Solved, Target
@@ -82,7 +85,9 @@ class Calibration:
             for name, target in callers.items():
                 self._wrap(name, target)
             first, batches = peeked(self.batches)
-            self._recording = record(modules, lambda: self._pass(Role(first, 0, "quantised")))
+            self._state = PassState(self.model)
+            with self._state.first(), hooked(modules, lambda *_: self._state.look()):
+                self._recording = record(modules, lambda: self._first_pass(first))
             self._experts = Experts(targets, self._recording.order)
             with tqdm(
                 total=len(targets),
@@ -90,9 +95,8 @@ class Calibration:
                 unit="layer",
                 disable=None if self.progress is None else not self.progress,
             ) as self._bar:
-                parking = self.parking
-                suspend = None if parking is None else lambda index: parking.park(index, self._roles[index].batch)
-                lockstep.run(self._passes(batches), modules, self._visit, order=self._experts.order, suspend=suspend)
+                order = self._experts.order
+                lockstep.run(self._passes(batches), modules, self._visit, order=order, suspend=self._suspend)
                 self._solve_the_rest()
         return self.solved
 
@@ -112,8 +116,29 @@ class Calibration:
         self._roles.append(role)
         return lambda: self._pass(role)
 
+    def _first_pass(self, batch: Batch) -> None:
+        """On a copy, which tells whether the model changes what it is given."""
+        given = copied_to(batch, entry_device(self.model))
+        before = versions(given)
+        self.forward(self.model, given)
+        self._changes_batches = versions(given) != before
+
     def _pass(self, role: Role) -> None:
-        self.forward(self.model, moved_to(role.batch, entry_device(self.model)))
+        given = (copied_to if self._changes_batches else moved_to)(role.batch, entry_device(self.model))
+        with self._state.own(role.index):
+            self.forward(self.model, given)
+
+    def _suspend(self, index: int) -> Callable[[], None]:
+        """Put aside what belongs to a pass that waits; the result brings it back."""
+        put = self._state.leave()
+        bring = None if self.parking is None else self.parking.park(index, self._roles[index].batch)
+
+        def go_on() -> None:
+            if bring is not None:
+                bring()
+            put()
+
+        return go_on
 
     def _visit(self, name: str, arrivals: list[lockstep.Arrival]) -> Iterable[str]:
         """See the calls that wait at ``name``; solve its stage once nobody will call it again."""

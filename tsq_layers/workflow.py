@@ -108,7 +108,9 @@ def calibrate(
     quantised that comes before; all passes advance together from layer to layer, and a layer is
     solved when they reach it. One more pass, on the first batch, records the order of the layers
     and which of them share an input; a layer that it misses is solved last, from all its calls in
-    the other batches. Passes end at the last layer that is to be solved.
+    the other batches. Passes end at the last layer that is to be solved. They are all under way at once; what a
+    forward changes in attributes of its modules, in random numbers and in settings of torch is each pass's own, both
+    passes of a batch draw the same random numbers, and a batch that a model changes in place is copied for each.
 
     Args:
         model: a prepared model. It runs in evaluation mode without gradients.

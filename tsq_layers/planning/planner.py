@@ -18,6 +18,7 @@ from tsq_layers.calibration import callers_of
 from tsq_layers.config import QuantConfig
 from tsq_layers.errors import CalibrationError, ConfigError, StateError
 from tsq_layers.layers.offloading import entry_device, is_offloaded
+from tsq_layers.pass_state import restored
 from tsq_layers.planning.ledger import Work
 from tsq_layers.planning.needs import Needs
 from tsq_layers.planning.outcome import outcome, sees_too_few
@@ -25,7 +26,7 @@ from tsq_layers.planning.parts import Passes
 from tsq_layers.planning.records import MeasuredBy, Plan
 from tsq_layers.planning.speed import solver_seconds, speed
 from tsq_layers.planning.stages import Course
-from tsq_layers.planning.stand_ins import StandIns, restored
+from tsq_layers.planning.stand_ins import StandIns
 from tsq_layers.planning.trace import Trace, trace
 from tsq_layers.preparation import Preparation
 from tsq_layers.report import Report

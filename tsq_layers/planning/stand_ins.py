@@ -1,9 +1,6 @@
-"""A model whose tensors have no values for a while; and leaving no trace on a model."""
+"""A model whose tensors have no values for a while."""
 
-import copy
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,36 +9,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
-_CONTAINERS = (dict, list, set)
-
-
-@contextmanager
-def restored(model: nn.Module) -> Iterator[None]:
-    """Whatever happens inside, the modules have the same attributes afterwards, parameters, buffers and children included.
-
-    The contents of dictionaries, lists and sets among the attributes are restored too, but not what
-    lies deeper.
-    """
-    before = [(module, dict(vars(module)), _contents(module)) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, attributes, contents in before:
-            for container, content in contents:
-                _refill(container, content)
-            _refill(vars(module), attributes)
-
-
-def _contents(module: nn.Module) -> list[tuple[Any, Any]]:
-    return [(value, copy.copy(value)) for value in vars(module).values() if isinstance(value, _CONTAINERS)]
-
-
-def _refill(container: Any, content: Any) -> None:
-    container.clear()
-    if isinstance(container, list):
-        container.extend(content)
-    else:
-        container.update(content)
 
 
 class StandIns:
@@ -57,7 +24,7 @@ class StandIns:
         self._memory: dict[tuple[int, torch.dtype], Tensor] = {}
 
     def put(self, model: nn.Module) -> None:
-        """Replace all parameters and buffers of a model; to be done inside of :func:`restored`.
+        """Replace all parameters and buffers of a model; to be done inside of :func:`tsq_layers.pass_state.restored`.
 
         Buffers of integers or truth values that have values are copied: a model may read them, and write to them.
         What TorchScript has compiled keeps its tensors, which are not in dictionaries of Python.
