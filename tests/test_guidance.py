@@ -268,3 +268,43 @@ def test_guidance_without_a_calibration_is_refused() -> None:
     model(batches(1, torch.float32)[0])
     with pytest.raises(tsq.errors.StateError, match="guidance needs calibrate"):
         tsq.convert(model)
+
+
+def mean_loss(model: nn.Module, batch: Tensor) -> Tensor:
+    return (model(batch) ** 3).logsumexp(-1).mean()
+
+
+@pytest.mark.parametrize("sizes", [[12, 228], [120, 120], [1, 1, 238]], ids=str)
+def test_a_token_weighs_alike_in_long_and_short_batches(sizes: list[int]) -> None:
+    model = net()
+    tokens = torch.randn(240, WIDTH, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    layers = {"0": Watched(model[0], 2)}
+    whole = token_weights(model, layers, [tokens], mean_loss).of("0", 0, 0)
+    found = token_weights(model, layers, tokens.split(sizes), mean_loss)
+    parts = torch.cat([found.of("0", batch, 0) for batch in range(len(sizes))])
+    assert_close(parts, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_padding_does_not_change_the_weights_of_the_other_tokens() -> None:
+    model = net()
+    tokens = torch.randn(60, WIDTH, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    padded = torch.cat([tokens, torch.zeros(180, WIDTH, dtype=torch.float64)])
+
+    def loss_of_first(model: nn.Module, batch: Tensor) -> Tensor:
+        return mean_loss(model, batch[:60]) + 0 * model(batch).sum()
+
+    layers = {"0": Watched(model[0], 2), "2": Watched(model[2], 2)}
+    plain, other = (token_weights(model, layers, [batch], loss_of_first) for batch in (tokens, padded))
+    for name in layers:
+        assert_close(other.of(name, 0, 1)[:60], plain.of(name, 0, 1)[:60], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_is_refused_with_its_batch(value: float) -> None:
+    model = net()
+
+    def wrong(model: nn.Module, batch: Tensor) -> Tensor:
+        return loss(model, batch) * (value if batch.mean() == batches()[1].mean() else 1)
+
+    with pytest.raises(CalibrationError, match=f"the loss of batch 1 is {value}; leave that batch out"):
+        token_weights(model, {"0": Watched(model[0], 2)}, batches(), wrong)

@@ -14,12 +14,16 @@ half their number: (Σ s)² ≥ ½ T Σ s². Squared gradients have heavy tails.
 value projection of SmolLM2-135M are worth 2 to 20, since one token, at which attention rests, has nearly
 all of them; H_k would be the outer products of so few.
 
+The loss is taken to be a mean over the tokens of a batch: gradients are multiplied by their number, so that a token
+weighs alike in long and short batches. Tokens without a gradient, padding above all, are left out of means.
+
 The gradients come from one forward and one backward pass of the full-precision model for each batch, with
 hooks on the outputs of the layers. No gradient of a parameter is computed.
 """
 
 import functools
 import inspect
+import math
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +36,7 @@ from torch import Tensor, nn
 
 from tsq_layers.batches import Batch, Forward, with_items
 from tsq_layers.errors import CalibrationError, UnguidedLayerWarning
+from tsq_layers.sync import to_host
 
 Loss = Callable[[nn.Module, Batch], Tensor]
 
@@ -87,23 +92,31 @@ def token_weights(
         model: in full precision and evaluation mode; unchanged afterwards.
         layers: name → what is watched.
         batches: on the model's device.
-        loss: the scalar loss of a batch.
+        loss: the scalar loss of a batch, a mean over its tokens.
 
     Raises:
-        CalibrationError: the loss is no scalar that depends on the layers.
+        CalibrationError: the loss is no scalar that depends on the layers, or is NaN or inf for a batch.
 
     Warns:
         UnguidedLayerWarning: the loss has no gradient at the output of a layer that was called.
     """
     calls: dict[str, dict[int, list[Tensor]]] = defaultdict(dict)
     without: dict[str, None] = {}
+    losses = []
     for index, batch in enumerate(batches):
-        for name, found in _weights_of_batch(model, layers, batch, loss).items():
+        value, squares = _squares_of_batch(model, layers, batch, loss)
+        losses.append(value)
+        for name, found in squares.items():
             known = [part for part in found if part is not None]
             if len(known) == len(found):
-                calls[name][index] = known
+                calls[name][index] = _of_a_sum(known)
             else:
                 without[name] = None
+    for index, number in enumerate(to_host(*losses)):
+        if not math.isfinite(number):
+            raise CalibrationError(
+                f"guidance: the loss of batch {index} is {number}; leave that batch out, or look at its labels (a mean over none is NaN)"
+            )
     if not calls:
         raise CalibrationError("guidance: no layer's output has a gradient; check that the loss depends on the model")
     if without:
@@ -117,19 +130,34 @@ def token_weights(
     return TokenWeights({name: _tempered(found) for name, found in calls.items()})
 
 
+def _of_a_sum(parts: Sequence[Tensor]) -> list[Tensor]:
+    """Squared gradients of the sum of the losses of a batch's tokens, from those of their mean: a token of a long batch counts like others."""
+    tokens = sum(_reached(part).sum() for part in parts)
+    return [part * torch.as_tensor(tokens, device=part.device).to(part.dtype).square() for part in parts]
+
+
+def _reached(squares: Tensor) -> Tensor:
+    """Tokens that the loss depends on (T,): not padding."""
+    return squares.sum(-1) > 0
+
+
 def _tempered(found: Mapping[int, Sequence[Tensor]]) -> dict[int, list[Tensor]]:
-    """s_{k,t} of one layer, batch → calls, divided by their mean and drawn towards 1."""
-    mean = torch.cat([part for parts in found.values() for part in parts]).mean(0)
+    """s_{k,t} of one layer, batch → calls, divided by their mean and drawn towards 1; both of the tokens that the loss depends on."""
+    every = torch.cat([part for parts in found.values() for part in parts])
+    reached = _reached(every).unsqueeze(-1)
+    count = reached.sum().clamp(min=1)
+    mean = every.sum(0) / count
     relative = {batch: [torch.where(mean > 0, part / mean, 1) for part in parts] for batch, parts in found.items()}
-    variance = torch.cat([part for parts in relative.values() for part in parts]).var(0, correction=0)
+    every = torch.cat([part for parts in relative.values() for part in parts])
+    variance = ((every - 1).square() * reached).sum(0) / count
     share = (_LARGEST_VARIANCE / variance).sqrt().clamp(max=1)  # of what is above or below 1
     return {batch: [1 + share * (part - 1) for part in parts] for batch, parts in relative.items()}
 
 
-def _weights_of_batch(
+def _squares_of_batch(
     model: nn.Module, layers: Mapping[str, Watched], batch: Batch, loss: Loss
-) -> dict[str, list[Tensor | None]]:
-    """The weights of the tokens in every call, ``None`` where no gradient arrived."""
+) -> tuple[Tensor, dict[str, list[Tensor | None]]]:
+    """The loss, and the mean squared gradients at the tokens in every call (T, k), ``None`` where none arrived."""
     watch = _Watch()
     with _frozen(model), watch.over(layers), torch.inference_mode(False), torch.enable_grad():
         value = loss(model, batch)
@@ -139,7 +167,7 @@ def _weights_of_batch(
             )
         watch.forward = False
         value.backward()
-    return watch.found
+    return value.detach(), watch.found
 
 
 def _described(value: object) -> str:
