@@ -7,11 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import tsq_layers as tsq
 from tsq_layers import grid
 from tsq_layers.checkpoint.writing import composites_of
+from tsq_layers.errors import FewTokensWarning
 from tsq_layers.layers.expert_weights import ExpertWeights
 from tsq_layers.layers.experts import EXPERTS, split_experts
 from tsq_layers.linear import QuantLinear
@@ -353,3 +355,38 @@ def test_a_quantised_model_with_experts_can_be_pickled():
     again = pickle.loads(pickle.dumps(model))
     assert torch.equal(again(tokens()).logits, model(tokens()).logits)
     assert composites_of(again) == composites_of(model) == [f"model.layers.{index}.mlp.experts" for index in range(2)]
+
+
+class Batched(nn.Module):
+    """All experts on all tokens, with zeros for those that are not routed to one, as in Llama 4."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_experts = E
+        self.up = nn.Parameter(torch.randn(E, K, 16) * 0.1)
+
+    def forward(self, x):
+        return torch.bmm(x, self.up)
+
+
+class Routed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.experts = Batched()
+
+    def forward(self, x, chosen):
+        scores = F.one_hot(chosen, E).T.to(x)
+        return self.experts(x.repeat(E, 1, 1) * scores.unsqueeze(-1)).sum(0)
+
+
+def test_zeros_for_what_is_not_routed_are_no_tokens():
+    torch.manual_seed(0)
+    chosen = torch.randint(0, 2, (1200,))
+    chosen[:5] = 2
+    with pytest.warns(FewTokensWarning, match="2 layers of experts saw too few tokens"):
+        model = tsq.quantize(
+            Routed(), tsq.QuantConfig(bits=3, group_size=K), [{"x": torch.randn(1200, K), "chosen": chosen}]
+        )
+    layers = model.tsq_report.quantized
+    assert [layer.tokens for layer in layers] == [int((chosen == expert).sum()) for expert in range(E)]
+    assert [layer.status for layer in layers] == ["quantized", "quantized", "fallback", "fallback"]

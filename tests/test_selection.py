@@ -161,3 +161,47 @@ def test_small_calls_have_their_part_in_what_is_chosen_by(monkeypatch: pytest.Mo
     monkeypatch.setattr(selection, "settle", settle)
     tsq.quantize(nn.Sequential(nn.Linear(K, N)), settings, list(torch.randn(300, K).split(3)))
     assert chosen_by == [240, 60]
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+@pytest.mark.parametrize("last", [0, 1, 4])
+def test_the_last_tokens_are_those_that_are_not_padding(blocks: int, last: int) -> None:
+    x = torch.randn(3, 7, *([blocks, K] if blocks > 1 else [K]), dtype=torch.float64)
+    mask = torch.arange(7) < torch.tensor([7, 3, 2]).unsqueeze(1)
+    most, rest = Call(x, 2 * x, mask).split_kept(torch.tensor(last), most=5, dims=x.dim() - 2)
+    plain = Call(x[mask], 2 * x[mask]).split(last, dims=x.dim() - 2)
+    for padded, expected in zip((most, rest), plain, strict=True):
+        observers = [HessianObserver(K, blocks=blocks, dtype=torch.float64) for _ in range(2)]
+        for observer, call in zip(observers, (padded, expected), strict=True):
+            call.add_to(observer)
+        one, other = (observer.statistics() for observer in observers)
+        assert int(one.count) == int(other.count)
+        assert_close(one.hessian, other.hessian)
+        assert_close(one.deviation, other.deviation)
+
+
+def test_padding_does_not_change_what_is_chosen() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.layers = nn.Sequential(nn.Linear(K, 24), nn.ReLU(), nn.Linear(24, K))
+
+        def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+            return self.layers(x)
+
+    torch.manual_seed(1)
+    sequences = [torch.randn(1, 200, K) @ torch.randn(K, K) for _ in range(6)]
+    padded = [torch.cat([x, torch.full((1, 60, K), 100.0)], dim=1) for x in sequences]
+    ones = torch.ones(1, 200, dtype=torch.long)
+    calls = [
+        [{"x": x, "attention_mask": mask} for x in given]
+        for given, mask in ((sequences, ones), (padded, torch.cat([ones, torch.zeros(1, 60, dtype=torch.long)], dim=1)))
+    ]
+    config = QuantConfig(bits=2, group_size=4, damping="auto", deviation_strength="auto", deviation_damping="auto")
+    plain, other = (tsq.report(tsq.quantize(Net(), config, batches)).layers for batches in calls)
+    for one, two in zip(plain, other, strict=True):
+        assert one.tokens == two.tokens == 1200
+        assert (one.damping, one.deviation_strength) == (two.damping, two.deviation_strength)
+        assert one.deviation_damping == two.deviation_damping
+        assert_close(torch.tensor(one.losses["refine"]), torch.tensor(two.losses["refine"]), rtol=1e-2, atol=0)

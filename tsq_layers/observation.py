@@ -15,7 +15,7 @@ from tsq_layers.parking import Parking
 from tsq_layers.records import LayerStatistics
 from tsq_layers.targets import Target
 
-VALIDATION_SHARE = 0.2  # of a layer's tokens, the last of each call, where something is chosen on tokens not fitted
+VALIDATED = 5  # of so many tokens of a layer one, the last of each call, where something is chosen on tokens not fitted
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ class Observation:
     _fitted: dict[str, HessianObserver] = field(default_factory=dict)
     _held_out: dict[str, HessianObserver] = field(default_factory=dict)
     _validated: dict[str, HessianObserver] = field(default_factory=dict)
-    _tokens: dict[str, int] = field(default_factory=dict)
+    _tokens: dict[str, int] = field(default_factory=dict)  # without padding masks
+    _kept: dict[str, Tensor] = field(default_factory=dict)  # with, padding left out
 
     def has(self, name: str) -> bool:
         """Whether there are statistics of a layer to be taken."""
@@ -102,6 +103,9 @@ class Observation:
                 if reference.shape != x.shape:
                     reference = x  # the streams took different ways: no deviation here but that of rounding
             mask = self.padding_mask(role.batch, first.name, x)
+            if first.pool is not None:  # some models run all experts on all tokens, with zeros for what is not routed
+                routed = x.any(-1)
+                mask = routed if mask is None else routed & (mask.reshape(routed.shape) != 0)
             x = first.rounded(x)
             if role.held_out:
                 observed = self._held_out.setdefault(first.name, first.observer())
@@ -113,15 +117,22 @@ class Observation:
                 call.add_to(observed)
                 return
             dims = 1 if first.blocks == 1 else 2
-            fitted, validated = call.split(self._to_validate(first.name, x.shape[:-dims].numel()), dims)
+            fitted, validated = self._split(first.name, call, dims)
             fitted.add_to(observed)
             validated.add_to(self._validated.setdefault(first.name, first.observer(guided=True)))
 
-    def _to_validate(self, name: str, tokens: int) -> int:
-        """How many tokens of a call are not fitted. The share is that of all calls so far: a call may have but one token."""
-        before = self._tokens.get(name, 0)
-        self._tokens[name] = before + tokens
-        return int(VALIDATION_SHARE * self._tokens[name]) - int(VALIDATION_SHARE * before)
+    def _split(self, name: str, call: Call, dims: int) -> tuple[Call, Call]:
+        """What is fitted of a call, and what is not. The share is that of all calls so far: a call may have but one token."""
+        tokens = call.x.shape[:-dims].numel()
+        if call.mask is None:
+            before = self._tokens.get(name, 0)
+            self._tokens[name] = before + tokens
+            return call.split(self._tokens[name] // VALIDATED - before // VALIDATED, dims)
+        kept = (call.mask != 0).sum()
+        seen = self._kept.get(name, torch.zeros_like(kept))
+        self._kept[name] = seen + kept
+        last = (seen + kept) // VALIDATED - seen // VALIDATED
+        return call.split_kept(last, min(tokens, tokens // VALIDATED + 1), dims)
 
     def _weights(self, target: Target, role: Role, arrival: lockstep.Arrival) -> Tensor | None:
         """How much the tokens of a call count, (T, k); all alike where the gradient pass did not see it."""

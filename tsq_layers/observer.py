@@ -58,6 +58,35 @@ class Call:
         )  # fmt: skip
         return tuple(Call(*(part[index] for part in given)) for index in (0, 1))  # type: ignore[arg-type, return-value]
 
+    def split_kept(self, last: Tensor, most: int, dims: int = 1) -> tuple["Call", "Call"]:
+        """The same where some tokens are padding, which are not counted; without asking the device how many are none.
+
+        Args:
+            last: how many, an integer scalar.
+            most: that it is at most.
+            dims: as in :meth:`split`.
+
+        Example:
+            >>> call = Call(torch.arange(4.0).reshape(4, 1), mask=torch.tensor([1, 1, 1, 0]))
+            >>> first, last = call.split_kept(torch.tensor(1), most=2)
+            >>> first.mask, last.x[last.mask]
+            (tensor([ True,  True, False, False]), tensor([[2.]]))
+        """
+        assert self.mask is not None
+        kept = self.mask.reshape(-1) != 0
+        rank = kept.cumsum(0)
+        held = kept & (rank > kept.sum() - last)
+        places = held.to(torch.uint8).argsort(stable=True)[len(held) - most :]
+
+        def part(values: Tensor | None, dims: int) -> Tensor | None:
+            return None if values is None else values.reshape(len(kept), *values.shape[values.dim() - dims :])[places]
+
+        weights = None if self.weights is None else self.weights.reshape(len(kept), -1)
+        return (
+            Call(self.x, self.reference, kept & ~held, self.weights),
+            Call(part(self.x, dims), part(self.reference, dims), held[places], part(weights, 1)),  # type: ignore[arg-type]
+        )
+
 
 class HessianObserver(nn.Module):
     """Accumulates Σ x xᵀ, Σ (x − x̃) xᵀ and the number of tokens over the inputs of a layer.
