@@ -316,3 +316,15 @@ def test_an_error_leaves_both_models_as_they_were():
     assert all(torch.equal(tensor, weights[name]) for name, tensor in reference.state_dict().items())
     assert not preparation.is_prepared(reference)
     tsq.refine(model, reference, data())
+
+
+def test_zeros_of_a_pruned_checkpoint_stay():
+    reference = network()
+    with torch.no_grad():
+        for layer in (reference[0], reference[2]):
+            layer.weight.mul_(layer.weight.abs() > layer.weight.abs().median())
+    model = tsq.refine(made(reference), reference, data(), config=tsq.QuantConfig(joint_rounds=2))
+    for name in ("0", "2"):
+        pruned = reference.get_submodule(name).weight == 0
+        assert pruned.any()
+        assert (model.get_submodule(name).dequantize(torch.float32)[pruned] == 0).all()

@@ -174,6 +174,7 @@ def _started(target: Target, config: QuantConfig, matrix: QuantLinear) -> Target
         "scale_dtype": dtype_name(matrix.scale_dtype),
         "rotation": matrix.rotation,
         "activation_bits": matrix.activation_bits,
+        "keep_zeros": target.config.keep_zeros,
     }
     return dataclasses.replace(target, config=dataclasses.replace(config, **_PREPARED, **own), given=weight)
 
