@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import tsq_layers as tsq
 import tsq_layers.checkpoint
 from tsq_layers import grid
 from tsq_layers.checkpoint import load, save, writing
@@ -767,3 +768,12 @@ def test_another_model_is_refused_and_stays_as_it_was(saved: Path, case: str, de
     with pytest.raises(CheckpointError, match=message):
         load(saved, fresh)
     assert snapshot(fresh) == before
+
+
+def test_a_prepared_model_is_not_loaded_into(tmp_path):
+    made = nn.Sequential(nn.Linear(32, 16))
+    tsq.save(tsq.quantize(made, tsq.QuantConfig(bits=4, group_size=16, method="rtn")), tmp_path)
+    model = tsq.prepare(nn.Sequential(nn.Linear(32, 16)), tsq.QuantConfig(bits=4, group_size=16))
+    with pytest.raises(StateError, match=r"call unprepare\(model\) before load"):
+        tsq.load(tmp_path, model)
+    tsq.load(tmp_path, tsq.unprepare(model))

@@ -18,11 +18,12 @@ from tsq_layers.checkpoint.description import (
 )
 from tsq_layers.checkpoint.headers import AGAIN, description_from_headers, is_described, outlined, tensor_files
 from tsq_layers.checkpoint.planning import Plan, plan
-from tsq_layers.errors import CheckpointError
+from tsq_layers.errors import CheckpointError, StateError
 from tsq_layers.hosts import tell_host
 from tsq_layers.layers import composite_of, replace, split_of
 from tsq_layers.layers.composites import share_hooks
 from tsq_layers.linear import QuantLinear
+from tsq_layers.preparation import is_prepared
 
 
 def load(path: str | os.PathLike[str], model: nn.Module, *, device: torch.device | str | None = None) -> nn.Module:
@@ -43,6 +44,7 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, device: torch.device
         The model. If it is itself a quantised layer: the new layer, and ``model`` is not changed.
 
     Raises:
+        StateError: the model is prepared.
         CheckpointError: a file that is missing, damaged, foreign or too new; or a model that does
             not have the layers, tensors and shapes that were saved.
 
@@ -54,6 +56,10 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, device: torch.device
         ...     load(directory, nn.Linear(16, 8, device="meta")).bits
         2
     """
+    if is_prepared(model):
+        raise StateError(
+            "the model is prepared, and its observers would stay on the packed layers; call unprepare(model) before load"
+        )
     directory = Path(path)
     description = _read_description(directory)
     splits = splits_of(model, description.composites)
