@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
+import tsq_layers as tsq
 from tsq_layers.config import QuantConfig
 from tsq_layers.errors import StateError
 from tsq_layers.records import LayerStatistics
@@ -17,6 +18,7 @@ from tsq_layers.report import STEPS
 from tsq_layers.solver import SolverResult, TwoStageGroupQuantizer, objective
 from tsq_layers.solver.steps import asked_for
 
+pytestmark = pytest.mark.filterwarnings("ignore::tsq_layers.errors.FewTokensWarning")
 N, K, GROUP, TOKENS = 12, 22, 8, 200
 WAYS = {
     "lnq": {"method": "lnq"},
@@ -209,3 +211,37 @@ def test_fields_of_other_methods_are_not_looked_at(changes: dict[str, Any]) -> N
     assert torch.equal(found.scales, expected.scales)
     assert found.offsets is None
     assert found.outliers is None
+
+
+def test_held_out_losses_are_relative_to_the_held_out_outputs() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(TOKENS, K)
+    model = torch.nn.Linear(K, N, bias=False)
+    wrapped = torch.nn.Sequential(model)
+    expected = model.weight.detach().clone()
+    other = 10 * torch.randn(50, K)
+    layer = tsq.report(tsq.quantize(wrapped, QuantConfig(bits=3, group_size=GROUP), [x], held_out=[other])).layers[0]
+    difference = wrapped[0].dequantize(torch.float32) - expected
+    ratio = float((other @ difference.T).square().sum() / (other @ expected.T).square().sum())
+    assert layer.held_out_losses["refine"] == pytest.approx(ratio, rel=1e-3)
+
+
+@pytest.mark.parametrize("changes", [{"outliers": 0.02}, {"outlier_columns": 2}], ids=str)
+def test_outliers_of_a_layer_do_not_depend_on_the_others_with_its_input(changes: dict[str, Any]) -> None:
+    class Pair(torch.nn.Module):
+        def __init__(self, names: str) -> None:
+            super().__init__()
+            for name in names:
+                torch.manual_seed(ord(name))
+                layer = torch.nn.Linear(64, 32, bias=False)
+                layer.weight.data *= 0.1 if name == "b" else 1.0
+                self.add_module(name, layer)
+
+        def forward(self, x: Tensor) -> list[Tensor]:
+            return [child(x) for child in self.children()]
+
+    x = normal(400, 64).float()
+    config = QuantConfig(bits=3, group_size=32, method="quantease", **changes)
+    both, one = (tsq.quantize(Pair(names), config, [x]) for names in ("ab", "b"))
+    assert torch.equal(both.b.dequantize(torch.float32), one.b.dequantize(torch.float32))
+    assert both.b.bits_per_weight == one.b.bits_per_weight

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import warnings
 from collections import Counter, UserDict
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -14,8 +15,14 @@ from torch.nn.utils import prune
 
 import tsq_layers as tsq
 from tsq_layers import batches as batch_forms
-from tsq_layers import solving
-from tsq_layers.errors import CalibrationError, FewTokensWarning, SameInputWarning, SkippedLayerWarning
+from tsq_layers import conversion, solving
+from tsq_layers.errors import (
+    CalibrationError,
+    FewTokensWarning,
+    SameInputWarning,
+    ScaleRangeWarning,
+    SkippedLayerWarning,
+)
 from tsq_layers.observer import HessianObserver
 
 CONFIG = tsq.QuantConfig(bits=3, group_size=16)
@@ -955,3 +962,67 @@ def test_an_expert_that_needs_no_statistics_is_no_fallback():
     config = dataclasses.replace(CONFIG, overrides={"experts.1": {"method": "rtn"}})
     report = tsq.quantize(Routed(), config, [torch.randn(400, 16)]).tsq_report
     assert [entry.status for entry in report.layers] == ["quantized", "quantized", "fallback"]
+
+
+@pytest.mark.parametrize(
+    ("factor", "options"),
+    [(1e-9, {}), (1e9, {}), (1e9, {"zero_points": "float"}), (1e9, {"method": "lnq"}), (1e9, {"method": "rtn"})],
+    ids=str,
+)
+def test_scales_that_their_dtype_cannot_hold_are_warned_of(factor, options):
+    def made():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 4))
+        model[0].weight.data *= factor
+        model[1].weight.data[:2] = 0  # no scale is needed for these
+        return model
+
+    config = tsq.QuantConfig(bits=4, group_size=8, keep_zeros=False, **options)
+    with pytest.warns(
+        ScaleRangeWarning, match=r"cannot hold the scales of 0 \(8 of 8 rows\), whose weights .* set scale_dtype='"
+    ):
+        tsq.quantize(made(), config, [torch.randn(512, 16)])
+    wide = made()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ScaleRangeWarning)
+        tsq.quantize(wide, dataclasses.replace(config, scale_dtype="float32"), [torch.randn(512, 16)])
+    expected = made()[0].weight.detach()
+    assert (wide[0].dequantize(torch.float32) - expected).norm() < 0.2 * expected.norm()
+
+
+@pytest.mark.parametrize("at", ["replace", "model_bytes", "tell_host"])
+def test_whatever_interrupts_convert_the_model_is_still_calibrated(at, monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.MultiheadAttention(16, 2, batch_first=True), nn.Linear(16, 8))
+    forward = lambda model, x: model[1](model[0](x, x, x)[0])  # noqa: E731
+    tsq.prepare(model, tsq.QuantConfig(bits=4, group_size=8))
+    tsq.calibrate(model, [torch.randn(32, 8, 16)], forward=forward)
+    before, calls = dict(model.named_modules()), []
+
+    def interrupt(*arguments):
+        calls.append(arguments)
+        if at == "model_bytes" and len(calls) == 1:
+            return 0
+        raise KeyboardInterrupt
+
+    real = getattr(conversion, at)
+    with monkeypatch.context() as patched:
+        if at == "replace":
+            patched.setattr(conversion, at, lambda *arguments: interrupt() if not calls else real(*arguments))
+        else:
+            patched.setattr(conversion, at, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            tsq.convert(model)
+    after = dict(model.named_modules())
+    assert list(after) == list(before)
+    assert all(after[name] is before[name] for name in before)
+    assert not hasattr(model, "tsq_report")
+    assert type(tsq.convert(model)[1]) is tsq.QuantLinear
+
+
+def test_a_copy_of_a_prepared_model_sees_tied_layers_too():
+    model = nn.Sequential(nn.Linear(16, 16, bias=False), nn.ReLU(), nn.Linear(16, 16, bias=False))
+    model[2].weight = model[0].weight
+    other = copy.deepcopy(tsq.prepare(model, tsq.QuantConfig(bits=4, group_size=8)))
+    tsq.calibrate(other, [torch.randn(512, 16)])
+    assert {layer.tokens for layer in tsq.convert(other).tsq_report.quantized} == {1024}

@@ -12,7 +12,7 @@ from tsq_layers.experts import Experts
 from tsq_layers.hosts import tell_host
 from tsq_layers.layers import kind_of, replace
 from tsq_layers.layers.offloading import pass_on_hook, present
-from tsq_layers.preparation import Preparation, fetch, finish, guided_layers
+from tsq_layers.preparation import Preparation, fetch, finish, guided_layers, store
 from tsq_layers.report import LayerReport, Report, library_versions, model_bytes
 from tsq_layers.solving import solve, warn_few_tokens
 from tsq_layers.targets import Solved
@@ -35,7 +35,9 @@ def convert(model: nn.Module, *, min_coverage: float = 0.0) -> nn.Module:
         CalibrationError: no observer saw any data.
         CoverageError: less than ``min_coverage`` would be quantised; the largest gaps are named, and the
             model is still prepared.
-        LayerError, SingularHessianError: as the solver says; the model is left as it was.
+        LayerError, SingularHessianError: as the solver says.
+
+    When anything is raised the model is still prepared, and what was calibrated is kept.
     """
     preparation = fetch(model, "convert")
     check_share(min_coverage)
@@ -51,21 +53,28 @@ def convert(model: nn.Module, *, min_coverage: float = 0.0) -> nn.Module:
     parameters = parameter_reports(preparation.parameters, layers)
     check_coverage(parameters, min_coverage)
     twins = _twins(preparation, solved)
-    finish(model, twins.keys())
-    model = replace(model, twins)
-    model.tsq_report = Report(  # type: ignore[assignment]
-        layers=layers,
-        parameters=parameters,
-        distances=preparation.distances,
-        config=preparation.config,
-        size_before=before,
-        size_after=model_bytes(model),
-        paired=preparation.paired,
-        seconds=preparation.seconds,
-        versions=versions,
-    )
-    tell_host(model)
-    return model
+    converted = model
+    try:
+        finish(model, twins.keys())
+        converted = replace(model, twins)
+        vars(converted)["tsq_report"] = Report(
+            layers=layers,
+            parameters=parameters,
+            distances=preparation.distances,
+            config=preparation.config,
+            size_before=before,
+            size_after=model_bytes(converted),
+            paired=preparation.paired,
+            seconds=preparation.seconds,
+            versions=versions,
+        )
+        tell_host(converted)
+    except BaseException:
+        replace(converted, {twin: layer for layer, twin in twins.items()})
+        vars(model).pop("tsq_report", None)
+        store(model, preparation)
+        raise
+    return converted
 
 
 def check_attainable(preparation: Preparation, min_coverage: float) -> None:

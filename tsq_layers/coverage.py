@@ -82,7 +82,7 @@ def parameter_reports(owned: Iterable[Ownership], layers: Iterable[LayerReport])
 
 def check_share(wanted: float) -> None:
     """Raise :class:`~tsq_layers.errors.ConfigError` if a wanted coverage is no share, 0 to 1."""
-    if not 0 <= wanted <= 1:
+    if not isinstance(wanted, (int, float)) or not 0 <= wanted <= 1:
         raise ConfigError(f"min_coverage={wanted!r}: give a number of at least 0 and at most 1")
 
 

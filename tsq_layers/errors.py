@@ -62,6 +62,10 @@ class LostZerosWarning(TSQWarning):
     """A layer was pruned, and its configuration cannot hold a zero exactly."""
 
 
+class ScaleRangeWarning(TSQWarning):
+    """Scales, offsets or table levels lie outside of what the dtype holds that they are stored in."""
+
+
 class UnmatchedPatternWarning(TSQWarning):
     """A skip or override pattern matches no layer of the model."""
 

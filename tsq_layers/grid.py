@@ -145,8 +145,15 @@ def storable(scales: Tensor, dtype: torch.dtype) -> Tensor:
     A positive scale stays positive and finite: what would become 0 or inf is held at the ends of
     the positive range of ``dtype``.
     """
+    return scales.clamp(smallest(dtype), torch.finfo(dtype).max).to(dtype).to(scales.dtype)
+
+
+def smallest(dtype: torch.dtype) -> float:
+    """The smallest scale that ``dtype`` holds; subnormal numbers of float16 count, those of float32 do not.
+
+    Example:
+        >>> smallest(torch.float16) == 2.0**-24
+        True
+    """
     info = torch.finfo(dtype)
-    lowest = max(
-        info.smallest_normal * info.eps, torch.finfo(torch.float32).smallest_normal
-    )  # subnormals of float16 count
-    return scales.clamp(lowest, info.max).to(dtype).to(scales.dtype)
+    return max(info.smallest_normal * info.eps, torch.finfo(torch.float32).smallest_normal)

@@ -292,6 +292,31 @@ class QuantizedWeight:
         ]
 
 
+def out_of_range(stored: QuantizedWeight, weight: Tensor) -> Tensor:
+    """Rows in which numbers were held at an end of what their dtype holds, bool (N,).
+
+    Args:
+        stored: what was made of a weight.
+        weight: float (N, K); rows of zeros need no scale.
+
+    Example:
+        >>> codes, zeros = torch.ones(3, 4, dtype=torch.uint8), torch.zeros(3, 1, dtype=torch.uint8)
+        >>> scales = torch.tensor([[65504.0], [1.0], [0.0]]).half()
+        >>> stored = QuantizedWeight(codes, scales, zeros, bits=2, group_size=4, symmetric=False)
+        >>> out_of_range(stored, torch.tensor([[1e9], [3.0], [1e-9]]).expand(3, 4))
+        tensor([ True, False,  True])
+    """
+    numbers = [
+        values for values in (stored.scales, stored.offsets, stored.tables) if values is not None and values.numel()
+    ]
+    found = torch.zeros(len(weight), dtype=torch.bool, device=weight.device)
+    for values in numbers:
+        found |= (values.abs() >= torch.finfo(values.dtype).max).flatten(1).any(1)
+    if stored.scales.numel():
+        found |= (stored.scales <= grid.smallest(stored.scales.dtype)).all(1) & (weight != 0).any(1)
+    return found
+
+
 def stacked(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
     """The rows of several weights of one width, group size and kind as one; the inverse of :meth:`QuantizedWeight.split`.
 

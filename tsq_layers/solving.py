@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from tsq_layers.config import QuantConfig
-from tsq_layers.errors import FewTokensWarning
+from tsq_layers.errors import FewTokensWarning, ScaleRangeWarning
 from tsq_layers.layers.offloading import present
 from tsq_layers.linear import QuantLinear
 from tsq_layers.rebasing import rebase
-from tsq_layers.records import LayerStatistics, stacked
+from tsq_layers.records import LayerStatistics, out_of_range, stacked
 from tsq_layers.report import LayerReport
 from tsq_layers.solver import SolverResult, TwoStageGroupQuantizer, selection
 from tsq_layers.sync import to_host
@@ -66,10 +66,16 @@ def solve(
             stack.enter_context(present(target.module))
         while remaining:
             first = remaining[0]
-            alike = [t for t in remaining if t.config == first.config and (t.given is None) == (first.given is None)]
+            alike = [target for target in remaining if target is first or _rows_may_stack(target, first)]
             remaining = [target for target in remaining if target not in alike]
             solved |= _solve_alike(alike, statistics, held_out, shortfall, validation)
     return {target.name: solved[target.name] for target in targets}
+
+
+def _rows_may_stack(target: Target, other: Target) -> bool:
+    """Whether each layer is solved as by itself. Outliers are those of one layer: they are not chosen row by row."""
+    sparse = target.additions.keys() & {"outliers", "outlier_columns"}
+    return not sparse and target.config == other.config and (target.given is None) == (other.given is None)
 
 
 def _solve_alike(
@@ -99,8 +105,9 @@ def _solve_alike(
     result = TwoStageGroupQuantizer(weight, needed, config, name=name).run(held_out, start)
     if changed is not None:
         result = dataclasses.replace(result, weight=dataclasses.replace(result.weight, basis=changed.basis))
+    beyond = out_of_range(result.weight, weight)
     tokens = int(sum(to_host(*seen))) if seen and targets[0].kind.inputs is not None else None
-    return _split(targets, result, tokens, shortfall, config)
+    return _split(targets, result, tokens, shortfall, config, beyond)
 
 
 def _no_information(weight: Tensor) -> LayerStatistics:
@@ -143,18 +150,22 @@ def _split(
     tokens: int | None,
     shortfall: Shortfall | None,
     settled: QuantConfig,
+    beyond: Tensor,
 ) -> dict[str, Solved]:
     rows = [target.shape[0] for target in stack]
     weights = result.weight.split(rows)
     tables = {"losses": result.losses, "held_out_losses": result.held_out_losses, "objective": result.objective}
     numbers = [(table, step, values) for table, steps in tables.items() for step, values in steps.items()]
-    sums = _sums([values for _, _, values in numbers], rows)
-    signal = _sums([result.signal], rows)[0] if result.signal is not None else [1.0] * len(stack)
+    known = {"losses": result.signal, "held_out_losses": result.held_out_signal, "objective": result.signal}
+    signals = {table: values for table, values in known.items() if values is not None}
+    *sums, lost = _sums([*(values for _, _, values in numbers), *signals.values(), beyond], rows)
+    signal = dict(zip(signals, sums[len(numbers) :], strict=True))
+    _warn_of_range(stack, lost)
     solved: dict[str, Solved] = {}
     for index, (target, weight) in enumerate(zip(stack, weights, strict=True)):
         found: dict[str, dict[str, float]] = {table: {} for table in tables}  # what each step did to this layer
-        for (table, step, _), layer_sums in zip(numbers, sums, strict=True):
-            found[table][step] = layer_sums[index] / signal[index] if signal[index] > 0 else 0.0
+        for (table, step, _), layer_sums in zip(numbers, sums[: len(numbers)], strict=True):
+            found[table][step] = layer_sums[index] / signal[table][index] if signal[table][index] > 0 else 0.0
         _, strength, ridge = settled.settled() if target.uses_deviation else (None, None, None)
         report = dataclasses.replace(
             _entry(target),
@@ -197,6 +208,22 @@ def _entry(target: Target) -> LayerReport:
 def _share(result: SolverResult, rows: list[int], index: int) -> dict[str, float]:
     """A layer's part of the stack's time, by rows."""
     return {step: seconds * rows[index] / sum(rows) for step, seconds in result.seconds.items()}
+
+
+def _warn_of_range(stack: Sequence[Target], lost: Sequence[float]) -> None:
+    found = [
+        f"{target.name} ({int(rows)} of {target.shape[0]} rows)"
+        for target, rows in zip(stack, lost, strict=True)
+        if rows
+    ]
+    if found:
+        dtype = stack[0].config.scale_dtype
+        other = "float32" if dtype == "bfloat16" else "bfloat16' or 'float32"
+        warnings.warn(
+            f"scale_dtype={dtype!r} cannot hold the scales of {', '.join(found)}, whose weights are too large or too small for it; set scale_dtype='{other}'",
+            ScaleRangeWarning,
+            stacklevel=3,
+        )
 
 
 def _sums(values: list[Tensor], rows: list[int]) -> list[list[float]]:

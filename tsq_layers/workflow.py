@@ -15,6 +15,7 @@ from tsq_layers.batches import (
     PaddingMask,
     attention_mask,
     checked_batches,
+    copied_to,
     default_forward,
     evaluating,
     moved_to,
@@ -125,7 +126,7 @@ def calibrate(
             its last dimension (0 is padding), or ``None`` if all tokens count.
         loss: ``loss(model, batch)`` is the scalar that the model is trained for; used where the
             configuration asks for ``guidance``, which takes one forward and one backward pass of every batch,
-            all of which are then held at once. ``None``: the ``loss`` of the model's own output.
+            all of which are then held at once. A mean over tokens, as losses are. ``None``: the ``loss`` of the model's own output.
         distance: ``distance(output, wanted, batch)`` is the scalar that is lowered where the configuration has
             ``distill_epochs``, between outputs of the quantised and the full-precision model; ``None``:
             divergence of logits, or squared error. All batches are then held at once.
@@ -255,7 +256,7 @@ def _guidance(
     device = entry_device(model)
     given = loss or (lambda model, batch: model_loss(model, batch, forward))
     with evaluating(model):
-        return token_weights(model, guided, [moved_to(batch, device) for batch in batches], given)
+        return token_weights(model, guided, [copied_to(batch, device) for batch in batches], given)
 
 
 def _distilled(
@@ -278,7 +279,7 @@ def _distilled(
         given = [moved_to(batch, device) for batch in batches]
         return tuple(
             distil(
-                model, students, given, forward, epochs=config.distill_epochs, rate=config.distill_rate,
+                model, students, given, lambda model, batch: forward(model, copied_to(batch, None)), epochs=config.distill_epochs, rate=config.distill_rate,
                 distance=distance, progress=progress,
             )
         )  # fmt: skip

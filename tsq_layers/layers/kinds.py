@@ -142,6 +142,10 @@ class LayerKind:
     def __post_init__(self) -> None:
         object.__setattr__(self, "twin", _marking(self.name, self.twin))
 
+    def __deepcopy__(self, memo: dict[int, object]) -> "LayerKind":
+        """Itself: a kind is one, in a copy of a prepared model too."""
+        return self
+
     def weight(self, module: nn.Module) -> Tensor:
         """The module's weight matrix (N, K), a view of its parameter."""
         weight = module.weight

@@ -159,6 +159,7 @@ class TwoStageGroupQuantizer:
             losses=losses,
             held_out_losses=held_out_losses,
             signal=None if self.problem is None else self._signal(),
+            held_out_signal=None if self.problem is None or held_out is None else self._signal(held_out),
             objective=self._state.objective,
             damping=None if self.problem is None else self.problem.damping,
             seconds=self._state.seconds,
@@ -201,6 +202,9 @@ class TwoStageGroupQuantizer:
         left = [name for name, wanted in steps.asked_for(self.config).items() if wanted]
         return next((name for name in left if name not in self._state.seconds), None) == step
 
-    def _signal(self) -> Tensor:
+    @full_precision()
+    def _signal(self, statistics: LayerStatistics | None = None) -> Tensor:
         known = self._layer.known
-        return objective.squared_error(known.refine_target, known.hessian, known.ridge)
+        if statistics is None:
+            return objective.squared_error(known.refine_target, known.hessian, known.ridge)
+        return objective.squared_error(known.refine_target, (statistics.hessian / statistics.count).to(torch.float32))
