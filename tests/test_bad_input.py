@@ -10,6 +10,7 @@ from torch import nn
 import tsq_layers as tsq
 from tsq_layers.errors import (
     CalibrationError,
+    CheckpointError,
     ConfigError,
     FewTokensWarning,
     LayerError,
@@ -380,3 +381,26 @@ def test_batches_of_zeros_are_quantised():
 def test_every_error_of_the_library_has_its_base():
     for kind in (CalibrationError, ConfigError, LayerError, StateError):
         assert issubclass(kind, TSQError)
+
+
+def test_a_batch_of_inputs_and_labels_is_explained():
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+    batches = [(torch.randn(256, 16), torch.zeros(256))]
+    with pytest.raises(TypeError) as caught:
+        tsq.quantize(model, tsq.QuantConfig(bits=4, group_size=8), batches)
+    assert "give forward=lambda model, batch: model(batch[0])" in caught.value.__notes__[0]
+    tsq.quantize(model, tsq.QuantConfig(bits=4, group_size=8), batches, forward=lambda model, batch: model(batch[0]))
+
+
+@pytest.mark.parametrize("wrapper", ["module", "_orig_mod"])
+def test_a_model_that_was_saved_inside_a_wrapper_is_explained(wrapper, tmp_path):
+    model = nn.Module()
+    model.add_module(wrapper, nn.Sequential(nn.Linear(16, 8)))
+    tsq.save(tsq.quantize(model, tsq.QuantConfig(bits=4, group_size=8, method="rtn")), tmp_path)
+    with pytest.raises(CheckpointError, match=f"saved inside a wrapper: save its .{wrapper} instead"):
+        tsq.load(tmp_path, nn.Sequential(nn.Linear(16, 8)))
+
+
+def test_min_coverage_that_is_no_number_is_refused():
+    with pytest.raises(ConfigError, match="min_coverage='0.5': give a number"):
+        tsq.quantize(nn.Sequential(nn.Linear(16, 8)), tsq.QuantConfig(method="rtn"), min_coverage="0.5")

@@ -205,3 +205,10 @@ def test_other_outputs_are_compared_by_relative_squares(pack: object) -> None:
 def test_an_output_without_a_tensor_is_refused() -> None:
     with pytest.raises(CalibrationError, match="give distance="):
         output_distance(None, None, None)
+
+
+def test_a_distance_without_a_gradient_is_refused():
+    model = nn.Sequential(nn.Linear(16, 8))
+    config = tsq.QuantConfig(bits=3, group_size=8, distill_epochs=1)
+    with pytest.raises(CalibrationError, match="the distance is no scalar tensor with a gradient"):
+        tsq.quantize(model, config, [torch.randn(256, 16)], distance=lambda *_: torch.zeros(()))

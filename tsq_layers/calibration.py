@@ -17,6 +17,7 @@ from tsq_layers.batches import (
     Forward,
     PaddingMask,
     copied_to,
+    default_forward,
     evaluating,
     moved_to,
     peeked,
@@ -120,7 +121,15 @@ class Calibration:
         """On a copy, which tells whether the model changes what it is given."""
         given = copied_to(batch, entry_device(self.model))
         before = versions(given)
-        self.forward(self.model, given)
+        try:
+            self.forward(self.model, given)
+        except TypeError as error:
+            if self.forward is default_forward and isinstance(batch, (tuple, list)):
+                error.add_note(
+                    f"a batch that is a {type(batch).__name__} gives positional arguments, {len(batch)} here; "
+                    "if the model takes its first part only, give forward=lambda model, batch: model(batch[0])"
+                )
+            raise
         self._changes_batches = versions(given) != before
 
     def _pass(self, role: Role) -> None:

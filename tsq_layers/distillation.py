@@ -29,6 +29,7 @@ from tsq_layers.batches import Batch, Forward, with_input, with_tensors
 from tsq_layers.errors import CalibrationError
 from tsq_layers.layers.offloading import with_weight
 from tsq_layers.linear import QuantLinear
+from tsq_layers.pass_state import put_random_state, random_state
 from tsq_layers.sync import to_host
 
 Distance = Callable[[object, object, Batch], Tensor]
@@ -144,10 +145,16 @@ def _step(
     forward: Forward,
     measure: Distance,
 ) -> Tensor:
+    numbers = random_state()  # both models are to draw the same ones
     with torch.no_grad():
         wanted = forward(model, batch)
+    put_random_state(numbers)
     with torch.enable_grad(), _quantised(students, grids):
         distance = measure(forward(model, batch), wanted, batch)
+        if not isinstance(distance, Tensor) or distance.numel() != 1 or not distance.requires_grad:
+            raise CalibrationError(
+                "distillation: the distance is no scalar tensor with a gradient; give distance=f(output, wanted, batch) that depends on the output"
+            )
         distance.backward()  # type: ignore[no-untyped-call, unused-ignore]
     return distance.detach()
 

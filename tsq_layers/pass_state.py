@@ -103,14 +103,14 @@ class PassState:
     def first(self) -> Iterator[None]:
         """Around the pass that shows what passes change."""
         self._before = [_Before(module) for module in self._model.modules()]
-        numbers = _random_state()
+        numbers = random_state()
         try:
             yield
         finally:
             self.look()
             self._tensors = [tensor for before in self._before for tensor in before.changed()]
             self._start.values = [tensor.clone() for tensor in self._tensors]
-            self._random = not _equal(numbers, _random_state())
+            self._random = not _equal(numbers, random_state())
             self._start.random = numbers if self._random else None
             self._before.clear()
             self._put(self._start)
@@ -138,7 +138,7 @@ class PassState:
             contents=[copy.copy(container) for container in self._containers],
             values=[tensor.clone() for tensor in self._tensors],
             settings=_settings(),
-            random=_random_state() if self._random else None,
+            random=random_state() if self._random else None,
         )
         self._put(self._start)
         return lambda: self._put(taken)
@@ -174,7 +174,7 @@ class PassState:
             if get() != value:
                 put(value)
         if state.random is not None:
-            _put_random_state(state.random)
+            put_random_state(state.random)
 
 
 @contextmanager
@@ -222,12 +222,14 @@ def _settings() -> list[Any]:
     return [get() for get, _ in _SETTINGS]
 
 
-def _random_state() -> list[Any]:
+def random_state() -> list[Any]:
+    """The state of the random numbers of Python and of torch, on every device that is in use."""
     on_devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     return [random.getstate(), torch.get_rng_state(), *on_devices]
 
 
-def _put_random_state(state: list[Any]) -> None:
+def put_random_state(state: list[Any]) -> None:
+    """Go back to a state of :func:`random_state`."""
     of_python, on_cpu, *on_devices = state
     random.setstate(of_python)
     torch.set_rng_state(on_cpu)

@@ -19,6 +19,7 @@ from tsq_layers.errors import CheckpointError
 from tsq_layers.layers import kind_of, packed
 from tsq_layers.linear import QuantLinear
 
+_WRAPPERS = ("module", "_orig_mod")  # where DataParallel and torch.compile keep the model
 _OTHER_MODEL = "build the model with the configuration that it was saved with"
 
 
@@ -66,7 +67,9 @@ def replaced_weight(model: nn.Module, name: str, spec: LayerSpec) -> Tensor:
     try:
         module = model.get_submodule(name)
     except AttributeError:
-        raise CheckpointError(f"layer {name!r} of the checkpoint is not in this {kind}; {_OTHER_MODEL}") from None
+        wrapper = next((prefix for prefix in _WRAPPERS if f".{name}".startswith(f".{prefix}.")), None)
+        cure = _OTHER_MODEL if wrapper is None else f"the model was saved inside a wrapper: save its .{wrapper} instead"
+        raise CheckpointError(f"layer {name!r} of the checkpoint is not in this {kind}; {cure}") from None
     if isinstance(module, QuantLinear):
         raise CheckpointError(f"layer {name!r} of this {kind} is quantised already; give a freshly built float model")
     layer_kind = kind_of(module)
