@@ -41,7 +41,7 @@ def loss(c: Case, codes: Tensor, scales: Tensor, zero: Tensor | None = None) -> 
 def test_clipped_codes_and_scales_equal_the_oracle(N: int, K: int, g: int, dtype: torch.dtype, nearest: bool) -> None:
     c = case(N, K, g)
     codes, scales = clip(c, dtype, nearest)
-    wanted, wanted_scales = oracle.factors(*stored(c, dtype), clipping.FACTORS, dtype, nearest, 2)
+    wanted, wanted_scales = oracle.factors(*stored(c, dtype)[:-1], clipping.FACTORS, dtype, nearest, 2)
     assert codes.dtype == torch.uint8
     assert codes.is_contiguous()
     assert torch.equal(codes.long(), wanted)
@@ -55,7 +55,7 @@ def test_clipped_codes_and_scales_equal_the_oracle(N: int, K: int, g: int, dtype
 def test_zero_points_codes_and_scales_equal_the_oracle(N: int, K: int, g: int, bits: int, dtype: torch.dtype) -> None:
     c = case(N, K, g, bits=bits, start="random")
     codes, scales, zero = shift(c, dtype)
-    wanted, wanted_scales, wanted_zeros = oracle.zero_steps(*stored(c, dtype), dtype)
+    wanted, wanted_scales, wanted_zeros = oracle.zero_steps(*stored(c, dtype)[:-1], dtype)
     assert torch.equal(zero.long(), wanted_zeros)
     assert torch.equal(codes.long(), wanted)
     assert_close(scales, wanted_scales, rtol=torch.finfo(dtype).eps, atol=0)
@@ -70,9 +70,9 @@ CORRUPTED = {
 @pytest.mark.parametrize("corrupt", CORRUPTED.values(), ids=CORRUPTED)
 def test_results_differ_from_the_oracle_when_it_is_given_something_else(corrupt) -> None:
     c = case(N=6)
-    wanted = oracle.factors(*corrupt(c), clipping.FACTORS, torch.float32, False, 2)[1]
+    wanted = oracle.factors(*corrupt(c)[:-1], clipping.FACTORS, torch.float32, False, 2)[1]
     assert not torch.allclose(clip(c)[1], wanted, rtol=1e-6)
-    assert not torch.equal(shift(c)[0].long(), oracle.zero_steps(*corrupt(c), torch.float32)[0])
+    assert not torch.equal(shift(c)[0].long(), oracle.zero_steps(*corrupt(c)[:-1], torch.float32)[0])
 
 
 # ---- what must hold --------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ class Way(NamedTuple):
         return self.descend(c, steps, **self.options)
 
     def expected(self, c: Case, steps: int) -> Tensor:
-        return self.oracle(*c, steps, **self.options)
+        return self.oracle(*c[:-1], steps, **self.options)
 
 
 WAYS = {
@@ -142,15 +142,15 @@ def test_greedy_ends_where_no_single_code_can_be_changed_with_profit(start: str)
     c = case(N=5, K=12, start=start)
     codes = greedy.descend(c, 100)
     assert torch.equal(greedy.descend(c, 10**4), codes)
-    assert torch.equal(oracle.greedy(*c._replace(codes=codes), 1), codes.long())
+    assert torch.equal(oracle.greedy(*c._replace(codes=codes)[:-1], 1), codes.long())
 
 
 @pytest.mark.parametrize("start", STARTS)
 def test_pairs_end_where_no_two_codes_can_be_changed_with_profit(start: str) -> None:
     c = case(N=3, K=8, start=start)
     codes = pairs.descend(c, 10**4)
-    assert torch.equal(oracle.pairs(*c._replace(codes=codes), 8), codes.long())
-    assert torch.equal(oracle.greedy(*c._replace(codes=codes), 1), codes.long())
+    assert torch.equal(oracle.pairs(*c._replace(codes=codes)[:-1], 8), codes.long())
+    assert torch.equal(oracle.greedy(*c._replace(codes=codes)[:-1], 1), codes.long())
 
 
 def test_pairs_leave_minima_of_single_codes() -> None:

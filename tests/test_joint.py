@@ -26,7 +26,7 @@ def refine(
 
 
 def expected(c: Case, rounds: int, sweeps: int, ridge: float = 0.01, dtype: torch.dtype = torch.float32):
-    return oracle.joint(*c._replace(scales=grid.storable(c.scales, dtype)), rounds, sweeps, ridge, dtype)
+    return oracle.joint(*c._replace(scales=grid.storable(c.scales, dtype))[:-1], rounds, sweeps, ridge, dtype)
 
 
 def loss(c: Case, codes: Tensor, scales: Tensor) -> Tensor:

@@ -245,3 +245,36 @@ def test_outliers_of_a_layer_do_not_depend_on_the_others_with_its_input(changes:
     both, one = (tsq.quantize(Pair(names), config, [x]) for names in ("ab", "b"))
     assert torch.equal(both.b.dequantize(torch.float32), one.b.dequantize(torch.float32))
     assert both.b.bits_per_weight == one.b.bits_per_weight
+
+
+PRUNED = {
+    "joint": {"joint_rounds": 2},
+    "symmetric, joint": {"joint_rounds": 2, "symmetric": True},
+    "quantease": {"method": "quantease"},
+    "quantease, relaxed": {"method": "quantease", "descent_relax": True},
+    "quantease, nearest": {"method": "quantease", "descent_start": "nearest"},
+    "cdquant": {"method": "cdquant"},
+    "cdquant, pairs": {"method": "cdquant", "greedy_pairs": True},
+}
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+@pytest.mark.parametrize("way", PRUNED)
+def test_no_step_on_a_pruned_layer_raises_the_loss_of_a_row(way: str, bits: int) -> None:
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(300, 64, generator=generator) + 5 * torch.randn(300, 4, generator=generator) @ torch.randn(
+        4, 64, generator=generator
+    )
+    weight = torch.randn(16, 64, generator=generator)
+    weight *= weight.abs() > weight.abs().median()
+    known = LayerStatistics(x.T @ x, torch.tensor(300))
+    config = QuantConfig(bits=bits, group_size=16, deviation="none", keep_zeros=True, **PRUNED[way])
+    result = TwoStageGroupQuantizer(weight, known, config).run()
+    assert (result.weight.dequantize()[weight == 0] == 0).all()
+    steps = [step for step in result.losses if step != "initialize"]
+    for before, after in itertools.pairwise(steps):
+        if config.descent_start != "nearest":
+            assert (result.losses[after] <= result.losses[before] * (1 + 1e-4) + 1e-5).all(), (before, after)
+    free = dataclasses.replace(config, keep_zeros=False)
+    plain = TwoStageGroupQuantizer(weight, known, dataclasses.replace(free, keep_zeros=True, method="gptq")).run()
+    assert result.losses[steps[-1]].sum() < 0.8 * plain.losses["assign"].sum()

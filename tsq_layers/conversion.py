@@ -97,7 +97,8 @@ def _solve_observed(preparation: Preparation) -> dict[str, Solved]:
     seen = {name for name, observer in observers.items() if observer.hessian is not None}
     if observers and not seen:
         raise CalibrationError(
-            "no layer saw any data; call calibrate(model, batches), or run the prepared model on data, before convert"
+            "no layer saw any data; call calibrate(model, batches), or run the prepared model on data, before convert "
+            "(a model that torch.compile had compiled before is run as it was: call torch.compiler.reset() after prepare)"
         )
     if guided := guided_layers(preparation):
         raise StateError(

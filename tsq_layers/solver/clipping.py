@@ -50,7 +50,7 @@ def descend(problem: Coded, *, dtype: torch.dtype, nearest: bool, passes: int = 
         >>> bool(after.norm() < before.norm())
         True
     """
-    _, target, hessian, scales, zeros, bits, group_size = problem
+    _, target, hessian, scales, zeros, bits, group_size = problem[:-1]
     steps, scales, zeros = problem.steps(), scales.clone(), zeros.to(target.dtype)
     for _ in range(passes):
         pulled = product(grid.scaled(steps, scales, group_size) - target, hessian)
@@ -61,6 +61,8 @@ def descend(problem: Coded, *, dtype: torch.dtype, nearest: bool, passes: int = 
             goal = target[:, part] if nearest else values - divided(pulled[:, part], metric)
             candidates = [grid.storable(scales[:, group : group + 1] * factor, dtype) for factor in FACTORS]
             tried = [(scale, grid.steps(goal, scale, zero, bits)) for scale in candidates]
+            if problem.free is not None:
+                tried = [(scale, new * problem.free[:, part]) for scale, new in tried]
             scale, new = _best(values, pulled[:, part], metric, (scales[:, group : group + 1], old), tried)
             pulled[:, part.stop :] += product(new * scale - values, hessian[..., part, part.stop :])
             steps[:, part], scales[:, group : group + 1] = new, scale

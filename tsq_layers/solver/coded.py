@@ -20,6 +20,7 @@ class Coded(NamedTuple):
         zeros: float (N, G).
         bits: of a code.
         group_size: columns that share a scale; the last group may have fewer.
+        free: bool (N, K); where it is false Q is to be zero. ``None``: nowhere.
 
     Example:
         >>> import torch
@@ -39,6 +40,7 @@ class Coded(NamedTuple):
     zeros: Tensor
     bits: int
     group_size: int
+    free: Tensor | None = None
 
     def steps(self) -> Tensor:
         """The integers code − zero, in the dtype of the target, (N, K)."""

@@ -41,12 +41,14 @@ def descend(problem: Coded, sweeps: int, *, relax: bool = False) -> Tensor:
         >>> bool(after.norm() < before.norm())
         True
     """
-    _, target, hessian, scales, zeros, bits, group_size = problem
+    _, target, hessian, scales, zeros, bits, group_size = problem[:-1]
     metrics = stack(hessian)
     blocks = metrics.shape[0]
     together = max(1, _CHUNK_ELEMENTS * blocks // max(1, target.numel()))
     given = target, problem.steps(), scales.to(target.dtype), zeros.to(target.dtype)
-    rows = (fold(values, blocks) for values in given)
+    rows = [
+        fold(values, blocks) for values in (given if problem.free is None else (*given, problem.free.to(target.dtype)))
+    ]
     parts = zip(*(values.split(together) for values in (metrics, *rows)), strict=True)
     found = [_descend(*part, bits=bits, group_size=group_size, sweeps=sweeps, relax=relax) for part in parts]
     return grid.recoded(torch.cat(found).flatten(0, 1), zeros, group_size)
@@ -68,15 +70,17 @@ def _descend(
     steps: Tensor,
     scales: Tensor,
     zeros: Tensor,
+    free: Tensor | None = None,
     *,
     bits: int,
     group_size: int,
     sweeps: int,
     relax: bool,
 ) -> Tensor:
-    """:func:`descend` for some blocks: (b, K, K), twice (b, n, K) and twice (b, n, G) → steps (b, n, K)."""
+    """:func:`descend` for some blocks: (b, K, K), twice (b, n, K), twice (b, n, G) and (b, n, K) → steps (b, n, K)."""
     low = turned(-zeros)
-    run = Sweeper(hessian, target, steps, turned(scales), (low, low + grid.code_max(bits)), group_size)
+    levels = low, low + grid.code_max(bits)
+    run = Sweeper(hessian, target, steps, turned(scales), levels, group_size, None if free is None else turned(free))
     kept: tuple[Tensor, Tensor] | None = None
     for sweep in range(sweeps):
         if relax and is_relaxed(sweep, sweeps):

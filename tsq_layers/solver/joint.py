@@ -85,7 +85,13 @@ def refine_with_offsets(
     Returns:
         codes uint8 (N, K), scales (N, G) and offsets (N, G), both made of values that ``dtype`` holds.
     """
-    _, target, hessian, scales, _, bits, group_size = problem
+    target, hessian, scales, bits, group_size = (
+        problem.target,
+        problem.hessian,
+        problem.scales,
+        problem.bits,
+        problem.group_size,
+    )
     for _ in range(rounds):
         spread = offsets.spread(added, group_size, target.shape[1])
         problem = problem._replace(codes=cyclic.descend(problem._replace(target=target - spread), sweeps))

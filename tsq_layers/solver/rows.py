@@ -115,7 +115,7 @@ def _advance(step: Step, rows: Rows, found: Tensor, steps: int, patience: int) -
 
 def _pieces(problem: Coded) -> Iterator[Rows]:
     """Rows in pieces of a bounded size, ready to start."""
-    codes, target, hessian, scales, _, bits, group_size = problem
+    codes, target, hessian, scales, _, bits, group_size = problem[:-1]
     metrics, columns = stack(hessian), target.shape[1]
     curvature = metrics.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
     curvature = torch.where(curvature > 0, curvature, torch.ones_like(curvature))
@@ -126,11 +126,14 @@ def _pieces(problem: Coded) -> Iterator[Rows]:
         block = index // (len(target) // len(metrics))
         code = codes[index].to(target.dtype)
         scale = scales[index].to(target.dtype).repeat_interleave(group_size, 1).narrow(1, 0, columns)
+        weight = scale.square() * curvature.squeeze(1)[block]
         yield Rows(
             residual=_filled(slope[index] / scale),
             low=_filled(-code),
             high=_filled(grid.code_max(bits) - code),
-            weight=_filled(scale.square() * curvature.squeeze(1)[block]),
+            weight=_filled(
+                weight if problem.free is None else weight * problem.free[index]
+            ),  # no move gains anything there
             unit=_filled(scale.reciprocal()),
             first=(block * columns).unsqueeze(1),
             index=index,

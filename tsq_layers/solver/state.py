@@ -122,7 +122,7 @@ class State:
         (scales, zeros), problem = self.grids(layer), layer.known
         target = self.reduced(layer, problem.refine_target)
         codes, bits = self.chosen(layer), layer.config.bits
-        return Coded(codes, target, problem.hessian, scales, zeros, bits, layer.group_size)
+        return Coded(codes, target, problem.hessian, scales, zeros, bits, layer.group_size, layer.free)
 
     def nearest(self, layer: Layer, target: Tensor) -> Tensor:
         """The codes of the present grids or tables that are nearest to a target, uint8 (N, K)."""
@@ -151,6 +151,14 @@ class State:
         if layer.free is not None and self.codes is not None and self.zeros is not None:
             zeros = offsets.spread(self.zeros, layer.group_size, self.codes.shape[1]).to(torch.uint8)
             self.codes = torch.where(layer.free, self.codes, zeros)
+
+    def restore_rows(self, layer: Layer, before: "State") -> None:
+        """Take rows back as they were whose loss has risen, codes and grids."""
+        worse = (self.losses(layer) > before.losses(layer)).unsqueeze(1)
+        for name in ("codes", "scales", "zeros"):
+            old, new = getattr(before, name), getattr(self, name)
+            setattr(self, name, torch.where(worse, old, new))
+        self.change()
 
     def change(self) -> None:
         """Forget what is known of the state before."""

@@ -46,6 +46,7 @@ class Sweeper:
         scale: of each group, (b, G, n).
         levels: two tensors (b, G, n, …) that are handed to the choice of a column of the group.
         group_size: columns of a group.
+        free: 0 where Q is to be zero, else 1, (b, K, n); ``None``: 1 everywhere.
     """
 
     def __init__(
@@ -56,12 +57,16 @@ class Sweeper:
         scale: Tensor,
         levels: tuple[Tensor, Tensor],
         group_size: int,
+        free: Tensor | None = None,
     ) -> None:
         diagonal = hessian.diagonal(dim1=-2, dim2=-1)
         self.curvature = torch.where(diagonal > 0, diagonal, torch.ones_like(diagonal)).unsqueeze(-1)
         self.coupling = hessian / -self.curvature
         self.coupling.diagonal(dim1=-2, dim2=-1).zero_()
         self.target, self.steps, self.scale, self.levels = turned(target), turned(steps), scale, levels
+        self.free = free
+        if free is not None:
+            self.steps.mul_(free)
         self.error = torch.empty_like(self.target)
         self.blocks = _blocks(target.shape[-1], group_size)
         for leaf in itertools.chain.from_iterable(self.blocks):
@@ -108,6 +113,8 @@ class Sweeper:
         columns = zip(*working, coupling.unbind(2), strict=True)
         for column, (value, old, new, moved, carry) in enumerate(columns, start=1):
             choose(value, low, high, new)
+            if self.free is not None:
+                new.mul_(self.free[:, leaf.start + column - 1])
             torch.sub(new, old, out=moved)
             if column < width:
                 later = best.narrow(1, column, width - column)

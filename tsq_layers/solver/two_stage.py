@@ -11,6 +11,8 @@ step 2, ``"quantease"`` and ``"cdquant"`` go on from there with descents on the 
 tables instead of grids and improves codes and tables in turn. What each does is in steps.py.
 """
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -125,8 +127,11 @@ class TwoStageGroupQuantizer:
         started = clock(self._layer.weight)
         if name != "refine":
             self._state.change()
+        before = dataclasses.replace(self._state) if self._layer.free is not None else None
         step(self._layer, self._state)
         self._state.keep_zeros(self._layer)
+        if before is not None and name in ("descend", "pairs", "joint"):
+            self._state.restore_rows(self._layer, before)  # a pair that one of these zeros was half of has lost
         self._state.seconds[name] = clock(self._layer.weight) - started
 
     @full_precision()

@@ -42,7 +42,7 @@ def descend(problem: Coded, *, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tens
         >>> bool(after.norm() < before.norm())
         True
     """
-    _, target, hessian, scales, zeros, bits, group_size = problem
+    _, target, hessian, scales, zeros, bits, group_size = problem[:-1]
     steps, scales, zeros = problem.steps(), scales.clone(), zeros.clone()
     pulled = product(problem.error(), hessian)
     for group in range(scales.shape[1]):
@@ -50,7 +50,8 @@ def descend(problem: Coded, *, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tens
         metric, own = hessian[..., part, part], slice(group, group + 1)
         values = steps[:, part] * scales[:, own]
         present = (scales[:, own], zeros[:, own], steps[:, part])
-        scale, zero, new = _best(values, pulled[:, part], metric, present, bits, dtype)
+        chosen = None if problem.free is None else problem.free[:, part]
+        scale, zero, new = _best(values, pulled[:, part], metric, present, bits, dtype, chosen)
         pulled[:, part.stop :] += product(new * scale - values, hessian[..., part, part.stop :])
         steps[:, part], scales[:, own], zeros[:, own] = new, scale, zero
     return grid.recoded(steps, zeros, group_size), scales, zeros
@@ -63,6 +64,7 @@ def _best(
     present: tuple[Tensor, Tensor, Tensor],
     bits: int,
     dtype: torch.dtype,
+    free: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Scale and zero point (N, 1) and steps (N, g) of a group with the least loss of each row."""
     scale, zero, steps = present
@@ -74,6 +76,8 @@ def _best(
     for step in _STEPS:
         tried = (old_zero + step).clamp(0, grid.code_max(bits))
         integers = grid.steps(goal, old_scale, tried, bits)
+        if free is not None:
+            integers = integers * free
         best = (integers * force).sum(1, keepdim=True) / (product(integers, metric) * integers).sum(1, keepdim=True)
         best = grid.storable(torch.where((best > 0) & torch.isfinite(best), best, old_scale), dtype)
         moved = integers * best - values
