@@ -57,7 +57,7 @@ def convert(model: nn.Module, *, min_coverage: float = 0.0) -> nn.Module:
     try:
         finish(model, twins.keys())
         converted = replace(model, twins)
-        vars(converted)["tsq_report"] = Report(
+        converted.tsq_report = Report(  # type: ignore[assignment]
             layers=layers,
             parameters=parameters,
             distances=preparation.distances,
@@ -71,7 +71,8 @@ def convert(model: nn.Module, *, min_coverage: float = 0.0) -> nn.Module:
         tell_host(converted)
     except BaseException:
         replace(converted, {twin: layer for layer, twin in twins.items()})
-        vars(model).pop("tsq_report", None)
+        if hasattr(converted, "tsq_report"):
+            del converted.tsq_report
         store(model, preparation)
         raise
     return converted

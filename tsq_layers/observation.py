@@ -103,9 +103,8 @@ class Observation:
                 if reference.shape != x.shape:
                     reference = x  # the streams took different ways: no deviation here but that of rounding
             mask = self.padding_mask(role.batch, first.name, x)
-            if first.pool is not None:  # some models run all experts on all tokens, with zeros for what is not routed
-                routed = x.any(-1)
-                mask = routed if mask is None else routed & (mask.reshape(routed.shape) != 0)
+            if first.pool is not None:
+                mask = _routed(x, mask)
             x = first.rounded(x)
             if role.held_out:
                 observed = self._held_out.setdefault(first.name, first.observer())
@@ -151,6 +150,14 @@ class Observation:
         if self.parking is None or arrival is None:
             return nullcontext()
         return self.parking.present(arrival.pass_index)
+
+
+def _routed(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Which of an expert's inputs count: some models run all experts on all tokens, with zeros for what is not routed."""
+    routed = x.any(-1)
+    if mask is None:
+        return routed
+    return mask if mask.numel() != routed.numel() else routed & (mask.reshape(routed.shape) != 0)
 
 
 def _taken(observers: dict[str, HessianObserver], name: str) -> LayerStatistics | None:
