@@ -19,13 +19,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 _CONTAINERS = (dict, list, set)
-_STRUCTURE = (
-    "_parameters",
-    "_modules",
-    "_non_persistent_buffers_set",
-    "forward",
-    "training",
-)  # a pass leaves them alone
+# What a pass leaves alone; what hooks are registered is left alone too.
+_STRUCTURE = frozenset(("_parameters", "_modules", "_non_persistent_buffers_set", "forward", "training"))
 _MISSING = object()
 
 _SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
