@@ -22,6 +22,7 @@ from tsq_layers.errors import (
     SameInputWarning,
     ScaleRangeWarning,
     SkippedLayerWarning,
+    StateError,
 )
 from tsq_layers.observer import HessianObserver
 
@@ -1026,3 +1027,12 @@ def test_a_copy_of_a_prepared_model_sees_tied_layers_too():
     other = copy.deepcopy(tsq.prepare(model, tsq.QuantConfig(bits=4, group_size=8)))
     tsq.calibrate(other, [torch.randn(512, 16)])
     assert {layer.tokens for layer in tsq.convert(other).tsq_report.quantized} == {1024}
+
+
+def test_a_layer_that_was_replaced_after_prepare_is_refused():
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 8))
+    tsq.calibrate(tsq.prepare(model, tsq.QuantConfig(bits=4, group_size=8)), [torch.randn(512, 16)])
+    model[0] = nn.Linear(16, 16)
+    with pytest.raises(StateError, match="0 is another module than the one that was prepared; call unprepare"):
+        tsq.convert(model)
+    assert type(tsq.unprepare(model)[2]) is nn.Linear

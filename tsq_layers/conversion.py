@@ -31,7 +31,8 @@ def convert(model: nn.Module, *, min_coverage: float = 0.0) -> nn.Module:
         the same model (the twin, if the model itself is a single layer), with ``tsq_report``.
 
     Raises:
-        StateError: the model is not prepared, or its configuration asks for what only ``calibrate`` does.
+        StateError: the model is not prepared, its configuration asks for what only ``calibrate`` does, or a layer has
+            been replaced since.
         CalibrationError: no observer saw any data.
         CoverageError: less than ``min_coverage`` would be quantised; the largest gaps are named, and the
             model is still prepared.
@@ -52,6 +53,7 @@ def convert(model: nn.Module, *, min_coverage: float = 0.0) -> nn.Module:
     layers = _all_reports(preparation, solved)
     parameters = parameter_reports(preparation.parameters, layers)
     check_coverage(parameters, min_coverage)
+    _check_places(model, preparation, solved)
     twins = _twins(preparation, solved)
     converted = model
     try:
@@ -149,6 +151,16 @@ def _all_reports(preparation: Preparation, solved: dict[str, Solved]) -> tuple[L
                 )
             )
     return tuple(reports + preparation.left_alone)
+
+
+def _check_places(model: nn.Module, preparation: Preparation, solved: Mapping[str, Solved]) -> None:
+    """Refuse a model in which another module has taken the place of one that was prepared."""
+    present_modules = set(model.modules())
+    gone = [name for name in solved if preparation.targets[name].module not in present_modules]
+    if gone:
+        raise StateError(
+            f"{gone[0]} is another module than the one that was prepared; call unprepare(model) and start again with the model as it is now"
+        )
 
 
 def _twins(preparation: Preparation, solved: Mapping[str, Solved]) -> dict[nn.Module, nn.Module]:
