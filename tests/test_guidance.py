@@ -308,3 +308,27 @@ def test_a_loss_that_is_no_number_is_refused_with_its_batch(value: float) -> Non
 
     with pytest.raises(CalibrationError, match=f"the loss of batch 1 is {value}; leave that batch out"):
         token_weights(model, {"0": Watched(model[0], 2)}, batches(), wrong)
+
+
+def test_an_experts_tokens_weigh_alike_however_many_of_a_batch_go_to_it() -> None:
+    class Routed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.expert = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, batch: tuple[Tensor, int]) -> Tensor:
+            x, routed = batch
+            h = self.first(x)
+            return torch.cat([self.expert(h[:routed]), h[routed:]])
+
+    def mean(model: nn.Module, batch: tuple[Tensor, int]) -> Tensor:
+        return model(batch).square().mean()
+
+    tokens = torch.ones(100, WIDTH)
+    model = Routed()
+    found = token_weights(
+        model, {"first": Watched(model.first, 1), "expert": Watched(model.expert, 1)}, [(tokens, 4), (tokens, 40)], mean
+    )
+    few, many = (found.of("expert", batch, 0) for batch in (0, 1))
+    assert_close(few.mean(), many.mean(), rtol=1e-3, atol=0)

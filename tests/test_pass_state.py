@@ -2,6 +2,7 @@
 
 import copy
 import random
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -43,6 +44,21 @@ class InDictionary(Net):
         return self.b(h - self.kept.pop("skip"))
 
 
+class Rebound(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.features: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.features.append(x)
+        h = torch.relu(self.a(x))
+        self.features.append(h)
+        y = self.b(self.features[1] - self.features[0])
+        assert len(self.features) == 2
+        self.features = []
+        return y
+
+
 class InBuffer(Net):
     def forward(self, x: Tensor) -> Tensor:
         self.memory.copy_(x.mean(0))
@@ -71,7 +87,7 @@ def weights(model: nn.Module, data: list[Tensor], **options: object) -> list[Ten
     return [model.a.dequantize(torch.float32), model.b.dequantize(torch.float32)]
 
 
-@pytest.mark.parametrize("kind", [OnSelf, InDictionary, InBuffer])
+@pytest.mark.parametrize("kind", [OnSelf, InDictionary, Rebound, InBuffer])
 @pytest.mark.parametrize("offload", [None, "cpu"])
 def test_attributes_are_those_of_the_pass(kind: type[Net], offload: str | None) -> None:
     model = made(kind)
@@ -156,3 +172,64 @@ def test_what_no_pass_changes_costs_nothing() -> None:
     with state.first():
         model(batches()[0])
     assert (state._attributes, state._containers, state._tensors, state._random) == ([], [], [], False)
+
+
+def test_what_draws_the_batches_goes_on_with_its_random_numbers() -> None:
+    class Random(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x + 0 * torch.rand_like(x))
+
+    def drawn(given: list[Tensor]) -> Iterator[Tensor]:
+        for _ in range(4):
+            given.append(torch.randn(64, 16))
+            yield given[-1]
+
+    torch.manual_seed(5)
+    plain: list[Tensor] = []
+    for _ in drawn(plain):
+        pass
+    following = torch.rand(3)
+    model, given = made(Random), []
+    torch.manual_seed(5)
+    tsq.quantize(model, CONFIG, drawn(given))
+    assert all(torch.equal(one, other) for one, other in zip(given, plain, strict=True))
+    assert torch.equal(torch.rand(3), following)
+
+
+def test_a_parameter_that_is_made_in_the_first_pass_is_made_once() -> None:
+    class Built(Net):
+        built = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not self.built:
+                self.scale = nn.Parameter(torch.rand(16))
+                self.built += 1
+            return super().forward(x * self.scale)
+
+    model = made(Built)
+    tsq.prepare(model, CONFIG)
+    tsq.calibrate(model, batches())
+    scale = model.scale
+    model(batches()[0])
+    assert model.scale is scale
+    assert model.built == 1
+
+
+def test_precision_may_be_set_for_each_backend() -> None:
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    torch.backends.mkldnn.matmul.fp32_precision = "ieee"
+    try:
+        weights(made(Net), batches())
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = before
+
+
+def test_the_first_pass_looks_at_few_modules() -> None:
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(50)))
+    state, looked = PassState(model), []
+    find = state._find
+    state._find = lambda before: (looked.append(before), find(before))  # type: ignore[method-assign]
+    with state.first():
+        for block in range(50):
+            state.look(f"{block}.0")
+    assert len(looked) == 50 * 2 + len(list(model.modules()))

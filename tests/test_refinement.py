@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import warnings
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 import tsq_layers as tsq
 from tsq_layers import calibration, preparation
-from tsq_layers.errors import CheckpointError, ConfigError, LayerError, StateError
+from tsq_layers.errors import CheckpointError, ConfigError, LayerError, LostZerosWarning, StateError
 from tsq_layers.layers import packed
 from tsq_layers.records import LayerStatistics, stacked
 from tsq_layers.solver import TwoStageGroupQuantizer
@@ -328,3 +329,17 @@ def test_zeros_of_a_pruned_checkpoint_stay():
         pruned = reference.get_submodule(name).weight == 0
         assert pruned.any()
         assert (model.get_submodule(name).dequantize(torch.float32)[pruned] == 0).all()
+
+
+@pytest.mark.parametrize("rounds", [0, 2])
+@pytest.mark.parametrize("grid", [{"zero_points": "float"}, {"rotation": 16}, {}], ids=str)
+def test_a_pruned_layer_is_refined_on_any_grid(grid, rounds):
+    reference = network()
+    with torch.no_grad():
+        reference[0].weight.mul_(reference[0].weight.abs() > reference[0].weight.abs().median())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LostZerosWarning)
+        model = made(reference, bits=4, method="two-stage", **grid)
+        before = error(model, reference, data())
+        options = {} if rounds == 0 else {"config": tsq.QuantConfig(joint_rounds=rounds)}
+        assert error(tsq.refine(model, reference, data(), **options), reference, data()) < 1.1 * before

@@ -1036,3 +1036,17 @@ def test_a_layer_that_was_replaced_after_prepare_is_refused():
     with pytest.raises(StateError, match="0 is another module than the one that was prepared; call unprepare"):
         tsq.convert(model)
     assert type(tsq.unprepare(model)[2]) is nn.Linear
+
+
+def test_observers_are_back_where_convert_was_interrupted(monkeypatch):
+    model = tsq.prepare(nn.Sequential(nn.Linear(16, 8)), tsq.QuantConfig(bits=4, group_size=8))
+    model(torch.randn(300, 16))
+
+    def interrupt(_model):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(conversion, "tell_host", interrupt)
+        tsq.convert(model)
+    model(torch.randn(300, 16))
+    assert tsq.convert(model).tsq_report.quantized[0].tokens == 600

@@ -87,7 +87,7 @@ class Calibration:
                 self._wrap(name, target)
             first, batches = peeked(self.batches)
             self._state = PassState(self.model)
-            with self._state.first(), hooked(modules, lambda *_: self._state.look()):
+            with self._state.first(), hooked(modules, lambda name, *_: self._state.look(name)):
                 self._recording = record(modules, lambda: self._first_pass(first))
             self._experts = Experts(targets, self._recording.order)
             with tqdm(

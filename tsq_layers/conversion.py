@@ -76,6 +76,8 @@ def convert(model: nn.Module, *, min_coverage: float = 0.0) -> nn.Module:
         if hasattr(converted, "tsq_report"):
             del converted.tsq_report
         store(model, preparation)
+        if preparation.solved is None:
+            preparation.attach()
         raise
     return converted
 

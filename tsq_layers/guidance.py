@@ -106,10 +106,12 @@ def token_weights(
     for index, batch in enumerate(batches):
         value, squares = _squares_of_batch(model, layers, batch, loss)
         losses.append(value)
+        tokens = _tokens_of(squares)
         for name, found in squares.items():
             known = [part for part in found if part is not None]
             if len(known) == len(found):
-                calls[name][index] = _of_a_sum(known)
+                # Squared gradients of the sum of the losses of a batch's tokens, from those of their mean.
+                calls[name][index] = [part * tokens.to(part).square() for part in known]
             else:
                 without[name] = None
     for index, number in enumerate(to_host(*losses)):
@@ -130,10 +132,10 @@ def token_weights(
     return TokenWeights({name: _tempered(found) for name, found in calls.items()})
 
 
-def _of_a_sum(parts: Sequence[Tensor]) -> list[Tensor]:
-    """Squared gradients of the sum of the losses of a batch's tokens, from those of their mean: a token of a long batch counts like others."""
-    tokens = sum(_reached(part).sum() for part in parts)
-    return [part * torch.as_tensor(tokens, device=part.device).to(part.dtype).square() for part in parts]
+def _tokens_of(squares: Mapping[str, Sequence[Tensor | None]]) -> Tensor:
+    """How many tokens a batch has that the loss depends on: as many as any call of a layer saw (others see a part of them)."""
+    counts = [_reached(part).sum() for parts in squares.values() for part in parts if part is not None]
+    return torch.stack([count.to(counts[0].device) for count in counts]).max() if counts else torch.ones(())
 
 
 def _reached(squares: Tensor) -> Tensor:

@@ -25,7 +25,6 @@ _MISSING = object()
 
 _SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (torch.get_default_dtype, torch.set_default_dtype),
-    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
     (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
     (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp),
     (torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp),
@@ -42,7 +41,6 @@ class _State:
     contents: list[Any] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
     settings: list[Any] = field(default_factory=list)
-    random: list[Any] | None = None
 
 
 class _Before:
@@ -52,6 +50,7 @@ class _Before:
         self.module = module
         self.attributes = dict(vars(module))
         self.contents = _contents(module)
+        self._parts = _parts(module)
         held = [value for value in (*module._buffers.values(), *self.attributes.values()) if isinstance(value, Tensor)]
         self._versions = [(tensor, tensor._version) for tensor in held if not tensor.is_inference()]
 
@@ -59,11 +58,17 @@ class _Before:
         """The tensors beside parameters that have been changed in place since."""
         return [tensor for tensor, version in self._versions if tensor._version != version]
 
+    @property
+    def was_built(self) -> bool:
+        """Whether it has other parameters or children now."""
+        return self._parts != _parts(self.module)
+
 
 class PassState:
     """What the passes of a model change, as a first pass shows; each of them begins with it as it was before that one.
 
     Tensors that a pass changes in place, such as buffers, are the exception: passes begin with what the first one left.
+    So are the attributes of a module that made its parameters in that pass.
 
     Example:
         >>> class Skip(nn.Linear):
@@ -86,80 +91,110 @@ class PassState:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._attributes: list[tuple[dict[str, Any], str]] = []
+        self._attributes: list[tuple[nn.Module, str]] = []
         self._containers: list[Any] = []
         self._tensors: list[Tensor] = []
         self._random = False
+        self._outside: list[Any] = []  # random numbers of whoever asks for the passes
         self._start = _State(settings=_settings())
-        self._before: list[_Before] = []
-        self._known: set[tuple[int, str]] = set()
+        self._before: dict[str, _Before] = {}
+        self._known: set[tuple[int, str, bool]] = set()
 
     @contextmanager
     def first(self) -> Iterator[None]:
         """Around the pass that shows what passes change."""
-        self._before = [_Before(module) for module in self._model.modules()]
-        numbers = random_state()
+        self._before = {name: _Before(module) for name, module in self._model.named_modules()}
+        self._outside = random_state()
         try:
             yield
         finally:
-            self.look()
-            self._tensors = [tensor for before in self._before for tensor in before.changed()]
+            for before in self._before.values():
+                self._find(before)
+            built = {before.module for before in self._before.values() if before.was_built}
+            for place, (module, name) in enumerate(self._attributes):
+                if module in built:
+                    self._start.attributes[place] = vars(module).get(name, _MISSING)
+            self._tensors = [tensor for before in self._before.values() for tensor in before.changed()]
             self._start.values = [tensor.clone() for tensor in self._tensors]
-            self._random = not _equal(numbers, random_state())
-            self._start.random = numbers if self._random else None
+            self._random = not _equal(self._outside, random_state())
             self._before.clear()
-            self._put(self._start)
+            self._go_out()
 
-    def look(self) -> None:
-        """Within the first pass, note what it has changed so far: at its end that may be as before."""
-        for before in self._before:
-            self._find(before)
+    def look(self, name: str) -> None:
+        """Within the first pass, before a call of a layer, note what the modules that it is in have changed so far: at the end of the pass that may be as before."""
+        parts = name.split(".")
+        for end in range(len(parts)):
+            before = self._before.get(".".join(parts[:end]))
+            if before is not None:
+                self._find(before)
 
     @contextmanager
     def own(self, seed: int) -> Iterator[None]:
         """Around another pass, which begins as the first one did; its random numbers are those of the seed."""
+        self._come_in()
         if self._random:
             random.seed(seed)
             torch.manual_seed(seed)
         try:
             yield
         finally:
-            self._put(self._start)
+            self._go_out()
 
     def leave(self) -> Callable[[], None]:
         """Take the state of the pass that is suspended; the result puts it back when the pass goes on."""
         taken = _State(
-            attributes=[attributes.get(name, _MISSING) for attributes, name in self._attributes],
+            attributes=[vars(module).get(name, _MISSING) for module, name in self._attributes],
             contents=[copy.copy(container) for container in self._containers],
             values=[tensor.clone() for tensor in self._tensors],
             settings=_settings(),
-            random=random_state() if self._random else None,
         )
+        numbers = random_state() if self._random else []
+        self._go_out()
+
+        def go_on() -> None:
+            self._come_in()
+            self._put(taken)
+            if numbers:
+                put_random_state(numbers)
+
+        return go_on
+
+    def _come_in(self) -> None:
+        if self._random:
+            self._outside = random_state()
+
+    def _go_out(self) -> None:
         self._put(self._start)
-        return lambda: self._put(taken)
+        if self._random:
+            put_random_state(self._outside)
 
     def _find(self, before: "_Before") -> None:
         attributes = vars(before.module)
         for name in (*before.attributes, *(attributes.keys() - before.attributes.keys())):
-            old, new = before.attributes.get(name, _MISSING), attributes.get(name, _MISSING)
-            key = (id(before.module), name)
-            if name in _STRUCTURE or "hook" in name or key in self._known:
+            if name in _STRUCTURE or "hook" in name:
                 continue
-            if old is not new:
-                self._known.add(key)
-                self._attributes.append((attributes, name))
+            old, new = before.attributes.get(name, _MISSING), attributes.get(name, _MISSING)
+            if old is not new and self._is_news(before.module, name, whole=True):
+                self._attributes.append((before.module, name))
                 self._start.attributes.append(old)
-            elif name in before.contents and not _same(before.contents[name], new):
-                self._known.add(key)
-                self._containers.append(new)
-                self._start.contents.append(before.contents[name])
+            content = before.contents.get(name)
+            if content is not None and not _same(content, old) and self._is_news(before.module, name, whole=False):
+                self._containers.append(old)
+                self._start.contents.append(content)
+
+    def _is_news(self, module: nn.Module, name: str, *, whole: bool) -> bool:
+        key = (id(module), name, whole)
+        if key in self._known:
+            return False
+        self._known.add(key)
+        return True
 
     def _put(self, state: _State) -> None:
-        for (attributes, name), value in zip(self._attributes, state.attributes, strict=True):
+        for (module, name), value in zip(self._attributes, state.attributes, strict=True):
             if value is _MISSING:
-                attributes.pop(name, None)
+                vars(module).pop(name, None)
             else:
-                attributes[name] = value
+                vars(module)[name] = value
         for container, content in zip(self._containers, state.contents, strict=True):
             refill(container, content)
         for tensor, value in zip(self._tensors, state.values, strict=True):
@@ -168,8 +203,6 @@ class PassState:
         for (get, put), value in zip(_SETTINGS, state.settings, strict=True):
             if get() != value:
                 put(value)
-        if state.random is not None:
-            put_random_state(state.random)
 
 
 @contextmanager
@@ -200,6 +233,13 @@ def refill(container: Any, content: Any) -> None:
 
 def _contents(module: nn.Module) -> dict[str, Any]:
     return {name: copy.copy(value) for name, value in vars(module).items() if isinstance(value, _CONTAINERS)}
+
+
+def _parts(module: nn.Module) -> tuple[list[str], list[str]]:
+    """The names of the parameters and children that are there."""
+    return tuple(
+        [name for name, part in parts.items() if part is not None] for parts in (module._parameters, module._modules)
+    )  # type: ignore[return-value]
 
 
 def _same(content: Any, container: Any) -> bool:

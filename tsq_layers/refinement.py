@@ -174,9 +174,10 @@ def _started(target: Target, config: QuantConfig, matrix: QuantLinear) -> Target
         "scale_dtype": dtype_name(matrix.scale_dtype),
         "rotation": matrix.rotation,
         "activation_bits": matrix.activation_bits,
-        "keep_zeros": target.config.keep_zeros,
     }
-    return dataclasses.replace(target, config=dataclasses.replace(config, **_PREPARED, **own), given=weight)
+    refined = dataclasses.replace(config, **_PREPARED, **own)
+    keep = target.config.keep_zeros and refined.holds_zero
+    return dataclasses.replace(target, config=dataclasses.replace(refined, keep_zeros=keep), given=weight)
 
 
 def _check_same(

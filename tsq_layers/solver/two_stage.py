@@ -76,7 +76,7 @@ class TwoStageGroupQuantizer:
             objective.check_values(values, None, name)
         self.problem = None if statistics is None else objective.build(weight, statistics, config, name)
         self._state.seconds["factorise"] = clock(weight) - started
-        free = values != 0 if config.keep_zeros else None
+        free = values != 0 if config.keep_zeros and config.holds_zero else None
         self._layer = Layer(values, self.problem, config, self.group_size, name, free)
 
     def initialize_scales(self) -> None:
