@@ -44,7 +44,8 @@ def split_of(composite: Composite, module: nn.Module) -> nn.Module:
     """The split form of a module; :func:`composite_behind` tells what it is."""
     split = composite.split(module)
     take_over_mode(split, module)
-    vars(split)["_tsq_composite"] = composite.name  # not itself: its functions may be some that cannot be pickled
+    # The name alone: a copy of the model would take the functions of users along.
+    vars(split)["_tsq_composite"] = composite.name
     return split
 
 
