@@ -26,7 +26,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tsq_layers import LayerStatistics, QuantConfig, grid
+from tsq_layers import LayerStatistics, QuantConfig
+from tsq_layers.numerics import grid
 from tsq_layers.solver import gptq, objective, stage1, stage2
 from tsq_layers.solver.blocks import in_original_order
 

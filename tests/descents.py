@@ -4,7 +4,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tsq_layers import grid
+from tsq_layers.numerics import grid
 from tsq_layers.solver.coded import Coded
 
 EXACT = 1e-12  # of the signal: what sums of some ten terms in float64 leave

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from tsq_layers import grid
-from tsq_layers.records import QuantizedWeight
+from tsq_layers.numerics import grid
+from tsq_layers.numerics.weight import QuantizedWeight
 
 KINDS = ("offsets", "row tables", "group tables")
 

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 import tsq_layers as tsq
-from tsq_layers import basis as bases
-from tsq_layers.basis import Basis
 from tsq_layers.errors import LayerError
+from tsq_layers.numerics import basis as bases
+from tsq_layers.numerics.basis import Basis
 
 COLUMNS = [1, 2, 7, 24, 64, 100, 129, 320]
 BLOCKS = [2, 8, 64, 128, 256]

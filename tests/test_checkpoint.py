@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 import tsq_layers as tsq
 import tsq_layers.checkpoint
-from tsq_layers import grid
 from tsq_layers.checkpoint import load, save, writing
 from tsq_layers.config import QuantConfig
 from tsq_layers.errors import CheckpointError, StateError
 from tsq_layers.linear import QuantLinear
-from tsq_layers.records import QuantizedWeight
+from tsq_layers.numerics import grid
+from tsq_layers.numerics.weight import QuantizedWeight
 from tsq_layers.report import LayerReport, Report
 
 REPORT = Report(

@@ -9,7 +9,7 @@ from oracles import clipping as oracle
 from torch import Tensor
 from torch.testing import assert_close
 
-from tsq_layers import grid
+from tsq_layers.numerics import grid
 from tsq_layers.solver import clipping, zeros
 
 STORED = [torch.float16, torch.bfloat16, torch.float32]

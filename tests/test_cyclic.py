@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from oracles import descent as oracle
 from torch import Tensor
 
-from tsq_layers import grid
+from tsq_layers.numerics import grid
 from tsq_layers.solver import cyclic
 
 STARTS = ["nearest", "random", "lowest"]

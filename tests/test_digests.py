@@ -7,7 +7,8 @@ import torch
 from oracles import gptq as oracle
 from torch import Tensor
 
-from tsq_layers import LayerStatistics, QuantConfig, grid
+from tsq_layers import LayerStatistics, QuantConfig
+from tsq_layers.numerics import grid
 from tsq_layers.solver import TwoStageGroupQuantizer, gptq, objective
 
 SEEDS = range(8)

@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import tsq_layers as tsq
-from tsq_layers import grid
 from tsq_layers.checkpoint.writing import composites_of
 from tsq_layers.errors import FewTokensWarning
 from tsq_layers.layers.expert_weights import ExpertWeights
 from tsq_layers.layers.experts import EXPERTS, split_experts
 from tsq_layers.linear import QuantLinear
-from tsq_layers.records import QuantizedWeight
+from tsq_layers.numerics import grid
+from tsq_layers.numerics.weight import QuantizedWeight
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 

@@ -8,7 +8,7 @@ from oracles import gptq as oracle
 from torch import Tensor
 from torch.testing import assert_close
 
-from tsq_layers import grid
+from tsq_layers.numerics import grid
 from tsq_layers.solver import gptq, objective
 from tsq_layers.solver.blocks import in_original_order
 

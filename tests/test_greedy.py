@@ -13,7 +13,7 @@ from oracles import descent as oracle
 from torch import Tensor
 from torch.testing import assert_close
 
-from tsq_layers import grid
+from tsq_layers.numerics import grid
 from tsq_layers.solver import greedy, pairs, rows
 
 STARTS = ["nearest", "random", "lowest"]

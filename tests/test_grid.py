@@ -8,7 +8,7 @@ from oracles import grid as oracle
 from torch import Tensor
 from torch.testing import assert_close
 
-from tsq_layers import grid
+from tsq_layers.numerics import grid
 
 WIDTHS = range(1, 9)
 KINDS = [pytest.param(True, id="symmetric"), pytest.param(False, id="asymmetric")]

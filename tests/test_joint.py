@@ -11,7 +11,7 @@ from oracles import descent as oracle
 from torch import Tensor
 from torch.testing import assert_close
 
-from tsq_layers import grid
+from tsq_layers.numerics import grid
 from tsq_layers.solver import cyclic, joint, stage2
 
 STORED = [torch.float16, torch.bfloat16, torch.float32]

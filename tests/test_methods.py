@@ -13,7 +13,7 @@ from torch.testing import assert_close
 import tsq_layers as tsq
 from tsq_layers.config import QuantConfig
 from tsq_layers.errors import StateError
-from tsq_layers.records import LayerStatistics
+from tsq_layers.numerics.statistics import LayerStatistics
 from tsq_layers.report import STEPS
 from tsq_layers.solver import SolverResult, TwoStageGroupQuantizer, objective
 from tsq_layers.solver.steps import asked_for

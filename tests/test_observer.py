@@ -11,8 +11,8 @@ from torch.testing import assert_close
 
 from tsq_layers import observer as module
 from tsq_layers.errors import CalibrationError
+from tsq_layers.numerics.statistics import LayerStatistics
 from tsq_layers.observer import HessianObserver
-from tsq_layers.records import LayerStatistics
 
 DTYPES = [pytest.param(torch.float32, id="float32"), pytest.param(torch.float64, id="float64")]
 DOUBLE = {"rtol": 1e-10, "atol": 1e-10}

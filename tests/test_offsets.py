@@ -11,7 +11,7 @@ from oracles import offsets as oracle
 from torch import Tensor
 from torch.testing import assert_close
 
-from tsq_layers import grid
+from tsq_layers.numerics import grid
 from tsq_layers.solver import joint, offsets, stage1, stage2
 from tsq_layers.solver.blocks import product
 

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tsq_layers import packing
 from tsq_layers.errors import LayerError
+from tsq_layers.numerics import packing
 
 WIDTHS = range(1, 9)
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import tsq_layers as tsq
 from tsq_layers import rebasing
-from tsq_layers.records import LayerStatistics
+from tsq_layers.numerics.statistics import LayerStatistics
 
 BASES = {
     "rotation": {"rotation": 16},

@@ -10,9 +10,10 @@ from oracles import grid as oracle
 from torch import Tensor
 from torch.testing import assert_close
 
-from tsq_layers.basis import Basis
 from tsq_layers.errors import LayerError
-from tsq_layers.records import LayerStatistics, Outliers, QuantizedWeight
+from tsq_layers.numerics.basis import Basis
+from tsq_layers.numerics.statistics import LayerStatistics
+from tsq_layers.numerics.weight import Outliers, QuantizedWeight
 
 
 def statistics(columns: int = 3, deviation: bool = True, fill: float = 1.0) -> LayerStatistics:

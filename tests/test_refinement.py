@@ -13,7 +13,8 @@ import tsq_layers as tsq
 from tsq_layers import calibration, preparation
 from tsq_layers.errors import CheckpointError, ConfigError, LayerError, LostZerosWarning, StateError
 from tsq_layers.layers import packed
-from tsq_layers.records import LayerStatistics, stacked
+from tsq_layers.numerics.statistics import LayerStatistics
+from tsq_layers.numerics.weight import stacked
 from tsq_layers.solver import TwoStageGroupQuantizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::tsq_layers.errors.FewTokensWarning")

@@ -12,8 +12,8 @@ from torch.testing import assert_close
 import tsq_layers as tsq
 from tsq_layers.config import QuantConfig
 from tsq_layers.errors import ConfigError, FewTokensWarning
+from tsq_layers.numerics.statistics import LayerStatistics
 from tsq_layers.observer import Call, HessianObserver
-from tsq_layers.records import LayerStatistics
 from tsq_layers.solver import objective, selection
 
 pytestmark = pytest.mark.filterwarnings(f"ignore::{FewTokensWarning.__module__}.{FewTokensWarning.__name__}")

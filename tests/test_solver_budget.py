@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from tsq_layers import HessianObserver, LayerStatistics, QuantConfig, grid
+from tsq_layers import HessianObserver, LayerStatistics, QuantConfig
+from tsq_layers.numerics import grid
 from tsq_layers.solver import TwoStageGroupQuantizer, gptq, objective, stage1
 
 N, K, GROUP = 192, 512, 64

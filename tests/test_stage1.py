@@ -13,7 +13,7 @@ from oracles import stage1 as oracle
 from torch import Tensor
 from torch.testing import assert_close
 
-from tsq_layers import grid
+from tsq_layers.numerics import grid
 from tsq_layers.solver import objective, stage1
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}

@@ -9,7 +9,7 @@ from oracles import stage2 as oracle
 from torch import Tensor
 from torch.testing import assert_close
 
-from tsq_layers import grid
+from tsq_layers.numerics import grid
 from tsq_layers.solver import objective, stage2
 from tsq_layers.solver.stage2 import SmallProblem
 

@@ -10,11 +10,12 @@ from oracles import stage2 as oracle
 from torch import Tensor
 from torch.testing import assert_close
 
-from tsq_layers import grid
 from tsq_layers.config import QuantConfig
 from tsq_layers.errors import CalibrationError, DampingWarning, LayerError, SingularHessianError, StateError
+from tsq_layers.numerics import grid
+from tsq_layers.numerics.statistics import LayerStatistics
+from tsq_layers.numerics.weight import QuantizedWeight
 from tsq_layers.observer import HessianObserver
-from tsq_layers.records import LayerStatistics, QuantizedWeight
 from tsq_layers.solver import (
     SolverResult,
     TwoStageGroupQuantizer,

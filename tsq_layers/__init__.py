@@ -8,10 +8,11 @@ from tsq_layers.folding import fold_scaling
 from tsq_layers.importing import import_checkpoint
 from tsq_layers.layers import Composite, LayerKind, register, unregister
 from tsq_layers.linear import QuantLinear
+from tsq_layers.numerics.statistics import LayerStatistics
+from tsq_layers.numerics.weight import QuantizedWeight
 from tsq_layers.observer import HessianObserver
 from tsq_layers.perplexity import perplexity
 from tsq_layers.planning import Plan, plan
-from tsq_layers.records import LayerStatistics, QuantizedWeight
 from tsq_layers.refinement import refine
 from tsq_layers.report import LayerReport, Report, report
 from tsq_layers.solver import SolverResult, TwoStageGroupQuantizer

@@ -1,7 +1,7 @@
 """One pass over the words of a packed layer, for few rows of input: an unrolled sum that Inductor turns into one loop.
 
 A row of the weight is cut into T segments of R runs of h columns; segment t are fields t of the words
-(see :mod:`tsq_layers.packing`), and the scale is constant in a run.
+(see :mod:`tsq_layers.numerics.packing`), and the scale is constant in a run.
 
 Shapes: N rows of the weight (outputs), K columns (inputs), G groups a row, W words a row, M rows of
 input, L = 2^bits levels of a table.
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tsq_layers import packing
+from tsq_layers.numerics import packing
 
 _SHORTEST_RUN = 4
 """Shorter runs of one scale fill no vector; the weight is then dequantised first."""

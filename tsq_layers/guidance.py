@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from tsq_layers.batches import Batch, Forward, with_items
 from tsq_layers.errors import CalibrationError, UnguidedLayerWarning
-from tsq_layers.sync import to_host
+from tsq_layers.numerics.sync import to_host
 
 Loss = Callable[[nn.Module, Batch], Tensor]
 

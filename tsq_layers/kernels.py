@@ -37,10 +37,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from tsq_layers import grid, native, packing
-from tsq_layers.differentiation import has_dual_numbers, is_differentiated
+from tsq_layers import native
 from tsq_layers.errors import CompileWarning, LayerError
 from tsq_layers.few_rows import Format, few_rows, one_pass
+from tsq_layers.numerics import grid, packing
+from tsq_layers.numerics.autograd import has_dual_numbers, is_differentiated
 
 FEW_ROWS = 8
 """Up to this many rows of input are done in one pass over the words where that is compiled; not measured on a GPU."""
@@ -58,7 +59,7 @@ def dequantize(
     columns: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The weight matrix that packed codes stand for, bit-equal to what :mod:`tsq_layers.grid` makes of them.
+    """The weight matrix that packed codes stand for, bit-equal to what :mod:`tsq_layers.numerics.grid` makes of them.
 
     Args:
         words: packed codes, int32 (N, W).

@@ -8,9 +8,10 @@ Shapes: N out_features, K in_features, G groups a row, W words a row.
 import torch
 from torch import Tensor, nn
 
-from tsq_layers import kernels, packing, running
+from tsq_layers import kernels, running
 from tsq_layers.errors import LayerError
-from tsq_layers.records import QuantizedWeight
+from tsq_layers.numerics import packing
+from tsq_layers.numerics.weight import QuantizedWeight
 from tsq_layers.storage import PackedStorage, codebook_of, raw_bits
 
 
@@ -37,10 +38,10 @@ class QuantLinear(PackedStorage):
         tables: a look-up table for each ``"row"`` or each ``"group"``, in the place of scales and zero points.
         rotation: largest block of input columns that is rotated, a power of two; ``None`` is no rotation.
         channel_scaling: input columns are scaled. The codes are for the input in the changed basis, see
-            :mod:`tsq_layers.basis`; :attr:`weight` is for the layer's own.
+            :mod:`tsq_layers.numerics.basis`; :attr:`weight` is for the layer's own.
         outliers: entries of the sparse part, which is added to what the codes stand for.
         outlier_columns: whole columns of the sparse part instead; 0 is none.
-        activation_bits: 8 rounds inputs too, in the changed basis, see :mod:`tsq_layers.activations`.
+        activation_bits: 8 rounds inputs too, in the changed basis, see :mod:`tsq_layers.numerics.activations`.
         device: of all tensors.
         dtype: of ``bias`` and of :attr:`weight`.
 
@@ -51,7 +52,7 @@ class QuantLinear(PackedStorage):
         LayerError: an argument that is not allowed.
 
     Example:
-        >>> from tsq_layers import grid
+        >>> from tsq_layers.numerics import grid
         >>> linear = nn.Linear(64, 8)
         >>> scales, zeros = grid.minmax(linear.weight.detach(), bits=4, group_size=32, symmetric=False)
         >>> scales = grid.storable(scales, torch.float16)

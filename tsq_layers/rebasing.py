@@ -1,6 +1,6 @@
 """A layer's problem in another basis of its input, and the choice of the column scales.
 
-What comes back is plain W, H and R, so that the solver need not know; see :mod:`tsq_layers.basis`.
+What comes back is plain W, H and R, so that the solver need not know; see :mod:`tsq_layers.numerics.basis`.
 """
 
 from dataclasses import dataclass, replace
@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tsq_layers import grid
-from tsq_layers.basis import Basis, fixed_signs
 from tsq_layers.config import QuantConfig
+from tsq_layers.numerics import grid
+from tsq_layers.numerics.basis import Basis, fixed_signs
+from tsq_layers.numerics.statistics import LayerStatistics
 from tsq_layers.precision import full_precision
-from tsq_layers.records import LayerStatistics
 from tsq_layers.running import rounded
 from tsq_layers.solver import objective, stage1
 

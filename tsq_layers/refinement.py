@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from tsq_layers import preparation as preparations
-from tsq_layers.basis import fixed_signs
 from tsq_layers.batches import Batch, Forward, PaddingMask, attention_mask, checked_batches, default_forward
 from tsq_layers.calibration import Calibration
 from tsq_layers.config import QuantConfig
@@ -20,13 +19,14 @@ from tsq_layers.errors import ConfigError, LayerError, StateError
 from tsq_layers.layers import packed
 from tsq_layers.layers.offloading import present
 from tsq_layers.linear import QuantLinear
+from tsq_layers.numerics.basis import fixed_signs
+from tsq_layers.numerics.sync import to_host
 from tsq_layers.parking import Parking
 from tsq_layers.preparation import Preparation
 from tsq_layers.report import LayerReport, Report, library_versions, model_bytes
 from tsq_layers.resuming import journal_of
 from tsq_layers.solving import warn_few_tokens
 from tsq_layers.specification import dtype_name
-from tsq_layers.sync import to_host
 from tsq_layers.targets import Solved, Target
 
 _CHANGED = ("words", "scale_bits", "zero_words", "offset_bits")

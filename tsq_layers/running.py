@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tsq_layers import activations, basis, kernels, packing
-from tsq_layers.differentiation import has_dual_numbers, is_differentiated
+from tsq_layers import kernels
+from tsq_layers.numerics import activations, basis, packing
+from tsq_layers.numerics.autograd import has_dual_numbers, is_differentiated
 
 _INTEGER_ROWS = 17  # torch._int_mm takes no fewer on a GPU
 _INTEGER_MULTIPLE = 8  # of which N and K must be there

@@ -14,11 +14,12 @@ from tsq_layers.config import QuantConfig
 from tsq_layers.errors import FewTokensWarning, ScaleRangeWarning
 from tsq_layers.layers.offloading import present
 from tsq_layers.linear import QuantLinear
+from tsq_layers.numerics.statistics import LayerStatistics
+from tsq_layers.numerics.sync import to_host
+from tsq_layers.numerics.weight import out_of_range, stacked
 from tsq_layers.rebasing import rebase
-from tsq_layers.records import LayerStatistics, out_of_range, stacked
 from tsq_layers.report import LayerReport
 from tsq_layers.solver import SolverResult, TwoStageGroupQuantizer, selection
-from tsq_layers.sync import to_host
 from tsq_layers.targets import Solved, Target
 
 TOKENS_PER_COLUMN = 16  # fewer tokens than this many times K: H is noisy, and refinement fits the noise

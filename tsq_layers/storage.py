@@ -8,10 +8,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tsq_layers import grid, packing, running
-from tsq_layers.basis import Basis
+from tsq_layers import running
 from tsq_layers.errors import LayerError
-from tsq_layers.records import SCALE_DTYPES, Outliers, QuantizedWeight, check_kind
+from tsq_layers.numerics import grid, packing
+from tsq_layers.numerics.basis import Basis
+from tsq_layers.numerics.weight import SCALE_DTYPES, Outliers, QuantizedWeight, check_kind
 
 
 class PackedStorage(nn.Module):

@@ -2,7 +2,7 @@
 
 Code i of a row occupies the bits i·b … i·b + b − 1 of the row, the lowest bit first, and bit j of a
 row is bit j mod 32 of word ⌊j/32⌋. So 32 codes of b bits are b words, and where b does not divide 32
-a code may lie in two words. (Packed for running, codes lie elsewhere: see :mod:`tsq_layers.packing`.)
+a code may lie in two words. (Packed for running, codes lie elsewhere: see :mod:`tsq_layers.numerics.packing`.)
 
 Shapes: R rows, C codes a row, W = ceil(C·b/32) words a row.
 """

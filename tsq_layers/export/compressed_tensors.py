@@ -27,7 +27,7 @@ from tsq_layers.export.floats import Stored
 from tsq_layers.export.limits import Limits, check, is_exact
 from tsq_layers.kernels import zero_points
 from tsq_layers.linear import QuantLinear
-from tsq_layers.packing import unpack
+from tsq_layers.numerics.packing import unpack
 
 LIMITS = Limits(format_name="compressed-tensors", bits=(1, 2, 3, 4, 5, 6, 7, 8))
 _Scheme = tuple[int, int | None, bool]  # bits, group size, symmetric

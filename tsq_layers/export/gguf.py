@@ -29,7 +29,7 @@ from tsq_layers.export.gguf_tokenizer import tokenizer_metadata
 from tsq_layers.export.limits import Limits, check
 from tsq_layers.layers.embedding import QuantEmbedding
 from tsq_layers.linear import QuantLinear
-from tsq_layers.packing import unpack
+from tsq_layers.numerics.packing import unpack
 from tsq_layers.specification import dtype_name
 
 FILE = "model.gguf"

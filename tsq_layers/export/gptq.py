@@ -29,7 +29,7 @@ from tsq_layers.export.floats import Stored
 from tsq_layers.export.limits import Limits, check, described
 from tsq_layers.kernels import zero_points
 from tsq_layers.linear import QuantLinear
-from tsq_layers.packing import unpack
+from tsq_layers.numerics.packing import unpack
 from tsq_layers.report import library_versions
 
 LIMITS = Limits(

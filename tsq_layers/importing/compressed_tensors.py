@@ -16,7 +16,7 @@ from tsq_layers.errors import CheckpointError
 from tsq_layers.importing.files import TensorFiles
 from tsq_layers.importing.packed import PackedLayer, check_order, group_size_of, refuse, weight_of
 from tsq_layers.importing.words import padded_word_count, unpack, unpack_padded, word_count
-from tsq_layers.records import QuantizedWeight
+from tsq_layers.numerics.weight import QuantizedWeight
 
 _PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
 _FORMATS = ("pack-quantized", "int-quantized")

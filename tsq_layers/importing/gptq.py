@@ -20,7 +20,7 @@ from tsq_layers.export.bitstream import pack
 from tsq_layers.importing.files import TensorFiles
 from tsq_layers.importing.packed import PackedLayer, check_order, group_size_of, refuse, weight_of
 from tsq_layers.importing.words import WORD_BITS, unpack
-from tsq_layers.records import QuantizedWeight
+from tsq_layers.numerics.weight import QuantizedWeight
 
 BITS = (2, 3, 4, 8)
 _PARTS = ("qweight", "qzeros", "scales", "g_idx")

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from tsq_layers.errors import CheckpointError
-from tsq_layers.grid import group_count
-from tsq_layers.records import QuantizedWeight
+from tsq_layers.numerics.grid import group_count
+from tsq_layers.numerics.weight import QuantizedWeight
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tsq_layers.errors import LayerError
 from tsq_layers.layers.uses import BY_ALL, BY_ONE
-from tsq_layers.sync import to_host
+from tsq_layers.numerics.sync import to_host
 
 
 class ExpertWeights(nn.ModuleList):

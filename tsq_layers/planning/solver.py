@@ -8,8 +8,8 @@ Counted from the sources of ``tsq_layers.solver``, in float32 numbers:
 Shapes: N rows, K columns, B blocks of rows with a metric each, G groups a row.
 """
 
-from tsq_layers import grid
 from tsq_layers.config import QuantConfig
+from tsq_layers.numerics import grid
 
 _SIZE = 4  # bytes of a number
 _SCAN = 2**20  # weights that stage 1 looks at together

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from tsq_layers.config import QuantConfig
+from tsq_layers.numerics.statistics import LayerStatistics
+from tsq_layers.numerics.sync import clock
 from tsq_layers.planning.ledger import Work
 from tsq_layers.planning.parts import Solve
 from tsq_layers.planning.solver import solver_flops
-from tsq_layers.records import LayerStatistics
 from tsq_layers.solver import TwoStageGroupQuantizer
-from tsq_layers.sync import clock
 
 _LEAST_SECONDS = 0.05  # of a measurement that is repeated until then
 _COLUMNS, _FEW_ROWS, _MANY_ROWS = 256, 16, 768  # of the layers that are solved to see how fast that goes

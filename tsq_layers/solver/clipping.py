@@ -19,7 +19,7 @@ with the best values 0.0487 and 0.0124. From the nearest codes the order of thes
 import torch
 from torch import Tensor
 
-from tsq_layers import grid
+from tsq_layers.numerics import grid
 from tsq_layers.solver.blocks import fold, product, stack
 from tsq_layers.solver.coded import Coded
 

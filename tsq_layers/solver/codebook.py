@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tsq_layers import grid
+from tsq_layers.numerics import grid
 from tsq_layers.solver import kmeans, stage2
 from tsq_layers.solver.blocks import chunks, fold, product, stack
 from tsq_layers.solver.sweeper import Sweeper, turned

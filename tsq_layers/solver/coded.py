@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from tsq_layers import grid
+from tsq_layers.numerics import grid
 
 
 class Coded(NamedTuple):

@@ -12,7 +12,7 @@ That is not monotone, so the best codes of each row are kept.
 import torch
 from torch import Tensor
 
-from tsq_layers import grid
+from tsq_layers.numerics import grid
 from tsq_layers.solver.blocks import fold, stack
 from tsq_layers.solver.coded import Coded
 from tsq_layers.solver.sweeper import Sweeper, turned

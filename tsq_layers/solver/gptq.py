@@ -28,7 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tsq_layers import grid
+from tsq_layers.numerics import grid
 from tsq_layers.solver.blocks import fold, stack, take_rows
 
 _LEAF = 32  # columns that are summed one by one

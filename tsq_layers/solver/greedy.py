@@ -24,7 +24,7 @@ def descend(problem: Coded, steps: int) -> Tensor:
         codes uint8 (N, K); no row has a larger loss than at the start.
 
     Example:
-        >>> from tsq_layers import grid
+        >>> from tsq_layers.numerics import grid
         >>> w, x = torch.randn(8, 32), torch.randn(100, 32) @ torch.randn(32, 32)
         >>> scales, zeros = grid.minmax(w, 3, 16, symmetric=False)
         >>> problem = Coded(grid.quantize(w, scales, zeros, 3, 16), w, x.T @ x, scales, zeros, 3, 16)

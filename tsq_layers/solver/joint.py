@@ -35,7 +35,7 @@ def refine(problem: Coded, *, rounds: int, sweeps: int, ridge: float, dtype: tor
         codes uint8 (N, K) and scales (N, G).
 
     Example:
-        >>> from tsq_layers import grid
+        >>> from tsq_layers.numerics import grid
         >>> w, x = torch.randn(8, 32), torch.randn(100, 32) @ torch.randn(32, 32)
         >>> scales, zeros = grid.minmax(w, 2, 16, symmetric=False)
         >>> problem = Coded(grid.quantize(w, scales, zeros, 2, 16), w, x.T @ x, scales, zeros, 2, 16)

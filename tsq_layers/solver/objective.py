@@ -24,9 +24,9 @@ from torch import Tensor
 
 from tsq_layers.config import QuantConfig
 from tsq_layers.errors import CalibrationError, DampingWarning, LayerError, SingularHessianError
-from tsq_layers.records import LayerStatistics
+from tsq_layers.numerics.statistics import LayerStatistics
+from tsq_layers.numerics.sync import to_host
 from tsq_layers.solver.blocks import chunks, fold, in_original_order, product, stack, take_columns, take_rows
-from tsq_layers.sync import to_host
 
 _LARGEST_DAMPING = 1.0
 _CHUNK_ELEMENTS = 2**24  # entries of H that are factorised at once, where it has blocks: bounds the temporaries

@@ -16,7 +16,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from tsq_layers import grid
+from tsq_layers.numerics import grid
 from tsq_layers.solver import stage1, stage2
 from tsq_layers.solver.blocks import chunks, fold, product, stack
 

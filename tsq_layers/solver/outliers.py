@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tsq_layers.records import Outliers
+from tsq_layers.numerics.weight import Outliers
 from tsq_layers.solver import cyclic
 from tsq_layers.solver.blocks import product, scaled, stack
 from tsq_layers.solver.coded import Coded
@@ -103,7 +103,7 @@ def solve(
         they are stored. The loss of the layer is at most that of the start, its outliers rounded to ``dtype``.
 
     Example:
-        >>> from tsq_layers import grid
+        >>> from tsq_layers.numerics import grid
         >>> w, x = torch.randn(8, 32) ** 3, torch.randn(100, 32) @ torch.randn(32, 32)
         >>> budget = Budget(entries=8)
         >>> scales, zeros = grid.minmax(w - start(w, budget), 2, 16, symmetric=False)

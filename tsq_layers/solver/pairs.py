@@ -16,7 +16,7 @@ x_j' of all of them is one row of H away, and after one round without a move, ev
 import torch
 from torch import Tensor
 
-from tsq_layers import grid
+from tsq_layers.numerics import grid
 from tsq_layers.solver.coded import Coded
 from tsq_layers.solver.rows import Rows, advance, largest, worthwhile
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tsq_layers.records import QuantizedWeight
+from tsq_layers.numerics.weight import QuantizedWeight
 
 
 @dataclass(frozen=True, eq=False)

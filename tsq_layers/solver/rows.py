@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tsq_layers import grid
+from tsq_layers.numerics import grid
+from tsq_layers.numerics.sync import to_host
 from tsq_layers.solver.blocks import product, stack
 from tsq_layers.solver.coded import Coded
-from tsq_layers.sync import to_host
 
 LANE = 64  # a maximum over more columns is taken in two levels, of which the first is a fast kernel
 _SLACK = 64  # a gain of less than so many units of rounding is none, lest a tie goes back and forth

@@ -14,13 +14,13 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from tsq_layers import grid
 from tsq_layers.config import QuantConfig
+from tsq_layers.numerics import grid
+from tsq_layers.numerics.statistics import LayerStatistics
+from tsq_layers.numerics.sync import to_host
 from tsq_layers.precision import full_precision
-from tsq_layers.records import LayerStatistics
 from tsq_layers.solver import gptq, objective, stage1
 from tsq_layers.solver.blocks import product
-from tsq_layers.sync import to_host
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 DAMPINGS = (0.01, 0.05, 0.25)

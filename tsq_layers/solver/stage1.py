@@ -35,7 +35,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from tsq_layers import grid
+from tsq_layers.numerics import grid
 from tsq_layers.solver.blocks import chunks, stack
 
 _CHUNK_ELEMENTS = 2**20  # weights that are scanned at once: bounds the temporaries

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tsq_layers import grid
+from tsq_layers.numerics import grid
 from tsq_layers.solver.blocks import chunks, fold, stack
 
 _CHUNK_ELEMENTS = 2**21  # weights whose rows are looked at together

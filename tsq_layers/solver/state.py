@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tsq_layers import grid
 from tsq_layers.config import QuantConfig
 from tsq_layers.errors import LayerError, StateError
-from tsq_layers.records import Outliers, QuantizedWeight
+from tsq_layers.numerics import grid
+from tsq_layers.numerics.weight import Outliers, QuantizedWeight
 from tsq_layers.solver import codebook, gptq, offsets
 from tsq_layers.solver.blocks import in_original_order, product, scaled
 from tsq_layers.solver.coded import Coded

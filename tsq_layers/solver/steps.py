@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tsq_layers import grid
 from tsq_layers.config import QuantConfig
+from tsq_layers.numerics import grid
 from tsq_layers.solver import (
     clipping,
     codebook,

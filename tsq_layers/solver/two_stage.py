@@ -18,12 +18,13 @@ from torch import Tensor
 
 from tsq_layers.config import QuantConfig
 from tsq_layers.errors import LayerError
+from tsq_layers.numerics.statistics import LayerStatistics
+from tsq_layers.numerics.sync import clock
+from tsq_layers.numerics.weight import QuantizedWeight
 from tsq_layers.precision import full_precision
-from tsq_layers.records import LayerStatistics, QuantizedWeight
 from tsq_layers.solver import objective, steps
 from tsq_layers.solver.result import SolverResult
 from tsq_layers.solver.state import Layer, State
-from tsq_layers.sync import clock
 
 __all__ = ["SolverResult", "TwoStageGroupQuantizer"]
 

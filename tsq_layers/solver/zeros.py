@@ -13,7 +13,7 @@ and the change δ = s n − q of the group's weights changes the loss by δᵀ H
 import torch
 from torch import Tensor
 
-from tsq_layers import grid
+from tsq_layers.numerics import grid
 from tsq_layers.solver import clipping
 from tsq_layers.solver.blocks import product
 from tsq_layers.solver.coded import Coded

@@ -1,7 +1,7 @@
 """The share of a packed layer that one process of a tensor-parallel server runs.
 
 A layer is cut into rows (outputs) or columns (inputs). Rows of the packed buffers are rows of the
-weight. Columns are interleaved in the words (:mod:`tsq_layers.packing`), so they are unpacked, cut
+weight. Columns are interleaved in the words (:mod:`tsq_layers.numerics.packing`), so they are unpacked, cut
 and packed again: exactly, once, at loading. A cut must not part a group or a block of the rotation.
 
 Buffers are those of :class:`~tsq_layers.storage.PackedStorage`, one at a time, by name: a
@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tsq_layers import grid, packing
 from tsq_layers.errors import ConfigError
+from tsq_layers.numerics import grid, packing
 from tsq_layers.specification import LayerSpec
 
 _OF_COLUMNS = ("rotation_signs", "column_scale_bits", "outlier_places")  # have no rows

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from tsq_layers.differentiation import has_dual_numbers, is_differentiated
+from tsq_layers.numerics.autograd import has_dual_numbers, is_differentiated
 
 LARGEST = 127
 """The codes are −127 … 127: symmetric, so that no sign is favoured."""
