@@ -20,9 +20,9 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm
 
 import tsq_layers as tsq
-from tsq_layers.batches import default_forward
 from tsq_layers.errors import LayerError, SkippedLayerWarning
 from tsq_layers.layers import packed
+from tsq_layers.passes.batches import default_forward
 
 # The data are as tiny as the models.
 pytestmark = [

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from tsq_layers import lockstep
-from tsq_layers.recording import record
+from tsq_layers.passes import lockstep
+from tsq_layers.passes.recording import record
 
 
 class Log:

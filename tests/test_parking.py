@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 import tsq_layers as tsq
-from tsq_layers import calibration, parking
-from tsq_layers.parking import Parking
+from tsq_layers import calibration
+from tsq_layers.passes import offload as parking
+from tsq_layers.passes.offload import Parking
 
 CONFIG = tsq.QuantConfig(bits=3, group_size=16, skip=())
 

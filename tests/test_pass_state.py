@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import tsq_layers as tsq
-from tsq_layers.pass_state import PassState
+from tsq_layers.passes.pass_state import PassState
 
 CONFIG = tsq.QuantConfig(bits=3, group_size=8)
 pytestmark = pytest.mark.filterwarnings("ignore::tsq_layers.errors.FewTokensWarning")

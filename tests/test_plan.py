@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import tsq_layers as tsq
 from tsq_layers.errors import CalibrationError, CheckpointError, ConfigError, LayerError, StateError
-from tsq_layers.pass_state import restored
+from tsq_layers.passes.pass_state import restored
 from tsq_layers.planning import Plan, StagePlan, plan
 from tsq_layers.planning import speed as speed_of_machine
 from tsq_layers.planning.ledger import Ledger, Work

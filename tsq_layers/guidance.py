@@ -34,9 +34,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tsq_layers.batches import Batch, Forward, with_items
 from tsq_layers.errors import CalibrationError, UnguidedLayerWarning
 from tsq_layers.numerics.sync import to_host
+from tsq_layers.passes.batches import Batch, Forward, with_items
 
 Loss = Callable[[nn.Module, Batch], Tensor]
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from tsq_layers.errors import CalibrationError
 from tsq_layers.numerics.statistics import LayerStatistics
-from tsq_layers.precision import full_precision
-from tsq_layers.recording import first_tensor
+from tsq_layers.passes.modes import full_precision
+from tsq_layers.passes.recording import first_tensor
 
 _PANEL = 128  # columns of H updated by one matrix product; narrower panels waste fewer flops on the half not kept
 _CHUNK_ELEMENTS = 2**20  # inputs that are rearranged by block at once: bounds the copy

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from tsq_layers.batches import evaluating
 from tsq_layers.errors import ConfigError, LayerError
+from tsq_layers.passes.batches import evaluating
 
 # Float32 logits that are held at once while the loss is computed; 2^24 of them are 64 MiB.
 _LOGITS_AT_ONCE = 2**24

@@ -12,7 +12,7 @@ from tsq_layers.config import QuantConfig
 from tsq_layers.numerics import grid
 from tsq_layers.numerics.basis import Basis, fixed_signs
 from tsq_layers.numerics.statistics import LayerStatistics
-from tsq_layers.precision import full_precision
+from tsq_layers.passes.modes import full_precision
 from tsq_layers.running import rounded
 from tsq_layers.solver import objective, stage1
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from tsq_layers import preparation as preparations
-from tsq_layers.batches import Batch, Forward, PaddingMask, attention_mask, checked_batches, default_forward
 from tsq_layers.calibration import Calibration
 from tsq_layers.config import QuantConfig
 from tsq_layers.conversion import warn_never_called
@@ -21,7 +20,8 @@ from tsq_layers.layers.offloading import present
 from tsq_layers.linear import QuantLinear
 from tsq_layers.numerics.basis import fixed_signs
 from tsq_layers.numerics.sync import to_host
-from tsq_layers.parking import Parking
+from tsq_layers.passes.batches import Batch, Forward, PaddingMask, attention_mask, checked_batches, default_forward
+from tsq_layers.passes.offload import Parking
 from tsq_layers.preparation import Preparation
 from tsq_layers.report import LayerReport, Report, library_versions, model_bytes
 from tsq_layers.resuming import journal_of

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tsq_layers.journal import Fingerprint, Journal, fingerprint_batch, fingerprint_weights
 from tsq_layers.layers.offloading import present
-from tsq_layers.precision import AUTOCAST_DEVICES
+from tsq_layers.passes.modes import AUTOCAST_DEVICES
 from tsq_layers.preparation import Preparation
 from tsq_layers.report import library_versions
 

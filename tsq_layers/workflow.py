@@ -9,7 +9,15 @@ import torch
 from torch import nn
 
 from tsq_layers import preparation as preparations
-from tsq_layers.batches import (
+from tsq_layers.calibration import Calibration, callers_of
+from tsq_layers.config import QuantConfig
+from tsq_layers.conversion import check_attainable, convert, warn_never_called
+from tsq_layers.coverage import check_share
+from tsq_layers.distillation import Distance, Student, distil
+from tsq_layers.errors import StateError
+from tsq_layers.guidance import Loss, TokenWeights, Watched, model_loss, token_weights
+from tsq_layers.layers.offloading import entry_device
+from tsq_layers.passes.batches import (
     Batch,
     Forward,
     PaddingMask,
@@ -20,15 +28,7 @@ from tsq_layers.batches import (
     evaluating,
     moved_to,
 )
-from tsq_layers.calibration import Calibration, callers_of
-from tsq_layers.config import QuantConfig
-from tsq_layers.conversion import check_attainable, convert, warn_never_called
-from tsq_layers.coverage import check_share
-from tsq_layers.distillation import Distance, Student, distil
-from tsq_layers.errors import StateError
-from tsq_layers.guidance import Loss, TokenWeights, Watched, model_loss, token_weights
-from tsq_layers.layers.offloading import entry_device
-from tsq_layers.parking import Parking
+from tsq_layers.passes.offload import Parking
 from tsq_layers.preparation import Preparation, guided_layers
 from tsq_layers.resuming import journal_of
 from tsq_layers.solving import warn_few_tokens

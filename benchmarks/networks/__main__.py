@@ -22,9 +22,9 @@ from torch import nn
 
 import tsq_layers as tsq
 from tsq_layers import config as configuration
-from tsq_layers.batches import attention_mask, default_forward
 from tsq_layers.demo import assets, results
 from tsq_layers.errors import FewTokensWarning, SkippedLayerWarning
+from tsq_layers.passes.batches import attention_mask, default_forward
 
 NETWORKS = ("decoder", "encoder", "gpt2", "speech", "vision")
 METHODS = ("rtn", "gptq", "two-stage")

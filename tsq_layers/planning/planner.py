@@ -13,12 +13,12 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tsq_layers import preparation as preparations
-from tsq_layers.batches import Batch, Forward, default_forward
 from tsq_layers.calibration import callers_of
 from tsq_layers.config import QuantConfig
 from tsq_layers.errors import CalibrationError, ConfigError, StateError
 from tsq_layers.layers.offloading import entry_device, is_offloaded
-from tsq_layers.pass_state import restored
+from tsq_layers.passes.batches import Batch, Forward, default_forward
+from tsq_layers.passes.pass_state import restored
 from tsq_layers.planning.ledger import Work
 from tsq_layers.planning.needs import Needs
 from tsq_layers.planning.outcome import outcome, sees_too_few

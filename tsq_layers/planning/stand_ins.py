@@ -24,7 +24,7 @@ class StandIns:
         self._memory: dict[tuple[int, torch.dtype], Tensor] = {}
 
     def put(self, model: nn.Module) -> None:
-        """Replace all parameters and buffers of a model; to be done inside of :func:`tsq_layers.pass_state.restored`.
+        """Replace all parameters and buffers of a model; to be done inside of :func:`tsq_layers.passes.pass_state.restored`.
 
         Buffers of integers or truth values that have values are copied: a model may read them, and write to them.
         What TorchScript has compiled keeps its tensors, which are not in dictionaries of Python.

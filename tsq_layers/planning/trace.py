@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from tsq_layers import lockstep
-from tsq_layers.batches import Batch, Forward, attention_mask, evaluating, moved_to
 from tsq_layers.errors import CalibrationError
 from tsq_layers.layers.offloading import entry_device
+from tsq_layers.passes import lockstep
+from tsq_layers.passes.batches import Batch, Forward, attention_mask, evaluating, moved_to
+from tsq_layers.passes.recording import Recording, record
 from tsq_layers.planning.ledger import Ledger, Work
-from tsq_layers.recording import Recording, record
 
 
 @dataclass(frozen=True)

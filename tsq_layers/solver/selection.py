@@ -18,7 +18,7 @@ from tsq_layers.config import QuantConfig
 from tsq_layers.numerics import grid
 from tsq_layers.numerics.statistics import LayerStatistics
 from tsq_layers.numerics.sync import to_host
-from tsq_layers.precision import full_precision
+from tsq_layers.passes.modes import full_precision
 from tsq_layers.solver import gptq, objective, stage1
 from tsq_layers.solver.blocks import product
 

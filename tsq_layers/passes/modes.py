@@ -1,4 +1,7 @@
-"""What torch keeps for each thread: grad and inference mode, autocast, the CUDA stream, dispatch and function modes."""
+"""Settings of torch around a piece of work: products in full float32, and what torch keeps for each thread.
+
+Grad and inference mode, autocast, the CUDA stream, dispatch and function modes are kept for each thread.
+"""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -7,7 +10,26 @@ import torch
 from torch import overrides
 from torch.utils import _python_dispatch
 
-from tsq_layers.precision import AUTOCAST_DEVICES
+AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps", "hpu", "xla", "mtia", "maia", "ipu", "privateuseone")
+
+
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """No TF32 and no autocast inside; also a decorator. Everything is restored afterwards.
+
+    The backends' own switches are used: they can be read whichever way the user set them, which
+    ``torch.get_float32_matmul_precision`` cannot.
+    """
+    switches = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    allowed = [switch.fp32_precision for switch in switches]
+    with contextlib.ExitStack() as stack:
+        for kind in AUTOCAST_DEVICES:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        for switch, precision in zip(switches, allowed, strict=True):
+            switch.fp32_precision = "ieee"
+            stack.callback(setattr, switch, "fp32_precision", precision)
+        yield
 
 
 def thread_state() -> Callable[[], contextlib.AbstractContextManager[None]]:

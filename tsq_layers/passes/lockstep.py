@@ -29,8 +29,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from tsq_layers.recording import first_tensor, hooked
-from tsq_layers.thread_state import thread_state
+from tsq_layers.passes.modes import thread_state
+from tsq_layers.passes.recording import first_tensor, hooked
 
 # A wait is cut into pieces, because on some platforms Ctrl-C is not seen inside a wait.
 _POLL_SECONDS = 0.5
