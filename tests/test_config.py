@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tsq_layers.config import BEST, SCHEMA_VERSION, QuantConfig, explicit_patterns, matches
+from tsq_layers.config.quant_config import BEST, SCHEMA_VERSION, QuantConfig, explicit_patterns, matches
 from tsq_layers.errors import ConfigError, TSQError
 
 RICH = {

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 import tsq_layers as tsq
-from tsq_layers import config as configuration
+from tsq_layers.config import quant_config as configuration
 from tsq_layers.demo import assets, results
 from tsq_layers.errors import FewTokensWarning, SkippedLayerWarning
 from tsq_layers.passes.batches import attention_mask, default_forward

@@ -7,7 +7,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from tsq_layers.config import Method, QuantConfig
+from tsq_layers.config.quant_config import Method, QuantConfig
 from tsq_layers.errors import ConfigError
 from tsq_layers.export.engines import SERVICES
 from tsq_layers.export.exporting import FORMATS

@@ -9,9 +9,9 @@ from typing import Any, Literal, Self
 
 import torch
 
-from tsq_layers.checks import check_values
+from tsq_layers.config.checks import check_values
+from tsq_layers.config.patterns import check_pattern, checked_patterns, matches
 from tsq_layers.errors import ConfigError
-from tsq_layers.patterns import check_pattern, checked_patterns, matches
 
 SCHEMA_VERSION = 1
 
