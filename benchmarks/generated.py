@@ -39,9 +39,9 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from triton.backends.compiler import GPUTarget
 
 from benchmarks.running import random_layer
-from tsq_layers import kernels
-from tsq_layers.few_rows import few_rows
-from tsq_layers.linear import QuantLinear
+from tsq_layers.runtime import kernels
+from tsq_layers.runtime.linear import QuantLinear
+from tsq_layers.runtime.one_pass import few_rows
 
 TARGET = GPUTarget("cuda", 90, 32)
 # What Inductor asks for; of an H100.

@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tsq_layers as tsq
-from tsq_layers.linear import QuantLinear
 from tsq_layers.numerics import grid
+from tsq_layers.runtime.linear import QuantLinear
 
 try:  # its weight-only layers, if it is there
     from torchao.quantization import IntxWeightOnlyConfig, quantize_

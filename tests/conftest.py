@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from tsq_layers import kernels, native
+from tsq_layers.runtime import kernels, native
 
 
 @pytest.fixture(autouse=True)

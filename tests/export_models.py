@@ -11,8 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import tsq_layers as tsq
 from tsq_layers.export import directory, export
-from tsq_layers.linear import QuantLinear
 from tsq_layers.numerics.weight import QuantizedWeight
+from tsq_layers.runtime.linear import QuantLinear
 
 SIZES = {"vocab_size": 48, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}

@@ -8,11 +8,11 @@ from grid_kinds import KINDS, made
 from torch import nn
 
 import tsq_layers as tsq
-from tsq_layers import running
 from tsq_layers.errors import LayerError
 from tsq_layers.numerics import activations
 from tsq_layers.observer import HessianObserver
 from tsq_layers.passes.batches import with_input
+from tsq_layers.runtime import forward as running
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 

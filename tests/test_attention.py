@@ -11,9 +11,9 @@ from torch.nn.utils import prune
 
 from tsq_layers.errors import LayerError
 from tsq_layers.layers.attention import ATTENTION, SplitAttention, split_attention
-from tsq_layers.linear import QuantLinear
 from tsq_layers.numerics import grid
 from tsq_layers.numerics.weight import QuantizedWeight
+from tsq_layers.runtime.linear import QuantLinear
 
 N, L, S, E, H = 3, 5, 7, 8, 2
 CHILDREN = ["q_proj", "k_proj", "v_proj", "out_proj"]

@@ -19,10 +19,10 @@ import tsq_layers.checkpoint
 from tsq_layers.checkpoint import load, save, writing
 from tsq_layers.config import QuantConfig
 from tsq_layers.errors import CheckpointError, StateError
-from tsq_layers.linear import QuantLinear
 from tsq_layers.numerics import grid
 from tsq_layers.numerics.weight import QuantizedWeight
 from tsq_layers.report import LayerReport, Report
+from tsq_layers.runtime.linear import QuantLinear
 
 REPORT = Report(
     layers=(

@@ -17,9 +17,9 @@ import tsq_layers as tsq
 from tsq_layers.errors import LayerError
 from tsq_layers.layers.convolution import CONVOLUTIONS, QuantConv, patches
 from tsq_layers.layers.same_padding import QuantConvSame
-from tsq_layers.linear import QuantLinear
 from tsq_layers.numerics import grid
 from tsq_layers.numerics.weight import QuantizedWeight
+from tsq_layers.runtime.linear import QuantLinear
 
 # torch's own convolution says once that an even kernel with padding="same" costs a copy.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")

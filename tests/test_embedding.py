@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tsq_layers import kernels
 from tsq_layers.config import QuantConfig
 from tsq_layers.errors import LayerError
 from tsq_layers.layers.embedding import EMBEDDING, QuantEmbedding
-from tsq_layers.linear import QuantLinear
 from tsq_layers.numerics import grid
 from tsq_layers.numerics.statistics import LayerStatistics
 from tsq_layers.numerics.weight import QuantizedWeight
+from tsq_layers.runtime import kernels
+from tsq_layers.runtime.linear import QuantLinear
 from tsq_layers.solver import TwoStageGroupQuantizer
 
 ROWS, COLUMNS = 20, 40

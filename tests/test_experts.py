@@ -15,9 +15,9 @@ from tsq_layers.checkpoint.writing import composites_of
 from tsq_layers.errors import FewTokensWarning
 from tsq_layers.layers.expert_weights import ExpertWeights
 from tsq_layers.layers.experts import EXPERTS, split_experts
-from tsq_layers.linear import QuantLinear
 from tsq_layers.numerics import grid
 from tsq_layers.numerics.weight import QuantizedWeight
+from tsq_layers.runtime.linear import QuantLinear
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 

@@ -5,9 +5,9 @@ import torch
 from export_models import UP, quantised
 
 from tsq_layers.export import ExportError, export
-from tsq_layers.linear import QuantLinear
 from tsq_layers.numerics.basis import Basis
 from tsq_layers.numerics.weight import Outliers, QuantizedWeight
+from tsq_layers.runtime.linear import QuantLinear
 
 INDICES = torch.tensor([3, 70], dtype=torch.int32)
 ADDITIONS = {

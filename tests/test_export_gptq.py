@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from tsq_layers.export import ExportError, export
-from tsq_layers.linear import QuantLinear
+from tsq_layers.runtime.linear import QuantLinear
 
 # SHA-256 of model.safetensors, by width and symmetry
 DIGESTS = {

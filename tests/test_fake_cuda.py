@@ -16,9 +16,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 
 import tsq_layers as tsq
-from tsq_layers import distillation, eligibility, experts, few_rows, guidance, solving, workflow
+from tsq_layers import distillation, eligibility, experts, guidance, solving, workflow
 from tsq_layers.numerics import basis, grid
 from tsq_layers.numerics import weight as records
+from tsq_layers.runtime import one_pass as few_rows
 from tsq_layers.solver import gptq, objective, rows, selection, stage1
 
 # Every number that is read is large: that of the rows whose scales do not fit their dtype, too.

@@ -12,8 +12,8 @@ from torch.testing import assert_close
 
 import tsq_layers as tsq
 from tsq_layers.layers import packed
-from tsq_layers.linear import QuantLinear
 from tsq_layers.preparation import inspect
+from tsq_layers.runtime.linear import QuantLinear
 from tsq_layers.solver import selection
 
 if TYPE_CHECKING:

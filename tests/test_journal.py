@@ -41,9 +41,9 @@ from tsq_layers.journal import (
     fingerprint_weights,
     stage,
 )
-from tsq_layers.linear import QuantLinear
 from tsq_layers.report import LayerReport
-from tsq_layers.specification import LayerSpec
+from tsq_layers.runtime.linear import QuantLinear
+from tsq_layers.runtime.spec import LayerSpec
 
 needs_fcntl = pytest.mark.skipif(files.fcntl is None, reason="kills and locks of POSIX")
 

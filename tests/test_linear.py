@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
-from tsq_layers import kernels, native
 from tsq_layers.errors import LayerError
-from tsq_layers.linear import QuantLinear
 from tsq_layers.numerics import grid
 from tsq_layers.numerics.weight import QuantizedWeight
+from tsq_layers.runtime import kernels, native
+from tsq_layers.runtime.linear import QuantLinear
 
 WIDTHS = range(1, 9)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -14,11 +14,12 @@ from grid_kinds import KINDS, assert_same, made, raw_bits
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tsq_layers import few_rows, kernels, native
 from tsq_layers.errors import LayerError
 from tsq_layers.layers.convolution import CONVOLUTIONS
 from tsq_layers.layers.embedding import EMBEDDING
-from tsq_layers.linear import QuantLinear
+from tsq_layers.runtime import kernels, native
+from tsq_layers.runtime import one_pass as few_rows
+from tsq_layers.runtime.linear import QuantLinear
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDTHS = {"offsets": range(1, 9), "row tables": range(1, 5), "group tables": range(1, 5)}

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import tsq_layers as tsq
 from tsq_layers.integrations.transformers import load_causal_lm, load_tokenizer, save_causal_lm
-from tsq_layers.linear import QuantLinear
+from tsq_layers.runtime.linear import QuantLinear
 
 pytestmark = pytest.mark.filterwarnings("default")  # those of the harness are its own affair
 

@@ -10,10 +10,10 @@ from grid_kinds import made
 from torch import nn
 
 import tsq_layers as tsq
-from tsq_layers import kernels, native
 from tsq_layers.errors import CompileWarning, LayerError
-from tsq_layers.linear import QuantLinear
 from tsq_layers.numerics import grid
+from tsq_layers.runtime import kernels, native
+from tsq_layers.runtime.linear import QuantLinear
 
 KINDS = {"offsets": range(1, 9), "row tables": range(1, 5), "group tables": range(1, 5)}
 CASES = [pytest.param(kind, bits, id=f"{kind}-{bits}") for kind, widths in KINDS.items() for bits in widths]

@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import tsq_layers as tsq
 from tsq_layers.errors import ConfigError, StateError
 from tsq_layers.integrations.peft import LoraQuantLinear, add_lora, knowing_packed_layers, load_lora
-from tsq_layers.linear import QuantLinear
+from tsq_layers.runtime.linear import QuantLinear
 
 # PEFT 0.21 asks transformers for something under its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -7,8 +7,8 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tsq_layers import native
-from tsq_layers.linear import QuantLinear
+from tsq_layers.runtime import native
+from tsq_layers.runtime.linear import QuantLinear
 
 pytestmark = pytest.mark.skipif(not native.usable(), reason="no C++ compiler")
 ignore_torchs_own = pytest.mark.filterwarnings("ignore::DeprecationWarning")

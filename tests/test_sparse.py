@@ -9,10 +9,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tsq_layers as tsq
-from tsq_layers import running
 from tsq_layers.errors import LayerError
 from tsq_layers.numerics.basis import Basis
 from tsq_layers.numerics.weight import Outliers
+from tsq_layers.runtime import forward as running
 
 BASES = {"plain": lambda columns: None, "rotated": lambda columns: Basis.rotated(columns, 16)}
 KINDS = ["entries", "columns"]

@@ -41,7 +41,7 @@ from tsq_layers.cli import main
 from tsq_layers.errors import CheckpointError, ConfigError
 from tsq_layers.export import ExportError
 from tsq_layers.integrations.transformers import TsqConfig, load_causal_lm, save_causal_lm
-from tsq_layers.linear import QuantLinear
+from tsq_layers.runtime.linear import QuantLinear
 
 SIZES = {"vocab_size": 48, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 HEADS = {"num_key_value_heads": 1, "max_position_embeddings": 64}

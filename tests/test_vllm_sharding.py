@@ -13,9 +13,9 @@ from tsq_layers.errors import CheckpointError, ConfigError
 from tsq_layers.integrations.vllm import assembly, description
 from tsq_layers.integrations.vllm.assembly import Intake, Matrices, Share
 from tsq_layers.integrations.vllm.sharding import Cut, Span, part, row_spans, share_of
-from tsq_layers.linear import QuantLinear
 from tsq_layers.numerics import packing
-from tsq_layers.specification import LayerSpec
+from tsq_layers.runtime.linear import QuantLinear
+from tsq_layers.runtime.spec import LayerSpec
 
 KINDS: dict[str, dict[str, Any]] = {
     "symmetric": {"symmetric": True},

@@ -7,7 +7,6 @@ from tsq_layers.export import export
 from tsq_layers.folding import fold_scaling
 from tsq_layers.importing import import_checkpoint
 from tsq_layers.layers import Composite, LayerKind, register, unregister
-from tsq_layers.linear import QuantLinear
 from tsq_layers.numerics.statistics import LayerStatistics
 from tsq_layers.numerics.weight import QuantizedWeight
 from tsq_layers.observer import HessianObserver
@@ -15,8 +14,9 @@ from tsq_layers.perplexity import perplexity
 from tsq_layers.planning import Plan, plan
 from tsq_layers.refinement import refine
 from tsq_layers.report import LayerReport, Report, report
+from tsq_layers.runtime.linear import QuantLinear
+from tsq_layers.runtime.warmup import warmup
 from tsq_layers.solver import SolverResult, TwoStageGroupQuantizer
-from tsq_layers.warming import warmup
 from tsq_layers.workflow import calibrate, prepare, quantize, unprepare
 
 __all__ = [

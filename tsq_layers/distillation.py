@@ -24,14 +24,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
-from tsq_layers import running
 from tsq_layers.errors import CalibrationError
 from tsq_layers.layers.offloading import with_weight
-from tsq_layers.linear import QuantLinear
 from tsq_layers.numerics import grid
 from tsq_layers.numerics.sync import to_host
 from tsq_layers.passes.batches import Batch, Forward, with_input, with_tensors
 from tsq_layers.passes.pass_state import put_random_state, random_state
+from tsq_layers.runtime import forward as running
+from tsq_layers.runtime.linear import QuantLinear
 
 Distance = Callable[[object, object, Batch], Tensor]
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from tsq_layers.config.patterns import matches
 from tsq_layers.errors import ConfigError, LayerError
 from tsq_layers.layers import packed
-from tsq_layers.linear import QuantLinear
+from tsq_layers.runtime.linear import QuantLinear
 
 _READERS = "every layer that reads the norm's output must be named, and no other"
 

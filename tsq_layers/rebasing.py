@@ -13,7 +13,7 @@ from tsq_layers.numerics import grid
 from tsq_layers.numerics.basis import Basis, fixed_signs
 from tsq_layers.numerics.statistics import LayerStatistics
 from tsq_layers.passes.modes import full_precision
-from tsq_layers.running import rounded
+from tsq_layers.runtime.forward import rounded
 from tsq_layers.solver import objective, stage1
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)

@@ -17,16 +17,16 @@ from tsq_layers.conversion import warn_never_called
 from tsq_layers.errors import ConfigError, LayerError, StateError
 from tsq_layers.layers import packed
 from tsq_layers.layers.offloading import present
-from tsq_layers.linear import QuantLinear
 from tsq_layers.numerics.basis import fixed_signs
+from tsq_layers.numerics.memory import dtype_name
 from tsq_layers.numerics.sync import to_host
 from tsq_layers.passes.batches import Batch, Forward, PaddingMask, attention_mask, checked_batches, default_forward
 from tsq_layers.passes.offload import Parking
 from tsq_layers.preparation import Preparation
 from tsq_layers.report import LayerReport, Report, library_versions, model_bytes
 from tsq_layers.resuming import journal_of
+from tsq_layers.runtime.linear import QuantLinear
 from tsq_layers.solving import warn_few_tokens
-from tsq_layers.specification import dtype_name
 from tsq_layers.targets import Solved, Target
 
 _CHANGED = ("words", "scale_bits", "zero_words", "offset_bits")

@@ -13,12 +13,12 @@ from torch import Tensor
 from tsq_layers.config import QuantConfig
 from tsq_layers.errors import FewTokensWarning, ScaleRangeWarning
 from tsq_layers.layers.offloading import present
-from tsq_layers.linear import QuantLinear
 from tsq_layers.numerics.statistics import LayerStatistics
 from tsq_layers.numerics.sync import to_host
 from tsq_layers.numerics.weight import out_of_range, stacked
 from tsq_layers.rebasing import rebase
 from tsq_layers.report import LayerReport
+from tsq_layers.runtime.linear import QuantLinear
 from tsq_layers.solver import SolverResult, TwoStageGroupQuantizer, selection
 from tsq_layers.targets import Solved, Target
 

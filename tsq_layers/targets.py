@@ -10,11 +10,11 @@ from tsq_layers.config import QuantConfig
 from tsq_layers.guidance import groups_of
 from tsq_layers.layers import LayerKind, rows_of
 from tsq_layers.layers.pools import Pool
-from tsq_layers.linear import QuantLinear
 from tsq_layers.numerics.weight import QuantizedWeight
 from tsq_layers.observer import HessianObserver
 from tsq_layers.rebasing import rounded_rows
 from tsq_layers.report import LayerReport
+from tsq_layers.runtime.linear import QuantLinear
 
 
 @dataclass(frozen=True, eq=False)

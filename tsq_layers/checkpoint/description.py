@@ -11,9 +11,10 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from tsq_layers.errors import CheckpointError
-from tsq_layers.linear import QuantLinear
+from tsq_layers.numerics.memory import dtype_name
 from tsq_layers.report import Report, checked_fields
-from tsq_layers.specification import LayerSpec, dtype_name
+from tsq_layers.runtime.linear import QuantLinear
+from tsq_layers.runtime.spec import LayerSpec
 
 __all__ = [
     "DESCRIPTION_DIGEST",

@@ -14,7 +14,7 @@ from tsq_layers.checkpoint.writing import composites_of, layers_of, shared_once
 from tsq_layers.errors import CheckpointError
 from tsq_layers.layers.expert_weights import ExpertWeights
 from tsq_layers.report import checked_fields
-from tsq_layers.specification import LayerSpec
+from tsq_layers.runtime.spec import LayerSpec
 
 QUANT_METHOD = "tsq"
 SCHEMA_VERSION = 1
@@ -32,7 +32,7 @@ class Outline:
         placeholders: keys of empty tensors, which keep other readers from taking the file for a float model.
 
     Example:
-        >>> from tsq_layers.linear import QuantLinear
+        >>> from tsq_layers.runtime.linear import QuantLinear
         >>> outline = Outline.of(nn.Sequential(QuantLinear(16, 8, bits=2, group_size=8)))
         >>> outline.to_dict()["layers"][0]["names"]
         ['0']

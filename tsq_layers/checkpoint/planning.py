@@ -17,7 +17,7 @@ from tsq_layers.checkpoint.description import (
 )
 from tsq_layers.errors import CheckpointError
 from tsq_layers.layers import kind_of, packed
-from tsq_layers.linear import QuantLinear
+from tsq_layers.runtime.linear import QuantLinear
 
 _WRAPPERS = ("module", "_orig_mod")  # where DataParallel and torch.compile keep the model
 _OTHER_MODEL = "build the model with the configuration that it was saved with"

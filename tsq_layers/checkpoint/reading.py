@@ -22,8 +22,8 @@ from tsq_layers.errors import CheckpointError, StateError
 from tsq_layers.hosts import tell_host
 from tsq_layers.layers import composite_of, replace, split_of
 from tsq_layers.layers.composites import share_hooks
-from tsq_layers.linear import QuantLinear
 from tsq_layers.preparation import is_prepared
+from tsq_layers.runtime.linear import QuantLinear
 
 
 def load(path: str | os.PathLike[str], model: nn.Module, *, device: torch.device | str | None = None) -> nn.Module:

@@ -37,7 +37,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     beside the old ones and renamed at the very end; other files in the directory are left alone.
 
     Args:
-        model: a model with at least one :class:`~tsq_layers.linear.QuantLinear`, or such a layer.
+        model: a model with at least one :class:`~tsq_layers.runtime.linear.QuantLinear`, or such a layer.
         path: the directory; made if it does not exist.
 
     Raises:
@@ -46,7 +46,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Example:
         >>> import tempfile, torch
-        >>> from tsq_layers.linear import QuantLinear
+        >>> from tsq_layers.runtime.linear import QuantLinear
         >>> from tsq_layers.checkpoint import load
         >>> model = nn.Sequential(QuantLinear(16, 8, bits=2, group_size=8), nn.ReLU())
         >>> with tempfile.TemporaryDirectory() as directory:

@@ -25,9 +25,9 @@ from tsq_layers.export import bitstream
 from tsq_layers.export.contents import Contents, Layer
 from tsq_layers.export.floats import Stored
 from tsq_layers.export.limits import Limits, check, is_exact
-from tsq_layers.kernels import zero_points
-from tsq_layers.linear import QuantLinear
 from tsq_layers.numerics.packing import unpack
+from tsq_layers.runtime.kernels import zero_points
+from tsq_layers.runtime.linear import QuantLinear
 
 LIMITS = Limits(format_name="compressed-tensors", bits=(1, 2, 3, 4, 5, 6, 7, 8))
 _Scheme = tuple[int, int | None, bool]  # bits, group size, symmetric

@@ -4,7 +4,7 @@ from tsq_layers.config import QuantConfig
 from tsq_layers.errors import ExportError
 from tsq_layers.export import compressed_tensors, gguf, gptq
 from tsq_layers.export.limits import Limits
-from tsq_layers.specification import dtype_name
+from tsq_layers.numerics.memory import dtype_name
 
 LIMITS: dict[str, Limits] = {
     "gptq": gptq.LIMITS,

@@ -10,7 +10,7 @@ from torch import nn
 from tsq_layers.errors import ExportError, StateError
 from tsq_layers.export.floats import Stored, float_tensors
 from tsq_layers.layers import composite_behind, kind_behind, packed
-from tsq_layers.linear import QuantLinear
+from tsq_layers.runtime.linear import QuantLinear
 
 
 @dataclass(frozen=True, eq=False)

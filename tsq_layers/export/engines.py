@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from tsq_layers.errors import ExportError, ExportWarning
 from tsq_layers.export.limits import described
-from tsq_layers.linear import QuantLinear
+from tsq_layers.runtime.linear import QuantLinear
 
 
 @dataclass(frozen=True, kw_only=True)

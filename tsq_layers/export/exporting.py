@@ -21,7 +21,7 @@ from tsq_layers.export.floats import Stored
 from tsq_layers.export.forecast import planned_layers
 from tsq_layers.export.gguf_tokenizer import tokenizer_metadata
 from tsq_layers.export.limits import is_exact
-from tsq_layers.specification import dtype_name
+from tsq_layers.numerics.memory import dtype_name
 
 
 @dataclass(frozen=True, kw_only=True)

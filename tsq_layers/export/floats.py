@@ -14,8 +14,8 @@ from tsq_layers.layers.attention import ATTENTION, SplitAttention
 from tsq_layers.layers.expert_weights import ExpertWeights
 from tsq_layers.layers.experts import EXPERTS
 from tsq_layers.layers.registry import COMPOSITES
-from tsq_layers.linear import QuantLinear
 from tsq_layers.report import memory_extent
+from tsq_layers.runtime.linear import QuantLinear
 
 _KNOWN = (ATTENTION, EXPERTS)
 

@@ -28,9 +28,9 @@ from tsq_layers.export.gguf_file import BF16, F16, F32, BlockType, GGUFTensor, V
 from tsq_layers.export.gguf_tokenizer import tokenizer_metadata
 from tsq_layers.export.limits import Limits, check
 from tsq_layers.layers.embedding import QuantEmbedding
-from tsq_layers.linear import QuantLinear
+from tsq_layers.numerics.memory import dtype_name
 from tsq_layers.numerics.packing import unpack
-from tsq_layers.specification import dtype_name
+from tsq_layers.runtime.linear import QuantLinear
 
 FILE = "model.gguf"
 LIMITS = Limits(

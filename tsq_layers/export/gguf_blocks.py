@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from tsq_layers.export.gguf_file import Q4_0, Q5_0, Q8_0, BlockType
-from tsq_layers.linear import QuantLinear
 from tsq_layers.numerics.packing import unpack
+from tsq_layers.runtime.linear import QuantLinear
 
 BLOCK = 32
 TYPES: dict[int, BlockType] = {4: Q4_0, 5: Q5_0, 8: Q8_0}

@@ -27,10 +27,10 @@ from tsq_layers.export import bitstream
 from tsq_layers.export.contents import Contents, Layer
 from tsq_layers.export.floats import Stored
 from tsq_layers.export.limits import Limits, check, described
-from tsq_layers.kernels import zero_points
-from tsq_layers.linear import QuantLinear
 from tsq_layers.numerics.packing import unpack
 from tsq_layers.report import library_versions
+from tsq_layers.runtime.kernels import zero_points
+from tsq_layers.runtime.linear import QuantLinear
 
 LIMITS = Limits(
     format_name="gptq",

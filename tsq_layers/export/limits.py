@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from tsq_layers.errors import ExportError
-from tsq_layers.linear import QuantLinear
-from tsq_layers.specification import dtype_name
+from tsq_layers.numerics.memory import dtype_name
+from tsq_layers.runtime.linear import QuantLinear
 
 
 @dataclass(frozen=True, kw_only=True)

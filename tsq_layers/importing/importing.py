@@ -18,8 +18,8 @@ from tsq_layers.importing.architecture import empty_model
 from tsq_layers.importing.files import TensorFiles, json_object
 from tsq_layers.importing.packed import PackedLayer, refuse
 from tsq_layers.layers import LayerKind, kind_of, replace
-from tsq_layers.linear import QuantLinear
 from tsq_layers.report import LayerReport, Report, library_versions, model_bytes
+from tsq_layers.runtime.linear import QuantLinear
 
 FORMATS: Mapping[str, Callable[[TensorFiles, Mapping[str, Any]], list[PackedLayer]]] = {
     "gptq": gptq.layers,

@@ -11,8 +11,8 @@ from torch import nn
 
 from tsq_layers.errors import ConfigError, StateError
 from tsq_layers.layers.embedding import QuantEmbedding
-from tsq_layers.linear import QuantLinear
-from tsq_layers.storage import PackedStorage
+from tsq_layers.runtime.linear import QuantLinear
+from tsq_layers.runtime.storage import PackedStorage
 
 _INITIALISERS = (True, False, "gaussian", "orthogonal", "eva")
 _ALL = "all-linear"
@@ -140,7 +140,7 @@ class _Unmergeable:
 
 
 class LoraQuantLinear(_Unmergeable, Linear):
-    """An adapter on a :class:`~tsq_layers.linear.QuantLinear`; gradients go to the adapter and to the input."""
+    """An adapter on a :class:`~tsq_layers.runtime.linear.QuantLinear`; gradients go to the adapter and to the input."""
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **options: Any) -> None:
         super().__init__(base_layer, adapter_name, config, **options)

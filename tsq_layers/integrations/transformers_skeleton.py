@@ -16,8 +16,9 @@ from tsq_layers.checkpoint.reading import splits_of
 from tsq_layers.errors import CheckpointError
 from tsq_layers.layers import packed, replace
 from tsq_layers.layers.composites import share_hooks
-from tsq_layers.linear import QuantLinear
-from tsq_layers.specification import LayerSpec, dtype_name
+from tsq_layers.numerics.memory import dtype_name
+from tsq_layers.runtime.linear import QuantLinear
+from tsq_layers.runtime.spec import LayerSpec
 
 
 class _Later(nn.Module):

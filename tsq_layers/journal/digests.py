@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from tsq_layers.errors import CalibrationError, CheckpointError
+from tsq_layers.numerics.memory import dtype_name
 from tsq_layers.numerics.sync import to_host
-from tsq_layers.specification import dtype_name
 
 HELD_OUT = "held-out:"
 

@@ -20,9 +20,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from tsq_layers.errors import CheckpointError
-from tsq_layers.linear import QuantLinear
 from tsq_layers.report import LayerReport, checked_fields
-from tsq_layers.specification import LayerSpec
+from tsq_layers.runtime.linear import QuantLinear
+from tsq_layers.runtime.spec import LayerSpec
 
 _NAME = re.compile(r"stage-(\d{6,})-([0-9a-f]{64})\.safetensors")
 _METADATA = "tsq_journal"

@@ -12,8 +12,8 @@ from typing import Self
 from tsq_layers.errors import CheckpointError, JournalWarning, StateError
 from tsq_layers.journal import files, stage
 from tsq_layers.journal.fingerprint import START_AGAIN, Fingerprint, differences, read, text
-from tsq_layers.linear import QuantLinear
 from tsq_layers.report import LayerReport
+from tsq_layers.runtime.linear import QuantLinear
 
 JOURNAL_FILE = "journal.json"
 

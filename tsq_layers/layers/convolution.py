@@ -19,7 +19,7 @@ from tsq_layers.errors import LayerError
 from tsq_layers.layers import convolving
 from tsq_layers.layers.convolving import Geometry
 from tsq_layers.layers.kinds import LayerKind, is_plain, mark_twin
-from tsq_layers.linear import QuantLinear
+from tsq_layers.runtime.linear import QuantLinear
 
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tsq_layers import kernels, running
-from tsq_layers.linear import QuantLinear
-from tsq_layers.running import Form, Parts
+from tsq_layers.runtime import forward as running
+from tsq_layers.runtime import kernels
+from tsq_layers.runtime.forward import Form, Parts
+from tsq_layers.runtime.linear import QuantLinear
 
 CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 """By the number of spatial dimensions."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from tsq_layers.layers.kinds import LayerKind, is_patched, mark_twin
-from tsq_layers.linear import QuantLinear
+from tsq_layers.runtime.linear import QuantLinear
 
 
 class QuantEmbedding(nn.Embedding):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from tsq_layers.linear import QuantLinear
+from tsq_layers.runtime.linear import QuantLinear
 
 
 def rows_of(module: nn.Module, x: Tensor) -> Tensor:  # noqa: ARG001  (other kinds go by the module)

@@ -16,7 +16,7 @@ from tsq_layers.layers.embedding import EMBEDDING
 from tsq_layers.layers.experts import EXPERTS
 from tsq_layers.layers.kinds import LayerKind, is_twin
 from tsq_layers.layers.same_padding import CONV_SAME
-from tsq_layers.linear import QuantLinear
+from tsq_layers.runtime.linear import QuantLinear
 
 KINDS: list[LayerKind] = [LINEAR, CONV1D, *CONVOLUTIONS, CONV_SAME, EMBEDDING]
 COMPOSITES: list[Composite] = [ATTENTION, EXPERTS]

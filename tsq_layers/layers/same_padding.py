@@ -20,7 +20,7 @@ class QuantConvSame(QuantConv):
 
     Example:
         >>> import torch
-        >>> from tsq_layers.linear import QuantLinear
+        >>> from tsq_layers.runtime.linear import QuantLinear
         >>> layer = QuantConvSame(QuantLinear(4 * 9, 8, bits=4, group_size=None), kernel_size=(3, 3), stride=(2, 2))
         >>> layer(torch.zeros(1, 4, 7, 8)).shape
         torch.Size([1, 8, 4, 4])

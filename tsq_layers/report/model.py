@@ -1,10 +1,6 @@
 """Questions that a report answers about a model: what was done to it, and how large it is."""
 
-import importlib.metadata
-import platform
-
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tsq_layers.errors import StateError
 from tsq_layers.report.records import Report
@@ -30,33 +26,3 @@ def report(model: nn.Module) -> Report:
             "after prepare and calibrate, and pass the model that was converted, not a part or a copy of its parts"
         )
     return found
-
-
-def model_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters and buffers of a model; memory that several of them share counts once.
-
-    Example:
-        >>> first, second = nn.Linear(16, 8, bias=False), nn.Linear(16, 8, bias=False)
-        >>> second.weight = first.weight
-        >>> model_bytes(nn.Sequential(first, second))
-        512
-    """
-    tensors = [*model.parameters(), *model.buffers()]
-    return sum({memory_extent(tensor): tensor.numel() * tensor.element_size() for tensor in tensors}.values())
-
-
-def memory_extent(tensor: Tensor) -> tuple[int, int, int]:
-    """Identity of a tensor's memory: storage, first byte, bytes. Works on the meta device, where all addresses are zero."""
-    size = tensor.element_size()
-    if tensor.layout is not torch.strided:  # sparse tensors have no storage of their own
-        return id(tensor), 0, tensor.numel() * size
-    return int(tensor.untyped_storage()._cdata), int(tensor.storage_offset()) * size, tensor.numel() * size
-
-
-def library_versions() -> dict[str, str]:
-    """Versions of this library, torch and Python, as :class:`Report` holds them."""
-    try:
-        own = importlib.metadata.version("tsq_layers")
-    except importlib.metadata.PackageNotFoundError:  # run from a source tree that was not installed
-        own = "not installed"
-    return {"tsq_layers": own, "torch": torch.__version__, "python": platform.python_version()}

@@ -18,11 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tsq_layers import kernels, running
 from tsq_layers.errors import CheckpointError
 from tsq_layers.integrations.vllm.sharding import Cut, part, share_of
-from tsq_layers.linear import QuantLinear
-from tsq_layers.specification import LayerSpec, dtype_name
+from tsq_layers.numerics.memory import dtype_name
+from tsq_layers.runtime import forward as running
+from tsq_layers.runtime import kernels
+from tsq_layers.runtime.linear import QuantLinear
+from tsq_layers.runtime.spec import LayerSpec
 
 _BASIS = ("rotation_signs", "column_scale_bits")
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from tsq_layers.errors import CheckpointError, ConfigError
 from tsq_layers.report import checked_fields
-from tsq_layers.specification import LayerSpec
+from tsq_layers.runtime.spec import LayerSpec
 
 METHOD = "tsq"
 """What ``quant_method`` says in ``config.json``, and what ``--quantization`` takes."""

@@ -27,7 +27,7 @@ from tsq_layers.integrations.vllm.description import (
     parts_of,
 )
 from tsq_layers.integrations.vllm.sharding import Cut, Span, row_spans
-from tsq_layers.specification import LayerSpec
+from tsq_layers.runtime.spec import LayerSpec
 
 _QKV = {"q": 0, "k": 1, "v": 2}
 

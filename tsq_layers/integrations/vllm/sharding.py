@@ -4,7 +4,7 @@ A layer is cut into rows (outputs) or columns (inputs). Rows of the packed buffe
 weight. Columns are interleaved in the words (:mod:`tsq_layers.numerics.packing`), so they are unpacked, cut
 and packed again: exactly, once, at loading. A cut must not part a group or a block of the rotation.
 
-Buffers are those of :class:`~tsq_layers.storage.PackedStorage`, one at a time, by name: a
+Buffers are those of :class:`~tsq_layers.runtime.storage.PackedStorage`, one at a time, by name: a
 process keeps its share of each as the file is read. A layer in full precision has one, ``"weight"``.
 
 Shapes: N rows, K columns, G groups a row.
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tsq_layers.errors import ConfigError
 from tsq_layers.numerics import grid, packing
-from tsq_layers.specification import LayerSpec
+from tsq_layers.runtime.spec import LayerSpec
 
 _OF_COLUMNS = ("rotation_signs", "column_scale_bits", "outlier_places")  # have no rows
 

@@ -3,15 +3,14 @@
 from dataclasses import dataclass, fields
 from typing import Any, Literal, Self
 
-import torch
-
 from tsq_layers.errors import CheckpointError, TSQError
-from tsq_layers.linear import QuantLinear
+from tsq_layers.numerics.memory import dtype_name, dtype_of
+from tsq_layers.runtime.linear import QuantLinear
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSpec:
-    """How to build the empty :class:`~tsq_layers.linear.QuantLinear` of one layer.
+    """How to build the empty :class:`~tsq_layers.runtime.linear.QuantLinear` of one layer.
 
     Example:
         >>> spec = LayerSpec.of(QuantLinear(16, 8, bits=2, group_size=8))
@@ -92,16 +91,3 @@ class LayerSpec:
             raise CheckpointError(
                 f"layer {name!r} in {file}: {error}; the file is damaged or was changed by hand; save the model again"
             ) from error
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """The name of a dtype without ``torch.``."""
-    return str(dtype).removeprefix("torch.")
-
-
-def dtype_of(name: str) -> torch.dtype:
-    """Inverse of :func:`dtype_name`; ``TypeError`` for what is no dtype."""
-    found = getattr(torch, name, None)
-    if not isinstance(found, torch.dtype):
-        raise TypeError(f"{name!r} is not a dtype of torch")
-    return found

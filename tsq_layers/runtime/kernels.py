@@ -16,7 +16,7 @@ Grids are float16, bfloat16 or float32. There is a table for each row (T = 1) or
 
 With few rows of input (decoding) the words are the traffic, so one pass over them must do everything;
 with many the weight is dequantised and multiplied. On a CPU both are the operations of
-:mod:`tsq_layers.native`. On other devices :mod:`tsq_layers.few_rows` and dequantising are compiled here, one
+:mod:`tsq_layers.runtime.native`. On other devices :mod:`tsq_layers.runtime.one_pass` and dequantising are compiled here, one
 function for each kind of call (where those operations cannot be built on a CPU, only the former); inside
 somebody else's ``torch.compile`` they are inlined. Wherever tensors have no values (fake, meta,
 exporting) the plain path runs.
@@ -37,11 +37,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from tsq_layers import native
 from tsq_layers.errors import CompileWarning, LayerError
-from tsq_layers.few_rows import Format, few_rows, one_pass
 from tsq_layers.numerics import grid, packing
 from tsq_layers.numerics.autograd import has_dual_numbers, is_differentiated
+from tsq_layers.runtime import native
+from tsq_layers.runtime.one_pass import Format, few_rows, one_pass
 
 FEW_ROWS = 8
 """Up to this many rows of input are done in one pass over the words where that is compiled; not measured on a GPU."""
@@ -246,7 +246,7 @@ class _Linear(torch.autograd.Function):
 
 
 def _native(tensor: Tensor) -> bool:
-    """Whether an operation of :mod:`tsq_layers.native` can take it: on a CPU, with values or inside ``torch.compile``."""
+    """Whether an operation of :mod:`tsq_layers.runtime.native` can take it: on a CPU, with values or inside ``torch.compile``."""
     if tensor.device.type != "cpu" or torch.compiler.is_exporting():
         return False
     return (torch.compiler.is_compiling() or _has_values(tensor)) and native.usable()

@@ -8,15 +8,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tsq_layers import running
 from tsq_layers.errors import LayerError
 from tsq_layers.numerics import grid, packing
 from tsq_layers.numerics.basis import Basis
 from tsq_layers.numerics.weight import SCALE_DTYPES, Outliers, QuantizedWeight, check_kind
+from tsq_layers.runtime import forward as running
 
 
 class PackedStorage(nn.Module):
-    """The buffers of a :class:`~tsq_layers.linear.QuantLinear`, which describes the arguments; it computes nothing.
+    """The buffers of a :class:`~tsq_layers.runtime.linear.QuantLinear`, which describes the arguments; it computes nothing.
 
     Raises:
         LayerError: an argument that is not allowed.
@@ -169,7 +169,7 @@ class PackedStorage(nn.Module):
 
     @property
     def grids(self) -> Tensor:
-        """What :mod:`tsq_layers.kernels` calls so: tables, or else scales."""
+        """What :mod:`tsq_layers.runtime.kernels` calls so: tables, or else scales."""
         tables = self._buffers[
             "table_bits"
         ]  # not by attribute: that takes a microsecond, and this is asked for at each call
@@ -179,7 +179,7 @@ class PackedStorage(nn.Module):
 
     @property
     def shifts(self) -> Tensor | None:
-        """What :mod:`tsq_layers.kernels` calls so: packed zero points, or offsets."""
+        """What :mod:`tsq_layers.runtime.kernels` calls so: packed zero points, or offsets."""
         offsets = self._buffers["offset_bits"]
         return self._buffers["zero_words"] if offsets is None else offsets.view(self.scale_dtype)
 

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from tsq_layers import kernels, native
-from tsq_layers.linear import QuantLinear
+from tsq_layers.runtime import kernels, native
+from tsq_layers.runtime.linear import QuantLinear
 
 _ROWS = (1, 2, kernels.FEW_ROWS + 1)
 """One row of input is compiled apart, some more are one kind, and many are another."""

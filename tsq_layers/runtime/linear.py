@@ -8,11 +8,12 @@ Shapes: N out_features, K in_features, G groups a row, W words a row.
 import torch
 from torch import Tensor, nn
 
-from tsq_layers import kernels, running
 from tsq_layers.errors import LayerError
 from tsq_layers.numerics import packing
 from tsq_layers.numerics.weight import QuantizedWeight
-from tsq_layers.storage import PackedStorage, codebook_of, raw_bits
+from tsq_layers.runtime import forward as running
+from tsq_layers.runtime import kernels
+from tsq_layers.runtime.storage import PackedStorage, codebook_of, raw_bits
 
 
 class QuantLinear(PackedStorage):

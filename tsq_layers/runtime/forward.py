@@ -3,7 +3,7 @@
     y = (Q + S) q(T x) + b
 
 Q the matrix of the codes, S the sparse part, T the change of basis, q the rounding of inputs; each but Q
-optional. The words themselves are run by :mod:`tsq_layers.kernels`.
+optional. The words themselves are run by :mod:`tsq_layers.runtime.kernels`.
 
 Shapes: N rows of the weight (outputs), K columns (inputs), G groups a row, W words a row, M rows of
 input, E entries and C columns of the sparse part.
@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tsq_layers import kernels
 from tsq_layers.numerics import activations, basis, packing
 from tsq_layers.numerics.autograd import has_dual_numbers, is_differentiated
+from tsq_layers.runtime import kernels
 
 _INTEGER_ROWS = 17  # torch._int_mm takes no fewer on a GPU
 _INTEGER_MULTIPLE = 8  # of which N and K must be there
@@ -30,7 +30,7 @@ class Parts(NamedTuple):
 
     Args:
         words: packed codes, int32 (N, W).
-        grids: scales or tables, see :mod:`tsq_layers.kernels`.
+        grids: scales or tables, see :mod:`tsq_layers.runtime.kernels`.
         shifts: packed zero points, offsets or ``None``, see there.
         signs: int8 (K,), of a rotation.
         scaling: float32 (K,), of the input columns.

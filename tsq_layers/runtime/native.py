@@ -3,9 +3,9 @@
 One library serves all widths, shapes, kinds of grids and numbers of rows. It is built (10 to 20 seconds) where a packed
 layer first runs on a CPU, or by ``tsq_layers.warmup``; later processes load it in milliseconds from ``tsq_layers/native``
 in the user's cache directory (``XDG_CACHE_HOME``). Where it cannot be built, a warning says so once and
-:mod:`tsq_layers.kernels` goes its other ways.
+:mod:`tsq_layers.runtime.kernels` goes its other ways.
 
-Operations, whose arguments are those of :mod:`tsq_layers.kernels`: ``tsq_layers::linear``, ``tsq_layers::dequantize``.
+Operations, whose arguments are those of :mod:`tsq_layers.runtime.kernels`: ``tsq_layers::linear``, ``tsq_layers::dequantize``.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FEW_ROWS = 16
 """Up to this many rows of input codes are multiplied as they are decoded; with more, blocks of the matrix are made first."""
 
-_SOURCE = Path(__file__).with_name("packed") / "operations.cpp"
+_SOURCE = Path(__file__).with_name("csrc") / "operations.cpp"
 _FLAGS = ("-O3", "-std=c++20", "-march=native", "-ffp-contract=off", "-fPIC", "-shared", "-fopenmp", "-w")
 _COMPILERS = ("g++", "c++", "clang++")
 _BUILD_SECONDS = 600
