@@ -21,7 +21,7 @@ from tsq_layers.config import QuantConfig
 from tsq_layers.errors import CheckpointError, StateError
 from tsq_layers.numerics import grid
 from tsq_layers.numerics.weight import QuantizedWeight
-from tsq_layers.report import LayerReport, Report
+from tsq_layers.reports import LayerReport, Report
 from tsq_layers.runtime.linear import QuantLinear
 
 REPORT = Report(

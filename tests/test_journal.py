@@ -41,7 +41,7 @@ from tsq_layers.journal import (
     fingerprint_weights,
     stage,
 )
-from tsq_layers.report import LayerReport
+from tsq_layers.reports import LayerReport
 from tsq_layers.runtime.linear import QuantLinear
 from tsq_layers.runtime.spec import LayerSpec
 

@@ -14,7 +14,7 @@ import tsq_layers as tsq
 from tsq_layers.config import QuantConfig
 from tsq_layers.errors import StateError
 from tsq_layers.numerics.statistics import LayerStatistics
-from tsq_layers.report import STEPS
+from tsq_layers.reports import STEPS
 from tsq_layers.solver import SolverResult, TwoStageGroupQuantizer, objective
 from tsq_layers.solver.steps import asked_for
 

@@ -9,19 +9,11 @@ import torch
 from torch import nn
 
 from tsq_layers.config import QuantConfig
+from tsq_layers.config.versions import library_versions
 from tsq_layers.errors import CheckpointError, StateError
-from tsq_layers.report import (
-    STEPS,
-    LayerReport,
-    ParameterReport,
-    Report,
-    format_bytes,
-    library_versions,
-    model_bytes,
-    report,
-    table,
-)
-from tsq_layers.report.coverage import by_reason
+from tsq_layers.numerics.memory import model_bytes
+from tsq_layers.reports import STEPS, LayerReport, ParameterReport, Report, format_bytes, report, table
+from tsq_layers.reports.gaps import by_reason
 
 QUANTIZED = LayerReport(
     name="block.up",

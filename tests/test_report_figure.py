@@ -11,8 +11,8 @@ import pytest
 
 from tsq_layers.config import QuantConfig
 from tsq_layers.errors import ConfigError, MissingExtraError
-from tsq_layers.report import LayerReport, Report, series
-from tsq_layers.report.figure import picture
+from tsq_layers.reports import LayerReport, Report, series
+from tsq_layers.reports.figure import picture
 
 
 def layer(name: str, loss: float = 0.01, **more: object) -> LayerReport:

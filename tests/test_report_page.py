@@ -15,13 +15,13 @@ import pytest
 
 from tsq_layers.config import QuantConfig
 from tsq_layers.errors import MissingExtraError
-from tsq_layers.report import LayerReport, ParameterReport, Report
-from tsq_layers.report.charts import bar_charts, loss_chart
-from tsq_layers.report.frame import LEFT, RIGHT, Frame
-from tsq_layers.report.headlines import coverage_parts, sizes, tiles
-from tsq_layers.report.heat import LEVELS, heat_map
-from tsq_layers.report.listing import listing
-from tsq_layers.report.page import kept_parameters
+from tsq_layers.reports import LayerReport, ParameterReport, Report
+from tsq_layers.reports.html.charts import bar_charts, loss_chart
+from tsq_layers.reports.html.frame import LEFT, RIGHT, Frame
+from tsq_layers.reports.html.headlines import coverage_parts, sizes, tiles
+from tsq_layers.reports.html.heat import LEVELS, heat_map
+from tsq_layers.reports.html.listing import listing
+from tsq_layers.reports.html.page import kept_parameters
 
 EVIL = """</script></style><script>alert(1)</script><img src=x onerror="alert(2)">'{{ 7 * 7 }}&amp;"""
 NAMES = ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj", "mlp.down_proj")
@@ -255,7 +255,7 @@ def test_missing_jinja2_names_the_extra(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_templates_are_part_of_the_package() -> None:
-    found = {item.name for item in importlib.resources.files("tsq_layers.report").joinpath("templates").iterdir()}
+    found = {item.name for item in importlib.resources.files("tsq_layers.reports.html").joinpath("templates").iterdir()}
     assert found == {"page.html", "charts.html", "page.css", "page.js"}
 
 

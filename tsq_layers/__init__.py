@@ -13,7 +13,7 @@ from tsq_layers.observer import HessianObserver
 from tsq_layers.perplexity import perplexity
 from tsq_layers.planning import Plan, plan
 from tsq_layers.refinement import refine
-from tsq_layers.report import LayerReport, Report, report
+from tsq_layers.reports import LayerReport, Report, report
 from tsq_layers.runtime.linear import QuantLinear
 from tsq_layers.runtime.warmup import warmup
 from tsq_layers.solver import SolverResult, TwoStageGroupQuantizer

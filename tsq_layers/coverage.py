@@ -10,8 +10,9 @@ from torch.nn.parameter import is_lazy
 
 from tsq_layers.errors import ConfigError, CoverageError, LayerError
 from tsq_layers.layers import kind_of
-from tsq_layers.report import LayerReport, ParameterReport, memory_extent
-from tsq_layers.report.coverage import largest, share_of_entries
+from tsq_layers.numerics.memory import memory_extent
+from tsq_layers.reports import LayerReport, ParameterReport
+from tsq_layers.reports.gaps import largest, share_of_entries
 
 _GAPS = 5  # that a message names
 

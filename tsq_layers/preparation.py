@@ -25,7 +25,7 @@ from tsq_layers.layers import composite_of, kind_of, packed, replace, split_of
 from tsq_layers.layers.composites import take_over_mode
 from tsq_layers.layers.pools import expert_pool
 from tsq_layers.observer import HessianObserver
-from tsq_layers.report import LayerReport
+from tsq_layers.reports import LayerReport
 from tsq_layers.targets import Solved, Target
 
 _ATTRIBUTE = "_tsq_preparation"

@@ -13,17 +13,18 @@ from torch import Tensor, nn
 from tsq_layers import preparation as preparations
 from tsq_layers.calibration import Calibration
 from tsq_layers.config import QuantConfig
+from tsq_layers.config.versions import library_versions
 from tsq_layers.conversion import warn_never_called
 from tsq_layers.errors import ConfigError, LayerError, StateError
 from tsq_layers.layers import packed
 from tsq_layers.layers.offloading import present
 from tsq_layers.numerics.basis import fixed_signs
-from tsq_layers.numerics.memory import dtype_name
+from tsq_layers.numerics.memory import dtype_name, model_bytes
 from tsq_layers.numerics.sync import to_host
 from tsq_layers.passes.batches import Batch, Forward, PaddingMask, attention_mask, checked_batches, default_forward
 from tsq_layers.passes.offload import Parking
 from tsq_layers.preparation import Preparation
-from tsq_layers.report import LayerReport, Report, library_versions, model_bytes
+from tsq_layers.reports import LayerReport, Report
 from tsq_layers.resuming import journal_of
 from tsq_layers.runtime.linear import QuantLinear
 from tsq_layers.solving import warn_few_tokens

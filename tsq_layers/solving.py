@@ -17,7 +17,7 @@ from tsq_layers.numerics.statistics import LayerStatistics
 from tsq_layers.numerics.sync import to_host
 from tsq_layers.numerics.weight import out_of_range, stacked
 from tsq_layers.rebasing import rebase
-from tsq_layers.report import LayerReport
+from tsq_layers.reports import LayerReport
 from tsq_layers.runtime.linear import QuantLinear
 from tsq_layers.solver import SolverResult, TwoStageGroupQuantizer, selection
 from tsq_layers.targets import Solved, Target

@@ -13,7 +13,7 @@ from tsq_layers.layers.pools import Pool
 from tsq_layers.numerics.weight import QuantizedWeight
 from tsq_layers.observer import HessianObserver
 from tsq_layers.rebasing import rounded_rows
-from tsq_layers.report import LayerReport
+from tsq_layers.reports import LayerReport
 from tsq_layers.runtime.linear import QuantLinear
 
 

@@ -10,9 +10,10 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
+from tsq_layers.config.json_fields import checked_fields
 from tsq_layers.errors import CheckpointError
 from tsq_layers.numerics.memory import dtype_name
-from tsq_layers.report import Report, checked_fields
+from tsq_layers.reports import Report
 from tsq_layers.runtime.linear import QuantLinear
 from tsq_layers.runtime.spec import LayerSpec
 

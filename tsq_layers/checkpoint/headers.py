@@ -15,7 +15,7 @@ from tsq_layers.checkpoint.description import (
 )
 from tsq_layers.checkpoint.outline import QUANT_METHOD, Outline
 from tsq_layers.errors import CheckpointError
-from tsq_layers.report import Report
+from tsq_layers.reports import Report
 
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"

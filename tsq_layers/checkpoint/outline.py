@@ -11,9 +11,9 @@ from torch import nn
 
 from tsq_layers.checkpoint.planning import is_under
 from tsq_layers.checkpoint.writing import composites_of, layers_of, shared_once
+from tsq_layers.config.json_fields import checked_fields
 from tsq_layers.errors import CheckpointError
 from tsq_layers.layers.expert_weights import ExpertWeights
-from tsq_layers.report import checked_fields
 from tsq_layers.runtime.spec import LayerSpec
 
 QUANT_METHOD = "tsq"

@@ -24,9 +24,10 @@ from tsq_layers.checkpoint.description import (
     header_digest,
     sort_metadata,
 )
+from tsq_layers.config.versions import library_versions
 from tsq_layers.errors import CheckpointError, StateError
 from tsq_layers.layers import composite_behind, packed
-from tsq_layers.report import library_versions, memory_extent
+from tsq_layers.numerics.memory import memory_extent
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:

@@ -12,8 +12,8 @@ from tsq_layers.cli import models, options
 from tsq_layers.cli.output import write
 from tsq_layers.errors import ConfigError
 from tsq_layers.integrations.texts import read_text
-from tsq_layers.report import STEPS, LayerReport, Report, format_bytes
-from tsq_layers.report.table import aligned
+from tsq_layers.reports import STEPS, LayerReport, Report, format_bytes
+from tsq_layers.reports.table import aligned
 
 _OBJECTIVES = ("assign", "descent", "exact")
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 import tsq_layers as tsq
-from tsq_layers.report import STEPS
+from tsq_layers.reports import STEPS
 
 
 def write(line: str = "") -> None:

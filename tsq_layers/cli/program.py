@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 from tsq_layers.cli import completion, demonstration, evaluation, export, importing, inspection, plan, quantize, refine
 from tsq_layers.cli.completion import Parser
+from tsq_layers.config.versions import library_versions
 from tsq_layers.errors import TSQError
-from tsq_layers.report import library_versions
 
 COMMANDS = {
     "quantize": (quantize, "quantise a model in a local transformers directory"),

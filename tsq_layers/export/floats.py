@@ -14,7 +14,7 @@ from tsq_layers.layers.attention import ATTENTION, SplitAttention
 from tsq_layers.layers.expert_weights import ExpertWeights
 from tsq_layers.layers.experts import EXPERTS
 from tsq_layers.layers.registry import COMPOSITES
-from tsq_layers.report import memory_extent
+from tsq_layers.numerics.memory import memory_extent
 from tsq_layers.runtime.linear import QuantLinear
 
 _KNOWN = (ATTENTION, EXPERTS)

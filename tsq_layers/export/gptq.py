@@ -22,13 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tsq_layers.config.versions import library_versions
 from tsq_layers.errors import ExportError
 from tsq_layers.export import bitstream
 from tsq_layers.export.contents import Contents, Layer
 from tsq_layers.export.floats import Stored
 from tsq_layers.export.limits import Limits, check, described
 from tsq_layers.numerics.packing import unpack
-from tsq_layers.report import library_versions
 from tsq_layers.runtime.kernels import zero_points
 from tsq_layers.runtime.linear import QuantLinear
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tsq_layers.config import QuantConfig
+from tsq_layers.config.versions import library_versions
 from tsq_layers.coverage import Ownership, ownership, parameter_reports
 from tsq_layers.errors import CheckpointError, LayerError
 from tsq_layers.importing import compressed_tensors, gptq
@@ -18,7 +19,8 @@ from tsq_layers.importing.architecture import empty_model
 from tsq_layers.importing.files import TensorFiles, json_object
 from tsq_layers.importing.packed import PackedLayer, refuse
 from tsq_layers.layers import LayerKind, kind_of, replace
-from tsq_layers.report import LayerReport, Report, library_versions, model_bytes
+from tsq_layers.numerics.memory import model_bytes
+from tsq_layers.reports import LayerReport, Report
 from tsq_layers.runtime.linear import QuantLinear
 
 FORMATS: Mapping[str, Callable[[TensorFiles, Mapping[str, Any]], list[PackedLayer]]] = {

@@ -8,8 +8,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from tsq_layers.checkpoint.outline import QUANT_METHOD, Outline
 from tsq_layers.config import QuantConfig
+from tsq_layers.config.versions import library_versions
 from tsq_layers.errors import ConfigError
-from tsq_layers.report import library_versions
 
 _RECIPE = "config"
 _VERSION = "library_version"

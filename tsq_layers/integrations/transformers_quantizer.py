@@ -19,7 +19,7 @@ from tsq_layers.checkpoint.writing import shared_once
 from tsq_layers.errors import ConfigError
 from tsq_layers.integrations.transformers_config import TsqConfig
 from tsq_layers.integrations.transformers_skeleton import Skeleton, skeleton
-from tsq_layers.report import Report
+from tsq_layers.reports import Report
 from tsq_layers.runtime.linear import QuantLinear
 from tsq_layers.workflow import quantize
 

@@ -19,8 +19,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from tsq_layers.config.json_fields import checked_fields
 from tsq_layers.errors import CheckpointError
-from tsq_layers.report import LayerReport, checked_fields
+from tsq_layers.reports import LayerReport
 from tsq_layers.runtime.linear import QuantLinear
 from tsq_layers.runtime.spec import LayerSpec
 

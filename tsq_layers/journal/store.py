@@ -12,7 +12,7 @@ from typing import Self
 from tsq_layers.errors import CheckpointError, JournalWarning, StateError
 from tsq_layers.journal import files, stage
 from tsq_layers.journal.fingerprint import START_AGAIN, Fingerprint, differences, read, text
-from tsq_layers.report import LayerReport
+from tsq_layers.reports import LayerReport
 from tsq_layers.runtime.linear import QuantLinear
 
 JOURNAL_FILE = "journal.json"

@@ -8,7 +8,7 @@ from torch import nn
 from tsq_layers.conversion import convert
 from tsq_layers.planning.stages import Course
 from tsq_layers.preparation import Preparation
-from tsq_layers.report import LayerReport, Report
+from tsq_layers.reports import LayerReport, Report
 from tsq_layers.targets import Solved, Target
 
 

@@ -29,7 +29,7 @@ from tsq_layers.planning.stages import Course
 from tsq_layers.planning.stand_ins import StandIns
 from tsq_layers.planning.trace import Trace, trace
 from tsq_layers.preparation import Preparation
-from tsq_layers.report import Report
+from tsq_layers.reports import Report
 
 _THREAD_BYTES = 2_200_000  # packed operands that MKL keeps for the next product; measured, less for small weights
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
 from tsq_layers.config import QuantConfig
+from tsq_layers.config.json_fields import checked_fields, json_object, read_config
 from tsq_layers.errors import CheckpointError
 from tsq_layers.planning import table
-from tsq_layers.report import LayerReport, checked_fields
-from tsq_layers.report.fields import json_object, read_config
+from tsq_layers.reports import LayerReport
 from tsq_layers.solving import TOKENS_PER_COLUMN
 
 SCHEMA_VERSION = 1

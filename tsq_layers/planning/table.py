@@ -4,8 +4,8 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from tsq_layers.report import format_bytes
-from tsq_layers.report.table import aligned
+from tsq_layers.reports import format_bytes
+from tsq_layers.reports.table import aligned
 
 if TYPE_CHECKING:
     from tsq_layers.planning.records import Plan, StagePlan

@@ -4,8 +4,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from tsq_layers.config.json_fields import checked_fields
 from tsq_layers.errors import CheckpointError, ConfigError
-from tsq_layers.report import checked_fields
 from tsq_layers.runtime.spec import LayerSpec
 
 METHOD = "tsq"

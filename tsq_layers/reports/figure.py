@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tsq_layers.errors import ConfigError
-from tsq_layers.report import series
-from tsq_layers.report.extras import required
-from tsq_layers.report.layer import STEPS, LayerReport
+from tsq_layers.reports import series
+from tsq_layers.reports.extras import required
+from tsq_layers.reports.layer import STEPS, LayerReport
 
 if TYPE_CHECKING:
-    from tsq_layers.report.records import Report
+    from tsq_layers.reports.report import Report
 
 _SUFFIXES = (".png", ".svg", ".pdf")
 _STEP_COLORS = {"factorise": "#7c6bb0", "initialize": "#9aa5b1", "assign": "#e08a1e", "refine": "#2563c9"}

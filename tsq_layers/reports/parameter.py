@@ -7,8 +7,8 @@ from typing import Any, Literal, Self
 
 import torch
 
+from tsq_layers.config.json_fields import checked_fields
 from tsq_layers.errors import CheckpointError
-from tsq_layers.report.fields import checked_fields
 
 ParameterStatus = Literal["quantized", "partly quantized", "kept"]
 

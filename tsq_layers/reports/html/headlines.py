@@ -5,10 +5,11 @@ import statistics
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tsq_layers.report import coverage, series, table
+from tsq_layers.reports import gaps as coverage
+from tsq_layers.reports import series, table
 
 if TYPE_CHECKING:
-    from tsq_layers.report.records import Report
+    from tsq_layers.reports.report import Report
 
 _SLICES = 7  # of the bar of coverage, the quantised one not counted
 _BLANK = table.BLANK

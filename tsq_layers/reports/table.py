@@ -5,12 +5,12 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING
 
-from tsq_layers.report import coverage
-from tsq_layers.report.layer import STEPS
+from tsq_layers.reports import gaps as coverage
+from tsq_layers.reports.layer import STEPS
 
 if TYPE_CHECKING:
-    from tsq_layers.report.layer import LayerReport
-    from tsq_layers.report.records import Report
+    from tsq_layers.reports.layer import LayerReport
+    from tsq_layers.reports.report import Report
 
 BLANK = "–"
 

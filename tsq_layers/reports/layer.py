@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self, get_args
 
+from tsq_layers.config.json_fields import checked_fields, json_number, read_number
 from tsq_layers.config.quant_config import Deviation, Method
 from tsq_layers.errors import CheckpointError
-from tsq_layers.report.fields import checked_fields, json_number, read_number
 
 Status = Literal["quantized", "fallback", "skipped", "never called", "not supported"]
 

@@ -4,9 +4,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from tsq_layers.report import series
-from tsq_layers.report.layer import STEPS, LayerReport
-from tsq_layers.report.table import BLANK, format_bytes
+from tsq_layers.reports import series
+from tsq_layers.reports.layer import STEPS, LayerReport
+from tsq_layers.reports.table import BLANK, format_bytes
 
 Value = str | float | None
 

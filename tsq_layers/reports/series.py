@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from tsq_layers.report.layer import STEPS, LayerReport
+from tsq_layers.reports.layer import STEPS, LayerReport
 
 TIMED_STEPS = ("factorise", *STEPS)
 

@@ -11,17 +11,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tsq_layers.config import QuantConfig
-from tsq_layers.report import coverage, headlines, series, table
-from tsq_layers.report.charts import bar_charts, loss_chart
-from tsq_layers.report.extras import required
-from tsq_layers.report.frame import WIDTH
-from tsq_layers.report.heat import LEVELS, heat_map
-from tsq_layers.report.layer import LayerReport
-from tsq_layers.report.listing import listing
-from tsq_layers.report.parameter import ParameterReport
+from tsq_layers.reports import gaps as coverage
+from tsq_layers.reports import series, table
+from tsq_layers.reports.extras import required
+from tsq_layers.reports.html import headlines
+from tsq_layers.reports.html.charts import bar_charts, loss_chart
+from tsq_layers.reports.html.frame import WIDTH
+from tsq_layers.reports.html.heat import LEVELS, heat_map
+from tsq_layers.reports.html.listing import listing
+from tsq_layers.reports.layer import LayerReport
+from tsq_layers.reports.parameter import ParameterReport
 
 if TYPE_CHECKING:
-    from tsq_layers.report.records import Report
+    from tsq_layers.reports.report import Report
 
 _WORST = 10
 _KEPT = 200  # rows of the list of parameters that were not quantised
@@ -67,7 +69,7 @@ def render(report: "Report", title: str) -> str:
 
 
 def _source(name: str) -> str:
-    return importlib.resources.files("tsq_layers.report").joinpath("templates", name).read_text(encoding="utf-8")
+    return importlib.resources.files("tsq_layers.reports.html").joinpath("templates", name).read_text(encoding="utf-8")
 
 
 def _context(report: "Report") -> dict[str, Any]:

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tsq_layers.report.parameter import ParameterReport
+from tsq_layers.reports.parameter import ParameterReport
 
 if TYPE_CHECKING:
-    from tsq_layers.report.records import Report
+    from tsq_layers.reports.report import Report
 
 Kept = tuple[str, int, str]  # name, entries that were kept, reason
 
@@ -63,7 +63,7 @@ def by_reason(report: "Report") -> list[Gap]:
 
     Example:
         >>> from tsq_layers.config import QuantConfig
-        >>> from tsq_layers.report.records import Report
+        >>> from tsq_layers.reports.report import Report
         >>> parameters = [
         ...     ParameterReport(name=f"{n}.experts", shape=(4, 2), dtype="float32", quantized=2 * n, reason=f"{4 - n} of 4 unused")
         ...     for n in (1, 2)

@@ -4,8 +4,8 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from tsq_layers.report import series
-from tsq_layers.report.layer import LayerReport
+from tsq_layers.reports import series
+from tsq_layers.reports.layer import LayerReport
 
 LEVELS = 9
 

@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 from tsq_layers.config import QuantConfig
+from tsq_layers.config.json_fields import checked_fields, json_object, read_config
 from tsq_layers.errors import CheckpointError
-from tsq_layers.report import coverage, figure, page, table
-from tsq_layers.report.fields import checked_fields, json_object, read_config
-from tsq_layers.report.layer import LayerReport
-from tsq_layers.report.parameter import ParameterReport
+from tsq_layers.reports import figure, table
+from tsq_layers.reports import gaps as coverage
+from tsq_layers.reports.html import page
+from tsq_layers.reports.layer import LayerReport
+from tsq_layers.reports.parameter import ParameterReport
 
 SCHEMA_VERSION = 1
 

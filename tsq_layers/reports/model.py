@@ -3,7 +3,7 @@
 from torch import nn
 
 from tsq_layers.errors import StateError
-from tsq_layers.report.records import Report
+from tsq_layers.reports.report import Report
 
 
 def report(model: nn.Module) -> Report:

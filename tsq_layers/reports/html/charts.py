@@ -4,9 +4,9 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from tsq_layers.report import series
-from tsq_layers.report.frame import LEFT, RIGHT, Frame, Height
-from tsq_layers.report.layer import STEPS, LayerReport
+from tsq_layers.reports import series
+from tsq_layers.reports.html.frame import LEFT, RIGHT, Frame, Height
+from tsq_layers.reports.layer import STEPS, LayerReport
 
 _DOTS = (1.0, 1.25, 0.75)  # large dots, step by step: a later one leaves a ring of an equal earlier one
 _LARGE = 6.0
