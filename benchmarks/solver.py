@@ -28,7 +28,8 @@ from torch import Tensor
 
 from tsq_layers import LayerStatistics, QuantConfig
 from tsq_layers.numerics import grid
-from tsq_layers.solver import gptq, objective, stage1, stage2
+from tsq_layers.solver import gptq, stage1, stage2
+from tsq_layers.solver import problem as objective
 from tsq_layers.solver.blocks import in_original_order
 
 SHAPES = {

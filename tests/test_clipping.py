@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from tsq_layers.numerics import grid
-from tsq_layers.solver import clipping, zeros
+from tsq_layers.solver import zeros
+from tsq_layers.solver.descent import clipping
 
 STORED = [torch.float16, torch.bfloat16, torch.float32]
 SIZES = [(1, 1, 1), (3, 5, 2), (4, 14, 4), (3, 16, 16), (2, 20, 1)]

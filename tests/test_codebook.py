@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from tsq_layers.numerics import grid
-from tsq_layers.solver import codebook, kmeans
+from tsq_layers.solver import kmeans
+from tsq_layers.solver import lnq as codebook
 
 STORED = [torch.float16, torch.bfloat16, torch.float32]
 SIZES = [(1, 1, 1), (3, 5, 2), (4, 17, 4), (2, 33, 40), (2, 150, 20)]

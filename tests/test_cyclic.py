@@ -11,7 +11,7 @@ from oracles import descent as oracle
 from torch import Tensor
 
 from tsq_layers.numerics import grid
-from tsq_layers.solver import cyclic
+from tsq_layers.solver.descent import quantease as cyclic
 
 STARTS = ["nearest", "random", "lowest"]
 SIZES = [(1, 1, 1), (3, 5, 2), (2, 16, 4), (4, 17, 4), (3, 33, 8), (2, 40, 40), (2, 70, 64), (2, 31, 1), (2, 150, 20)]

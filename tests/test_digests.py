@@ -9,7 +9,8 @@ from torch import Tensor
 
 from tsq_layers import LayerStatistics, QuantConfig
 from tsq_layers.numerics import grid
-from tsq_layers.solver import TwoStageGroupQuantizer, gptq, objective
+from tsq_layers.solver import TwoStageGroupQuantizer, gptq
+from tsq_layers.solver import problem as objective
 
 SEEDS = range(8)
 WAYS = {"two-stage": {}, "gptq": {"method": "gptq", "deviation": "none"}, "symmetric": {"symmetric": True}}

@@ -20,7 +20,9 @@ from tsq_layers import distillation, eligibility, experts, guidance, solving, wo
 from tsq_layers.numerics import basis, grid
 from tsq_layers.numerics import weight as records
 from tsq_layers.runtime import one_pass as few_rows
-from tsq_layers.solver import gptq, objective, rows, selection, stage1
+from tsq_layers.solver import gptq, selection, stage1
+from tsq_layers.solver import problem as objective
+from tsq_layers.solver.descent import rows
 
 # Every number that is read is large: that of the rows whose scales do not fit their dtype, too.
 pytestmark = pytest.mark.filterwarnings("ignore::tsq_layers.errors.ScaleRangeWarning")

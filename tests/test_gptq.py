@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from tsq_layers.numerics import grid
-from tsq_layers.solver import gptq, objective
+from tsq_layers.solver import gptq
+from tsq_layers.solver import problem as objective
 from tsq_layers.solver.blocks import in_original_order
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from tsq_layers.numerics import grid
-from tsq_layers.solver import greedy, pairs, rows
+from tsq_layers.solver.descent import cdquant as greedy
+from tsq_layers.solver.descent import pairs, rows
 
 STARTS = ["nearest", "random", "lowest"]
 

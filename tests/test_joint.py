@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from tsq_layers.numerics import grid
-from tsq_layers.solver import cyclic, joint, stage2
+from tsq_layers.solver import joint, stage2
+from tsq_layers.solver.descent import quantease as cyclic
 
 STORED = [torch.float16, torch.bfloat16, torch.float32]
 

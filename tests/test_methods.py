@@ -15,7 +15,8 @@ from tsq_layers.config import QuantConfig
 from tsq_layers.errors import StateError
 from tsq_layers.numerics.statistics import LayerStatistics
 from tsq_layers.reports import STEPS
-from tsq_layers.solver import SolverResult, TwoStageGroupQuantizer, objective
+from tsq_layers.solver import SolverResult, TwoStageGroupQuantizer
+from tsq_layers.solver import problem as objective
 from tsq_layers.solver.steps import asked_for
 
 pytestmark = pytest.mark.filterwarnings("ignore::tsq_layers.errors.FewTokensWarning")

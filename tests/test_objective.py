@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from tsq_layers.config import QuantConfig
 from tsq_layers.errors import CalibrationError, DampingWarning, LayerError, SingularHessianError
 from tsq_layers.numerics.statistics import LayerStatistics
-from tsq_layers.solver import objective
+from tsq_layers.solver import problem as objective
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import tsq_layers as tsq
-from tsq_layers import rebasing
 from tsq_layers.numerics.statistics import LayerStatistics
+from tsq_layers.solver import basis_change as rebasing
 
 BASES = {
     "rotation": {"rotation": 16},

@@ -14,7 +14,8 @@ from tsq_layers.config import QuantConfig
 from tsq_layers.errors import ConfigError, FewTokensWarning
 from tsq_layers.numerics.statistics import LayerStatistics
 from tsq_layers.observer import Call, HessianObserver
-from tsq_layers.solver import objective, selection
+from tsq_layers.solver import problem as objective
+from tsq_layers.solver import selection
 
 pytestmark = pytest.mark.filterwarnings(f"ignore::{FewTokensWarning.__module__}.{FewTokensWarning.__name__}")
 K, N = 12, 10

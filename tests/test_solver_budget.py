@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tsq_layers import HessianObserver, LayerStatistics, QuantConfig
 from tsq_layers.numerics import grid
-from tsq_layers.solver import TwoStageGroupQuantizer, gptq, objective, stage1
+from tsq_layers.solver import TwoStageGroupQuantizer, gptq, stage1
+from tsq_layers.solver import problem as objective
 
 N, K, GROUP = 192, 512, 64
 

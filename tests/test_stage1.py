@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from tsq_layers.numerics import grid
-from tsq_layers.solver import objective, stage1
+from tsq_layers.solver import problem as objective
+from tsq_layers.solver import stage1
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
 WIDTHS = range(1, 9)

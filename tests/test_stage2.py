@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from tsq_layers.numerics import grid
-from tsq_layers.solver import objective, stage2
+from tsq_layers.solver import problem as objective
+from tsq_layers.solver import stage2
 from tsq_layers.solver.stage2 import SmallProblem
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}

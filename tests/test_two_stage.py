@@ -16,20 +16,13 @@ from tsq_layers.numerics import grid
 from tsq_layers.numerics.statistics import LayerStatistics
 from tsq_layers.numerics.weight import QuantizedWeight
 from tsq_layers.observer import HessianObserver
-from tsq_layers.solver import (
-    SolverResult,
-    TwoStageGroupQuantizer,
-    clipping,
-    cyclic,
-    gptq,
-    greedy,
-    joint,
-    objective,
-    pairs,
-    stage1,
-)
+from tsq_layers.solver import SolverResult, TwoStageGroupQuantizer, gptq, joint, stage1
+from tsq_layers.solver import problem as objective
 from tsq_layers.solver import state as state_of_layers
 from tsq_layers.solver.coded import Coded
+from tsq_layers.solver.descent import cdquant as greedy
+from tsq_layers.solver.descent import clipping, pairs
+from tsq_layers.solver.descent import quantease as cyclic
 
 N, K, GROUP, TOKENS = 6, 22, 8, 200
 METHODS = ["rtn", "gptq", "quantease", "cdquant", "two-stage"]

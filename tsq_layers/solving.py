@@ -16,10 +16,10 @@ from tsq_layers.layers.offloading import present
 from tsq_layers.numerics.statistics import LayerStatistics
 from tsq_layers.numerics.sync import to_host
 from tsq_layers.numerics.weight import out_of_range, stacked
-from tsq_layers.rebasing import rebase
 from tsq_layers.reports import LayerReport
 from tsq_layers.runtime.linear import QuantLinear
 from tsq_layers.solver import SolverResult, TwoStageGroupQuantizer, selection
+from tsq_layers.solver.basis_change import rebase
 from tsq_layers.targets import Solved, Target
 
 TOKENS_PER_COLUMN = 16  # fewer tokens than this many times K: H is noisy, and refinement fits the noise

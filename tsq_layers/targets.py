@@ -12,9 +12,9 @@ from tsq_layers.layers import LayerKind, rows_of
 from tsq_layers.layers.pools import Pool
 from tsq_layers.numerics.weight import QuantizedWeight
 from tsq_layers.observer import HessianObserver
-from tsq_layers.rebasing import rounded_rows
 from tsq_layers.reports import LayerReport
 from tsq_layers.runtime.linear import QuantLinear
+from tsq_layers.solver.basis_change import rounded_rows
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tsq_layers.solver import cyclic, offsets, stage2
+from tsq_layers.solver import offsets, stage2
 from tsq_layers.solver import zeros as zero_points
 from tsq_layers.solver.blocks import product
 from tsq_layers.solver.coded import Coded
+from tsq_layers.solver.descent import quantease as cyclic
 
 
 def refine(problem: Coded, *, rounds: int, sweeps: int, ridge: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from tsq_layers.numerics.weight import Outliers
-from tsq_layers.solver import cyclic
 from tsq_layers.solver.blocks import product, scaled, stack
 from tsq_layers.solver.coded import Coded
+from tsq_layers.solver.descent import quantease as cyclic
 
 _POWER_STEPS = 20
 _VALUE_STEPS = 6

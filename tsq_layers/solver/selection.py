@@ -19,7 +19,8 @@ from tsq_layers.numerics import grid
 from tsq_layers.numerics.statistics import LayerStatistics
 from tsq_layers.numerics.sync import to_host
 from tsq_layers.passes.modes import full_precision
-from tsq_layers.solver import gptq, objective, stage1
+from tsq_layers.solver import gptq, stage1
+from tsq_layers.solver import problem as objective
 from tsq_layers.solver.blocks import product
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)

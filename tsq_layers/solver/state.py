@@ -9,10 +9,11 @@ from tsq_layers.config import QuantConfig
 from tsq_layers.errors import LayerError, StateError
 from tsq_layers.numerics import grid
 from tsq_layers.numerics.weight import Outliers, QuantizedWeight
-from tsq_layers.solver import codebook, gptq, offsets
+from tsq_layers.solver import gptq, offsets
+from tsq_layers.solver import lnq as codebook
 from tsq_layers.solver.blocks import in_original_order, product, scaled
 from tsq_layers.solver.coded import Coded
-from tsq_layers.solver.objective import Problem, squared_error
+from tsq_layers.solver.problem import Problem, squared_error
 
 _SLACK = 64  # units of rounding: a loss that is less than so many of the part that damping has in it is none
 _CHUNK_ELEMENTS = 2**20  # weights whose errors are squared at once: bounds the temporaries

@@ -11,19 +11,11 @@ from torch import Tensor
 
 from tsq_layers.config import QuantConfig
 from tsq_layers.numerics import grid
-from tsq_layers.solver import (
-    clipping,
-    codebook,
-    cyclic,
-    gptq,
-    greedy,
-    joint,
-    offsets,
-    outliers,
-    pairs,
-    stage1,
-    stage2,
-)
+from tsq_layers.solver import gptq, joint, offsets, outliers, stage1, stage2
+from tsq_layers.solver import lnq as codebook
+from tsq_layers.solver.descent import cdquant as greedy
+from tsq_layers.solver.descent import clipping, pairs
+from tsq_layers.solver.descent import quantease as cyclic
 from tsq_layers.solver.state import Layer, State
 
 _DESCENTS = ("quantease", "cdquant")

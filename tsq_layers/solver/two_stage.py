@@ -22,7 +22,8 @@ from tsq_layers.numerics.statistics import LayerStatistics
 from tsq_layers.numerics.sync import clock
 from tsq_layers.numerics.weight import QuantizedWeight
 from tsq_layers.passes.modes import full_precision
-from tsq_layers.solver import objective, steps
+from tsq_layers.solver import problem as objective
+from tsq_layers.solver import steps
 from tsq_layers.solver.result import SolverResult
 from tsq_layers.solver.state import Layer, State
 

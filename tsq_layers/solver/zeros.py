@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from tsq_layers.numerics import grid
-from tsq_layers.solver import clipping
 from tsq_layers.solver.blocks import product
 from tsq_layers.solver.coded import Coded
+from tsq_layers.solver.descent import clipping
 
 _STEPS = (-1, 0, 1)
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from tsq_layers.numerics import grid
 from tsq_layers.solver import kmeans, stage2
 from tsq_layers.solver.blocks import chunks, fold, product, stack
-from tsq_layers.solver.sweeper import Sweeper, turned
+from tsq_layers.solver.descent.columns import Sweeper, turned
 
 RIDGE = 1e-7
 _CHUNK_ELEMENTS = 2**22  # entries of one-hot matrices that are held at once

@@ -14,7 +14,8 @@ from tsq_layers.numerics.basis import Basis, fixed_signs
 from tsq_layers.numerics.statistics import LayerStatistics
 from tsq_layers.passes.modes import full_precision
 from tsq_layers.runtime.forward import rounded
-from tsq_layers.solver import objective, stage1
+from tsq_layers.solver import problem as objective
+from tsq_layers.solver import stage1
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """The α that are tried: d = E[x²]^(α/2), from no scaling to inputs of equal size."""

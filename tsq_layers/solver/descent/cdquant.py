@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tsq_layers.solver.coded import Coded
-from tsq_layers.solver.rows import Rows, advance, largest, worthwhile
+from tsq_layers.solver.descent.rows import Rows, advance, largest, worthwhile
 
 
 def descend(problem: Coded, steps: int) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from tsq_layers.numerics import grid
 from tsq_layers.solver.blocks import fold, stack
 from tsq_layers.solver.coded import Coded
-from tsq_layers.solver.sweeper import Sweeper, turned
+from tsq_layers.solver.descent.columns import Sweeper, turned
 
 _CHUNK_ELEMENTS = 2**24  # weights whose columns advance together, where there are blocks: bounds the working memory
 _LAST_RELAXED = 25  # the authors' code relaxes no sweep after this one

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tsq_layers.numerics import grid
 from tsq_layers.solver.coded import Coded
-from tsq_layers.solver.rows import Rows, advance, largest, worthwhile
+from tsq_layers.solver.descent.rows import Rows, advance, largest, worthwhile
 
 
 def descend(problem: Coded, steps: int, reach: int | None = None) -> Tensor:
