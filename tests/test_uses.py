@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tsq_layers.layers.experts import EXPERTS, split_experts
-from tsq_layers.layers.uses import Product, products
+from tsq_layers.layers.source import Product, products
 
 E, K = 4, 32
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tsq_layers.errors import LayerError
-from tsq_layers.layers.uses import BY_ALL, BY_ONE
+from tsq_layers.layers.source import BY_ALL, BY_ONE
 from tsq_layers.numerics.sync import to_host
 
 

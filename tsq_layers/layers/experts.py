@@ -8,7 +8,7 @@ multiplies by calls the layers. Biases, which it adds itself, stay parameters.
 
 A parameter is split if the source of the forward says that it is only multiplied by, and how:
 ``F.linear(x, self.weight[i])``, ``x @ self.weight[i]``, ``torch.bmm(x, self.weight)`` and their
-likes; see :mod:`tsq_layers.layers.uses`. So no list of architectures is needed. Of transformers 5.23
+likes; see :mod:`tsq_layers.layers.source`. So no list of architectures is needed. Of transformers 5.23
 these are all experts but those listed here: ``DbrxExpertGLU`` (its parameters are 2-D and cut up by
 another module) and ``OpenAIPrivacyFilterExperts`` in other dtypes than float32 (it computes in
 float32 with a copy of its weights). They stay as they are, like any module whose forward does
@@ -28,7 +28,7 @@ from torch import nn
 
 from tsq_layers.layers.composites import Composite
 from tsq_layers.layers.expert_weights import ExpertWeights
-from tsq_layers.layers.uses import Product, products
+from tsq_layers.layers.source import Product, products
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

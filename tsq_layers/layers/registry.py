@@ -11,10 +11,10 @@ from tsq_layers.errors import ConfigError
 from tsq_layers.layers.attention import ATTENTION
 from tsq_layers.layers.composites import Composite
 from tsq_layers.layers.convolution import CONVOLUTIONS
-from tsq_layers.layers.dense import CONV1D, LINEAR
 from tsq_layers.layers.embedding import EMBEDDING
 from tsq_layers.layers.experts import EXPERTS
 from tsq_layers.layers.kinds import LayerKind, is_twin
+from tsq_layers.layers.linear import CONV1D, LINEAR
 from tsq_layers.layers.same_padding import CONV_SAME
 from tsq_layers.runtime.linear import QuantLinear
 
