@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import tsq_layers as tsq
-from tsq_layers.distillation import Student, distil, output_distance
+from tsq_layers.calibration.distillation import Student, distil, output_distance
 from tsq_layers.errors import CalibrationError, ConfigError, CoverageError, FewTokensWarning, StateError
 
 pytestmark = pytest.mark.filterwarnings(f"ignore::{FewTokensWarning.__module__}.{FewTokensWarning.__name__}")

@@ -16,7 +16,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 
 import tsq_layers as tsq
-from tsq_layers import distillation, eligibility, experts, guidance, solving, workflow
+from tsq_layers import workflow
+from tsq_layers.calibration import distillation, eligibility, experts, guidance, solving
 from tsq_layers.numerics import basis, grid
 from tsq_layers.numerics import weight as records
 from tsq_layers.runtime import one_pass as few_rows

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import tsq_layers as tsq
+from tsq_layers.calibration.preparation import inspect
 from tsq_layers.layers import packed
-from tsq_layers.preparation import inspect
 from tsq_layers.runtime.linear import QuantLinear
 from tsq_layers.solver import selection
 
 if TYPE_CHECKING:
-    from tsq_layers.targets import Target
+    from tsq_layers.calibration.targets import Target
 
 WIDTH, HIDDEN = 48, 40  # groups of 16: the last one of 40 columns is short
 BOTH = {"rotation": 16, "channel_scaling": True}

@@ -9,9 +9,9 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import tsq_layers as tsq
-from tsq_layers import guidance
+from tsq_layers.calibration import guidance
+from tsq_layers.calibration.guidance import TokenWeights, Watched, groups_of, model_loss, token_weights
 from tsq_layers.errors import CalibrationError, FewTokensWarning, UnguidedLayerWarning
-from tsq_layers.guidance import TokenWeights, Watched, groups_of, model_loss, token_weights
 from tsq_layers.observer import HessianObserver
 
 pytestmark = pytest.mark.filterwarnings(f"ignore::{FewTokensWarning.__module__}.{FewTokensWarning.__name__}")
@@ -242,7 +242,7 @@ def test_every_method_runs_guided(method: str) -> None:
 def test_rows_are_solved_under_the_statistics_of_their_group(monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole chain, against statistics made by hand; deviation off, so that both passes are not needed."""
     seen = {}
-    from tsq_layers import solving
+    from tsq_layers.calibration import solving
 
     original = solving.TwoStageGroupQuantizer
 

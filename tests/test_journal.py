@@ -29,8 +29,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tsq_layers.errors import CalibrationError, CheckpointError, JournalWarning, StateError
-from tsq_layers.journal import (
+from tsq_layers.calibration.journal import (
     HELD_OUT,
     Fingerprint,
     Journal,
@@ -39,8 +38,9 @@ from tsq_layers.journal import (
     fingerprint_batch,
     fingerprint_data,
     fingerprint_weights,
-    stage,
 )
+from tsq_layers.calibration.journal import record as stage
+from tsq_layers.errors import CalibrationError, CheckpointError, JournalWarning, StateError
 from tsq_layers.reports import LayerReport
 from tsq_layers.runtime.linear import QuantLinear
 from tsq_layers.runtime.spec import LayerSpec

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import tsq_layers as tsq
-from tsq_layers import calibration
+from tsq_layers.calibration import run as calibration
 from tsq_layers.passes import offload as parking
 from tsq_layers.passes.offload import Parking
 

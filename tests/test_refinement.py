@@ -10,7 +10,8 @@ from export_models import llama, quantised
 from torch import nn
 
 import tsq_layers as tsq
-from tsq_layers import calibration, preparation
+from tsq_layers.calibration import preparation
+from tsq_layers.calibration import run as calibration
 from tsq_layers.errors import CheckpointError, ConfigError, LayerError, LostZerosWarning, StateError
 from tsq_layers.layers import packed
 from tsq_layers.numerics.statistics import LayerStatistics

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import tsq_layers as tsq
-from tsq_layers import calibration
+from tsq_layers.calibration import run as calibration
 from tsq_layers.errors import CheckpointError, FewTokensWarning
 
 CONFIG = tsq.QuantConfig(bits=3, group_size=16, skip=())

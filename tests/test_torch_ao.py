@@ -9,7 +9,7 @@ from torch import nn
 from torch.ao.pruning import WeightNormSparsifier
 
 import tsq_layers as tsq
-from tsq_layers import preparation
+from tsq_layers.calibration import preparation
 from tsq_layers.errors import LostZerosWarning
 
 with warnings.catch_warnings():

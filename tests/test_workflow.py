@@ -14,7 +14,8 @@ from torch import nn
 from torch.nn.utils import prune
 
 import tsq_layers as tsq
-from tsq_layers import conversion, solving
+from tsq_layers import conversion
+from tsq_layers.calibration import solving
 from tsq_layers.errors import (
     CalibrationError,
     FewTokensWarning,

@@ -6,18 +6,18 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from tsq_layers.calibration.coverage import check_coverage, check_share, parameter_reports
+from tsq_layers.calibration.experts import Experts
+from tsq_layers.calibration.preparation import Preparation, fetch, finish, guided_layers, store
+from tsq_layers.calibration.solving import solve, warn_few_tokens
+from tsq_layers.calibration.targets import Solved
 from tsq_layers.config.versions import library_versions
-from tsq_layers.coverage import check_coverage, check_share, parameter_reports
 from tsq_layers.errors import CalibrationError, SkippedLayerWarning, StateError
-from tsq_layers.experts import Experts
 from tsq_layers.hosts import tell_host
 from tsq_layers.layers import kind_of, replace
 from tsq_layers.layers.offloading import pass_on_hook, present
 from tsq_layers.numerics.memory import model_bytes
-from tsq_layers.preparation import Preparation, fetch, finish, guided_layers, store
 from tsq_layers.reports import LayerReport, Report
-from tsq_layers.solving import solve, warn_few_tokens
-from tsq_layers.targets import Solved
 
 
 def convert(model: nn.Module, *, min_coverage: float = 0.0) -> nn.Module:

@@ -10,8 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tsq_layers import preparation as preparations
-from tsq_layers.calibration import Calibration
+from tsq_layers.calibration import preparation as preparations
+from tsq_layers.calibration.journal.resuming import journal_of
+from tsq_layers.calibration.preparation import Preparation
+from tsq_layers.calibration.run import Calibration
+from tsq_layers.calibration.solving import warn_few_tokens
+from tsq_layers.calibration.targets import Solved, Target
 from tsq_layers.config import QuantConfig
 from tsq_layers.config.versions import library_versions
 from tsq_layers.conversion import warn_never_called
@@ -23,12 +27,8 @@ from tsq_layers.numerics.memory import dtype_name, model_bytes
 from tsq_layers.numerics.sync import to_host
 from tsq_layers.passes.batches import Batch, Forward, PaddingMask, attention_mask, checked_batches, default_forward
 from tsq_layers.passes.offload import Parking
-from tsq_layers.preparation import Preparation
 from tsq_layers.reports import LayerReport, Report
-from tsq_layers.resuming import journal_of
 from tsq_layers.runtime.linear import QuantLinear
-from tsq_layers.solving import warn_few_tokens
-from tsq_layers.targets import Solved, Target
 
 _CHANGED = ("words", "scale_bits", "zero_words", "offset_bits")
 _FOREIGN = 0.02  # relative difference of a tensor that both models hold: more than rounding to bfloat16

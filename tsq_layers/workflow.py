@@ -8,14 +8,18 @@ from contextlib import nullcontext
 import torch
 from torch import nn
 
-from tsq_layers import preparation as preparations
-from tsq_layers.calibration import Calibration, callers_of
+from tsq_layers.calibration import preparation as preparations
+from tsq_layers.calibration.coverage import check_share
+from tsq_layers.calibration.distillation import Distance, Student, distil
+from tsq_layers.calibration.guidance import Loss, TokenWeights, Watched, model_loss, token_weights
+from tsq_layers.calibration.journal.resuming import journal_of
+from tsq_layers.calibration.preparation import Preparation, guided_layers
+from tsq_layers.calibration.run import Calibration, callers_of
+from tsq_layers.calibration.solving import warn_few_tokens
+from tsq_layers.calibration.targets import Solved
 from tsq_layers.config import QuantConfig
 from tsq_layers.conversion import check_attainable, convert, warn_never_called
-from tsq_layers.coverage import check_share
-from tsq_layers.distillation import Distance, Student, distil
 from tsq_layers.errors import StateError
-from tsq_layers.guidance import Loss, TokenWeights, Watched, model_loss, token_weights
 from tsq_layers.layers.offloading import entry_device
 from tsq_layers.passes.batches import (
     Batch,
@@ -29,10 +33,6 @@ from tsq_layers.passes.batches import (
     moved_to,
 )
 from tsq_layers.passes.offload import Parking
-from tsq_layers.preparation import Preparation, guided_layers
-from tsq_layers.resuming import journal_of
-from tsq_layers.solving import warn_few_tokens
-from tsq_layers.targets import Solved
 
 
 def prepare(model: nn.Module, config: QuantConfig) -> nn.Module:

@@ -8,6 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from tsq_layers.calibration.preparation import is_prepared
 from tsq_layers.checkpoint.description import (
     DESCRIPTION_FILE,
     TENSORS_FILE,
@@ -22,7 +23,6 @@ from tsq_layers.errors import CheckpointError, StateError
 from tsq_layers.hosts import tell_host
 from tsq_layers.layers import composite_of, replace, split_of
 from tsq_layers.layers.composites import share_hooks
-from tsq_layers.preparation import is_prepared
 from tsq_layers.runtime.linear import QuantLinear
 
 

@@ -4,10 +4,10 @@ import warnings
 
 from torch import nn
 
+from tsq_layers.calibration.preparation import inspect
 from tsq_layers.config import QuantConfig
 from tsq_layers.export.contents import Layer, composite_around
 from tsq_layers.layers import composite_of, kind_of
-from tsq_layers.preparation import inspect
 
 
 def planned_layers(model: nn.Module, config: QuantConfig) -> list[Layer]:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tsq_layers.calibration.coverage import Ownership, ownership, parameter_reports
 from tsq_layers.config import QuantConfig
 from tsq_layers.config.versions import library_versions
-from tsq_layers.coverage import Ownership, ownership, parameter_reports
 from tsq_layers.errors import CheckpointError, LayerError
 from tsq_layers.importing import compressed_tensors, gptq
 from tsq_layers.importing.architecture import empty_model

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 from torch import nn
 
 import tsq_layers as tsq
-from tsq_layers import preparation
+from tsq_layers.calibration import preparation
 from tsq_layers.errors import ConfigError, MissingExtraError
 
 try:

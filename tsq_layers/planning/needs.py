@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from tsq_layers.calibration.targets import Target
 from tsq_layers.layers.kinds import as_it_is, rows_of
 from tsq_layers.planning.ledger import Ledger, Work
 from tsq_layers.planning.trace import Input
-from tsq_layers.targets import Target
 
 
 @dataclass(frozen=True)

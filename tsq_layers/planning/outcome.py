@@ -5,11 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from tsq_layers.calibration.preparation import Preparation
+from tsq_layers.calibration.targets import Solved, Target
 from tsq_layers.conversion import convert
 from tsq_layers.planning.stages import Course
-from tsq_layers.preparation import Preparation
 from tsq_layers.reports import LayerReport, Report
-from tsq_layers.targets import Solved, Target
 
 
 def outcome(model: nn.Module, preparation: Preparation, course: Course, *, paired: bool) -> Report:

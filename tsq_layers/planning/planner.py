@@ -12,8 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tsq_layers import preparation as preparations
-from tsq_layers.calibration import callers_of
+from tsq_layers.calibration import preparation as preparations
+from tsq_layers.calibration.preparation import Preparation
+from tsq_layers.calibration.run import callers_of
 from tsq_layers.config import QuantConfig
 from tsq_layers.errors import CalibrationError, ConfigError, StateError
 from tsq_layers.layers.offloading import entry_device, is_offloaded
@@ -28,7 +29,6 @@ from tsq_layers.planning.speed import solver_seconds, speed
 from tsq_layers.planning.stages import Course
 from tsq_layers.planning.stand_ins import StandIns
 from tsq_layers.planning.trace import Trace, trace
-from tsq_layers.preparation import Preparation
 from tsq_layers.reports import Report
 
 _THREAD_BYTES = 2_200_000  # packed operands that MKL keeps for the next product; measured, less for small weights

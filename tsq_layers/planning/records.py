@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
+from tsq_layers.calibration.solving import TOKENS_PER_COLUMN
 from tsq_layers.config import QuantConfig
 from tsq_layers.config.json_fields import checked_fields, json_object, read_config
 from tsq_layers.errors import CheckpointError
 from tsq_layers.planning import table
 from tsq_layers.reports import LayerReport
-from tsq_layers.solving import TOKENS_PER_COLUMN
 
 SCHEMA_VERSION = 1
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tsq_layers.calibration.journal import Fingerprint, Journal, fingerprint_batch, fingerprint_weights
+from tsq_layers.calibration.preparation import Preparation
 from tsq_layers.config.versions import library_versions
-from tsq_layers.journal import Fingerprint, Journal, fingerprint_batch, fingerprint_weights
 from tsq_layers.layers.offloading import present
 from tsq_layers.passes.modes import AUTOCAST_DEVICES
-from tsq_layers.preparation import Preparation
 
 
 def journal_of(

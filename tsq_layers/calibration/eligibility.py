@@ -8,16 +8,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from tsq_layers.calibration.coverage import is_matrix
+from tsq_layers.calibration.targets import Target
 from tsq_layers.config.patterns import matches
 from tsq_layers.config.quant_config import QuantConfig, explicit_patterns
-from tsq_layers.coverage import is_matrix
 from tsq_layers.errors import LayerError, LostZerosWarning, SkippedLayerWarning, UnmatchedPatternWarning
 from tsq_layers.layers import LayerKind, rows_of, unsupported, why_not
 from tsq_layers.layers.offloading import is_offloaded, present
 from tsq_layers.numerics.memory import memory_extent
 from tsq_layers.numerics.sync import to_host
 from tsq_layers.reports import LayerReport
-from tsq_layers.targets import Target
 
 _DENSE = 0.95  # share of weights that are not zero, of a layer that was not pruned
 

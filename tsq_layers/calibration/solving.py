@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from tsq_layers.calibration.targets import Solved, Target
 from tsq_layers.config import QuantConfig
 from tsq_layers.errors import FewTokensWarning, ScaleRangeWarning
 from tsq_layers.layers.offloading import present
@@ -20,7 +21,6 @@ from tsq_layers.reports import LayerReport
 from tsq_layers.runtime.linear import QuantLinear
 from tsq_layers.solver import SolverResult, TwoStageGroupQuantizer, selection
 from tsq_layers.solver.basis_change import rebase
-from tsq_layers.targets import Solved, Target
 
 TOKENS_PER_COLUMN = 16  # fewer tokens than this many times K: H is noisy, and refinement fits the noise
 

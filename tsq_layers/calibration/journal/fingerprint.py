@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from tsq_layers.calibration.journal.digests import HELD_OUT
 from tsq_layers.config.json_fields import checked_fields
 from tsq_layers.errors import CheckpointError
-from tsq_layers.journal.digests import HELD_OUT
 
 FORMAT = "tsq_layers calibration"
 SCHEMA_VERSION = 2

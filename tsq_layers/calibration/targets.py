@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tsq_layers.calibration.guidance import groups_of
 from tsq_layers.config import QuantConfig
-from tsq_layers.guidance import groups_of
 from tsq_layers.layers import LayerKind, rows_of
 from tsq_layers.layers.pools import Pool
 from tsq_layers.numerics.weight import QuantizedWeight

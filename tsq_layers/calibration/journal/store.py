@@ -9,9 +9,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from tsq_layers.calibration.journal import files
+from tsq_layers.calibration.journal import record as stage
+from tsq_layers.calibration.journal.fingerprint import START_AGAIN, Fingerprint, differences, read, text
 from tsq_layers.errors import CheckpointError, JournalWarning, StateError
-from tsq_layers.journal import files, stage
-from tsq_layers.journal.fingerprint import START_AGAIN, Fingerprint, differences, read, text
 from tsq_layers.reports import LayerReport
 from tsq_layers.runtime.linear import QuantLinear
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tsq_layers.guidance import TokenWeights
+from tsq_layers.calibration.guidance import TokenWeights
+from tsq_layers.calibration.targets import Target
 from tsq_layers.numerics.statistics import LayerStatistics
 from tsq_layers.observer import Call, HessianObserver
 from tsq_layers.passes import lockstep
 from tsq_layers.passes.batches import Batch, PaddingMask
 from tsq_layers.passes.offload import Parking
-from tsq_layers.targets import Target
 
 VALIDATED = 5  # of so many tokens of a layer one, the last of each call, where something is chosen on tokens not fitted
 

@@ -11,14 +11,17 @@ from torch import nn
 from torch.utils.weak import TensorWeakRef
 from tqdm.auto import tqdm
 
+from tsq_layers.calibration.experts import Experts
+from tsq_layers.calibration.guidance import TokenWeights
+from tsq_layers.calibration.journal import HELD_OUT, Journal, Restored, fingerprint_batch
+from tsq_layers.calibration.observation import Observation, Role
+from tsq_layers.calibration.preparation import Preparation
+from tsq_layers.calibration.solving import Shortfall, solve
+from tsq_layers.calibration.targets import Solved, Target
 from tsq_layers.errors import SameInputWarning
-from tsq_layers.experts import Experts
-from tsq_layers.guidance import TokenWeights
-from tsq_layers.journal import HELD_OUT, Journal, Restored, fingerprint_batch
 from tsq_layers.layers import kind_of, rows_of
 from tsq_layers.layers.offloading import entry_device, run_with_weight
 from tsq_layers.numerics.statistics import LayerStatistics
-from tsq_layers.observation import Observation, Role
 from tsq_layers.passes import lockstep
 from tsq_layers.passes.batches import (
     Batch,
@@ -35,9 +38,6 @@ from tsq_layers.passes.batches import (
 from tsq_layers.passes.offload import Parking
 from tsq_layers.passes.pass_state import PassState
 from tsq_layers.passes.recording import hooked, record
-from tsq_layers.preparation import Preparation
-from tsq_layers.solving import Shortfall, solve
-from tsq_layers.targets import Solved, Target
 
 
 @dataclass(eq=False)

@@ -4,11 +4,11 @@ import dataclasses
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
+from tsq_layers.calibration.solving import Shortfall
+from tsq_layers.calibration.targets import Target
 from tsq_layers.layers.pools import Pool
 from tsq_layers.numerics.statistics import LayerStatistics
 from tsq_layers.numerics.sync import to_host
-from tsq_layers.solving import Shortfall
-from tsq_layers.targets import Target
 
 
 class Experts:

@@ -9,9 +9,8 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from tsq_layers.config import QuantConfig
-from tsq_layers.coverage import Ownership, ownership
-from tsq_layers.eligibility import (
+from tsq_layers.calibration.coverage import Ownership, ownership
+from tsq_layers.calibration.eligibility import (
     check_inputs,
     check_weights,
     not_supported,
@@ -19,14 +18,15 @@ from tsq_layers.eligibility import (
     warn_lost_zeros,
     warn_unmatched,
 )
+from tsq_layers.calibration.guidance import Watched
+from tsq_layers.calibration.targets import Solved, Target
+from tsq_layers.config import QuantConfig
 from tsq_layers.errors import ConfigError, LayerError, StateError
-from tsq_layers.guidance import Watched
 from tsq_layers.layers import composite_of, kind_of, packed, replace, split_of
 from tsq_layers.layers.composites import take_over_mode
 from tsq_layers.layers.pools import expert_pool
 from tsq_layers.observer import HessianObserver
 from tsq_layers.reports import LayerReport
-from tsq_layers.targets import Solved, Target
 
 _ATTRIBUTE = "_tsq_preparation"
 
