@@ -30,9 +30,9 @@ import tsq_layers as tsq
 from tsq_layers import cli
 from tsq_layers.cli import evaluation, program
 from tsq_layers.errors import CheckpointError, ConfigError, MissingExtraError
+from tsq_layers.evaluation import perplexity
 from tsq_layers.integrations import causal_lm
 from tsq_layers.integrations.transformers import load_causal_lm, load_tokenizer, read_tokens, save_causal_lm, windows
-from tsq_layers.perplexity import perplexity
 from tsq_layers.planning import Plan
 
 SENTENCE = "The quick brown fox jumps over the lazy dog, and the state of our union is strong. "

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import tsq_layers as tsq
-from tsq_layers import cli, workflow
+from tsq_layers import cli
 from tsq_layers.cli import completion, program
 from tsq_layers.cli.models import load
 from tsq_layers.config import QuantConfig
@@ -22,6 +22,7 @@ from tsq_layers.export.configurations import LIMITS, check_configuration
 from tsq_layers.export.exporting import FORMATS
 from tsq_layers.integrations.causal_lm import load_tokenizer
 from tsq_layers.layers import packed
+from tsq_layers.workflow import pipeline as workflow
 
 WORDS = [f"w{number}" for number in range(47)]
 

@@ -16,7 +16,6 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 
 import tsq_layers as tsq
-from tsq_layers import workflow
 from tsq_layers.calibration import distillation, eligibility, experts, guidance, solving
 from tsq_layers.numerics import basis, grid
 from tsq_layers.numerics import weight as records
@@ -24,6 +23,7 @@ from tsq_layers.runtime import one_pass as few_rows
 from tsq_layers.solver import gptq, selection, stage1
 from tsq_layers.solver import problem as objective
 from tsq_layers.solver.descent import rows
+from tsq_layers.workflow import pipeline as workflow
 
 # Every number that is read is large: that of the rows whose scales do not fit their dtype, too.
 pytestmark = pytest.mark.filterwarnings("ignore::tsq_layers.errors.ScaleRangeWarning")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tsq_layers.errors import ConfigError, LayerError
-from tsq_layers.perplexity import perplexity
+from tsq_layers.evaluation import perplexity
 
 VOCABULARY = 61
 
@@ -124,7 +124,7 @@ def test_slices_of_rows_give_the_same_loss(
     model: LlamaForCausalLM, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = perplexity(model, tokens, window=16)
-    module = importlib.import_module("tsq_layers.perplexity")
+    module = importlib.import_module("tsq_layers.evaluation")
     monkeypatch.setattr(module, "_LOGITS_AT_ONCE", 3 * VOCABULARY + 1)
     assert perplexity(model, tokens, window=16) == expected
 

@@ -14,7 +14,6 @@ from torch import nn
 from torch.nn.utils import prune
 
 import tsq_layers as tsq
-from tsq_layers import conversion
 from tsq_layers.calibration import solving
 from tsq_layers.errors import (
     CalibrationError,
@@ -26,6 +25,7 @@ from tsq_layers.errors import (
 )
 from tsq_layers.observer import HessianObserver
 from tsq_layers.passes import batches as batch_forms
+from tsq_layers.workflow import conversion
 
 CONFIG = tsq.QuantConfig(bits=3, group_size=16)
 STAGES = [

@@ -20,10 +20,10 @@ from tsq_layers.checkpoint.description import (
 from tsq_layers.checkpoint.headers import AGAIN, description_from_headers, is_described, outlined, tensor_files
 from tsq_layers.checkpoint.planning import Plan, plan
 from tsq_layers.errors import CheckpointError, StateError
-from tsq_layers.hosts import tell_host
 from tsq_layers.layers import composite_of, replace, split_of
 from tsq_layers.layers.composites import share_hooks
 from tsq_layers.runtime.linear import QuantLinear
+from tsq_layers.workflow.hosts import tell_host
 
 
 def load(path: str | os.PathLike[str], model: nn.Module, *, device: torch.device | str | None = None) -> nn.Module:

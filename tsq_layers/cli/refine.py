@@ -6,7 +6,7 @@ import dataclasses
 import tsq_layers as tsq
 from tsq_layers.cli import models, options
 from tsq_layers.integrations import causal_lm as bridge
-from tsq_layers.refinement import DEFAULT
+from tsq_layers.workflow.refinement import DEFAULT
 
 
 def add(command: argparse.ArgumentParser) -> None:

@@ -21,7 +21,7 @@ from tsq_layers.integrations.transformers_config import TsqConfig
 from tsq_layers.integrations.transformers_skeleton import Skeleton, skeleton
 from tsq_layers.reports import Report
 from tsq_layers.runtime.linear import QuantLinear
-from tsq_layers.workflow import quantize
+from tsq_layers.workflow.pipeline import quantize
 
 
 @register_quantizer(QUANT_METHOD)

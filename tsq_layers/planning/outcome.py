@@ -7,9 +7,9 @@ from torch import nn
 
 from tsq_layers.calibration.preparation import Preparation
 from tsq_layers.calibration.targets import Solved, Target
-from tsq_layers.conversion import convert
 from tsq_layers.planning.stages import Course
 from tsq_layers.reports import LayerReport, Report
+from tsq_layers.workflow.conversion import convert
 
 
 def outcome(model: nn.Module, preparation: Preparation, course: Course, *, paired: bool) -> Report:

@@ -13,17 +13,17 @@ from tsq_layers.calibration.solving import solve, warn_few_tokens
 from tsq_layers.calibration.targets import Solved
 from tsq_layers.config.versions import library_versions
 from tsq_layers.errors import CalibrationError, SkippedLayerWarning, StateError
-from tsq_layers.hosts import tell_host
 from tsq_layers.layers import kind_of, replace
 from tsq_layers.layers.offloading import pass_on_hook, present
 from tsq_layers.numerics.memory import model_bytes
 from tsq_layers.reports import LayerReport, Report
+from tsq_layers.workflow.hosts import tell_host
 
 
 def convert(model: nn.Module, *, min_coverage: float = 0.0) -> nn.Module:
     """Put a quantised layer in the place of every solved one, and a report on the model.
 
-    Without a :func:`~tsq_layers.workflow.calibrate` before it, layers are solved from what the observers have seen.
+    Without a :func:`~tsq_layers.workflow.pipeline.calibrate` before it, layers are solved from what the observers have seen.
 
     Args:
         model: a prepared model.

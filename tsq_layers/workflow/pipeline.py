@@ -18,7 +18,6 @@ from tsq_layers.calibration.run import Calibration, callers_of
 from tsq_layers.calibration.solving import warn_few_tokens
 from tsq_layers.calibration.targets import Solved
 from tsq_layers.config import QuantConfig
-from tsq_layers.conversion import check_attainable, convert, warn_never_called
 from tsq_layers.errors import StateError
 from tsq_layers.layers.offloading import entry_device
 from tsq_layers.passes.batches import (
@@ -33,6 +32,7 @@ from tsq_layers.passes.batches import (
     moved_to,
 )
 from tsq_layers.passes.offload import Parking
+from tsq_layers.workflow.conversion import check_attainable, convert, warn_never_called
 
 
 def prepare(model: nn.Module, config: QuantConfig) -> nn.Module:

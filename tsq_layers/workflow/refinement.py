@@ -18,7 +18,6 @@ from tsq_layers.calibration.solving import warn_few_tokens
 from tsq_layers.calibration.targets import Solved, Target
 from tsq_layers.config import QuantConfig
 from tsq_layers.config.versions import library_versions
-from tsq_layers.conversion import warn_never_called
 from tsq_layers.errors import ConfigError, LayerError, StateError
 from tsq_layers.layers import packed
 from tsq_layers.layers.offloading import present
@@ -29,6 +28,7 @@ from tsq_layers.passes.batches import Batch, Forward, PaddingMask, attention_mas
 from tsq_layers.passes.offload import Parking
 from tsq_layers.reports import LayerReport, Report
 from tsq_layers.runtime.linear import QuantLinear
+from tsq_layers.workflow.conversion import warn_never_called
 
 _CHANGED = ("words", "scale_bits", "zero_words", "offset_bits")
 _FOREIGN = 0.02  # relative difference of a tensor that both models hold: more than rounding to bfloat16

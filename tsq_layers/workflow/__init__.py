@@ -1,0 +1,1 @@
+"""Prepare, calibrate, convert, refine and fold models: the verbs of the library."""
