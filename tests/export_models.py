@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tsq_layers as tsq
-from tsq_layers.export import directory, export
+from tsq_layers.formats import directory, export
 from tsq_layers.numerics.weight import QuantizedWeight
 from tsq_layers.runtime.linear import QuantLinear
 

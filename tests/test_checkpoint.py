@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import tsq_layers as tsq
-import tsq_layers.checkpoint
-from tsq_layers.checkpoint import load, save, writing
+import tsq_layers.formats.tsq
 from tsq_layers.config import QuantConfig
 from tsq_layers.errors import CheckpointError, StateError
+from tsq_layers.formats.tsq import load, save, writing
 from tsq_layers.numerics import grid
 from tsq_layers.numerics.weight import QuantizedWeight
 from tsq_layers.reports import LayerReport, Report
@@ -511,7 +511,7 @@ def test_a_crash_between_the_two_renames_is_noticed(saved: Path, monkeypatch: py
 
 
 def test_nothing_here_can_execute_what_it_reads() -> None:
-    for file in Path(tsq_layers.checkpoint.__file__).parent.glob("*.py"):
+    for file in Path(tsq_layers.formats.tsq.__file__).parent.glob("*.py"):
         nodes = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
         names = {node.id for node in nodes if isinstance(node, ast.Name)}
         modules = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}

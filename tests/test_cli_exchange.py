@@ -18,8 +18,8 @@ from tsq_layers.cli import completion, program
 from tsq_layers.cli.models import load
 from tsq_layers.config import QuantConfig
 from tsq_layers.errors import ExportError
-from tsq_layers.export.configurations import LIMITS, check_configuration
-from tsq_layers.export.exporting import FORMATS
+from tsq_layers.formats.configurations import LIMITS, check_configuration
+from tsq_layers.formats.exporting import FORMATS
 from tsq_layers.integrations.causal_lm import load_tokenizer
 from tsq_layers.layers import packed
 from tsq_layers.workflow import pipeline as workflow
@@ -283,7 +283,7 @@ def test_checkpoints_of_others_are_evaluated_and_inspected(
     assert "14 of 14 layers quantised" in capsys.readouterr().out
 
 
-@pytest.mark.filterwarnings("always::tsq_layers.export.ExportWarning")
+@pytest.mark.filterwarnings("always::tsq_layers.formats.ExportWarning")
 def test_an_engine_that_does_not_serve_it_is_named(
     quantised: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import tsq_layers as tsq
-from tsq_layers.checkpoint.writing import composites_of
 from tsq_layers.errors import FewTokensWarning
+from tsq_layers.formats.tsq.writing import composites_of
 from tsq_layers.layers.expert_weights import ExpertWeights
 from tsq_layers.layers.experts import EXPERTS, split_experts
 from tsq_layers.numerics import grid

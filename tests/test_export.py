@@ -22,8 +22,8 @@ from transformers import (
 import tsq_layers as tsq
 from tsq_layers.config.versions import library_versions
 from tsq_layers.errors import StateError
-from tsq_layers.export import ExportError, ExportWarning, directory, export, exporting
-from tsq_layers.export.engines import SERVICES
+from tsq_layers.formats import ExportError, ExportWarning, directory, export, exporting
+from tsq_layers.formats.engines import SERVICES
 from tsq_layers.runtime.linear import QuantLinear
 
 FORMATS = ["gptq", "gptq-v1", "compressed-tensors", "gguf"]

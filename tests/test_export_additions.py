@@ -4,7 +4,7 @@ import pytest
 import torch
 from export_models import UP, quantised
 
-from tsq_layers.export import ExportError, export
+from tsq_layers.formats import ExportError, export
 from tsq_layers.numerics.basis import Basis
 from tsq_layers.numerics.weight import Outliers, QuantizedWeight
 from tsq_layers.runtime.linear import QuantLinear

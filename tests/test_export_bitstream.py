@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from oracles.exports import stream
 
 from tsq_layers.errors import LayerError
-from tsq_layers.export import bitstream
+from tsq_layers.formats import bitstream
 
 GOLDEN = {  # of the codes i mod 2^b, i = 0 … 31
     2: ["e4e4e4e4"] * 2,

@@ -8,7 +8,7 @@ from export_models import TOKENS, UP, digest, llama, quantised, tensors_of, writ
 from oracles.exports import compressed_weight
 from test_export_bitstream import GOLDEN, hexadecimal
 
-from tsq_layers.export import ExportError, ExportWarning, export
+from tsq_layers.formats import ExportError, ExportWarning, export
 
 # SHA-256 of model.safetensors, by width and symmetry
 DIGESTS = {

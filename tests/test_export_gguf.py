@@ -8,8 +8,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast
 
 import tsq_layers as tsq
-from tsq_layers.export import ExportError, export, gguf, gguf_blocks, gguf_file
-from tsq_layers.export.gguf_tokenizer import _LLAMA3, _TEKKEN, tokenizer_metadata
+from tsq_layers.formats import ExportError, export
+from tsq_layers.formats.gguf import blocks as gguf_blocks
+from tsq_layers.formats.gguf import file as gguf_file
+from tsq_layers.formats.gguf import writing as gguf
+from tsq_layers.formats.gguf.tokenizer import _LLAMA3, _TEKKEN, tokenizer_metadata
 
 # SHA-256 of model.gguf, by width
 DIGESTS = {

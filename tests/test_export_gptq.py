@@ -10,7 +10,7 @@ from test_export_bitstream import GOLDEN, SYMMETRIC, SYMMETRIC_V1, hexadecimal
 from tokenizers import Tokenizer, models
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from tsq_layers.export import ExportError, export
+from tsq_layers.formats import ExportError, export
 from tsq_layers.runtime.linear import QuantLinear
 
 # SHA-256 of model.safetensors, by width and symmetry

@@ -9,9 +9,10 @@ from test_export_gguf import SPLITS
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from tsq_layers.export import export, gguf
-from tsq_layers.export.floats import Stored
-from tsq_layers.export.gguf_file import F32, GGUFTensor
+from tsq_layers.formats import export
+from tsq_layers.formats.floats import Stored
+from tsq_layers.formats.gguf import writing as gguf
+from tsq_layers.formats.gguf.file import F32, GGUFTensor
 
 llama_cpp = pytest.importorskip("cyllama.llama.llama_cpp")
 

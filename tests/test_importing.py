@@ -12,8 +12,8 @@ from test_export_gptq import gpt2
 
 import tsq_layers as tsq
 from tsq_layers.errors import CheckpointError, LayerError, MissingExtraError
-from tsq_layers.export.bitstream import pack
-from tsq_layers.importing import words
+from tsq_layers.formats import words
+from tsq_layers.formats.bitstream import pack
 from tsq_layers.integrations.transformers import load_causal_lm, save_causal_lm
 from tsq_layers.layers import packed
 

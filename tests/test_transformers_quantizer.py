@@ -39,7 +39,7 @@ from transformers.utils import logging
 import tsq_layers as tsq
 from tsq_layers.cli import main
 from tsq_layers.errors import CheckpointError, ConfigError
-from tsq_layers.export import ExportError
+from tsq_layers.formats import ExportError
 from tsq_layers.integrations.transformers import TsqConfig, load_causal_lm, save_causal_lm
 from tsq_layers.runtime.linear import QuantLinear
 

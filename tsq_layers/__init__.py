@@ -1,10 +1,9 @@
 """Weights of any PyTorch model in 2, 3 or 4 bits: observers attach, a calibration runs, layers are swapped."""
 
-from tsq_layers.checkpoint import load, save
 from tsq_layers.config import QuantConfig
 from tsq_layers.evaluation import perplexity
-from tsq_layers.export import export
-from tsq_layers.importing import import_checkpoint
+from tsq_layers.formats import export, import_checkpoint
+from tsq_layers.formats.tsq import load, save
 from tsq_layers.layers import Composite, LayerKind, register, unregister
 from tsq_layers.numerics.statistics import LayerStatistics
 from tsq_layers.numerics.weight import QuantizedWeight

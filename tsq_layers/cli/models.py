@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 import tsq_layers as tsq
-from tsq_layers.checkpoint.headers import is_described
-from tsq_layers.checkpoint.outline import QUANT_METHOD
 from tsq_layers.cli.options import OWN_FORMAT
 from tsq_layers.cli.output import summary, write, write_json, write_summary
 from tsq_layers.config import QuantConfig
 from tsq_layers.errors import CheckpointError, ConfigError, ExportError
-from tsq_layers.export.exporting import checked
+from tsq_layers.formats.exporting import checked
+from tsq_layers.formats.tsq.headers import is_described
+from tsq_layers.formats.tsq.outline import QUANT_METHOD
 from tsq_layers.integrations import causal_lm as bridge
 
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from tsq_layers.config.quant_config import Method, QuantConfig
 from tsq_layers.errors import ConfigError
-from tsq_layers.export.engines import SERVICES
-from tsq_layers.export.exporting import FORMATS
+from tsq_layers.formats.engines import SERVICES
+from tsq_layers.formats.exporting import FORMATS
 from tsq_layers.integrations import texts
 
 OWN_FORMAT = "tsq"

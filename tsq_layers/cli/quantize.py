@@ -5,7 +5,7 @@ import argparse
 import tsq_layers as tsq
 from tsq_layers.cli import models, options
 from tsq_layers.errors import ConfigError
-from tsq_layers.export.configurations import check_configuration
+from tsq_layers.formats.configurations import check_configuration
 from tsq_layers.integrations import causal_lm as bridge
 
 

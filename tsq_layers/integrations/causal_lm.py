@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 import tsq_layers as tsq
-from tsq_layers.checkpoint.headers import is_described, outlined
-from tsq_layers.checkpoint.outline import Outline
-from tsq_layers.checkpoint.writing import write
 from tsq_layers.errors import CheckpointError, ConfigError, MissingExtraError
+from tsq_layers.formats.tsq.headers import is_described, outlined
+from tsq_layers.formats.tsq.outline import Outline
+from tsq_layers.formats.tsq.writing import write
 
 Directory = str | os.PathLike[str]
 

@@ -2,7 +2,7 @@
 
 A directory that ``save_pretrained`` of a quantised model writes is loaded again by ``from_pretrained`` of the
 auto classes, and by :func:`tsq_layers.load`. Without this import transformers knows nothing of packed layers: loading
-such a directory is an error then, see :mod:`tsq_layers.checkpoint.outline`.
+such a directory is an error then, see :mod:`tsq_layers.formats.tsq.outline`.
 """
 
 import importlib.util

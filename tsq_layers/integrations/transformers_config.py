@@ -6,10 +6,10 @@ from typing import Any, Self
 from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from tsq_layers.checkpoint.outline import QUANT_METHOD, Outline
 from tsq_layers.config import QuantConfig
 from tsq_layers.config.versions import library_versions
 from tsq_layers.errors import ConfigError
+from tsq_layers.formats.tsq.outline import QUANT_METHOD, Outline
 
 _RECIPE = "config"
 _VERSION = "library_version"

@@ -11,12 +11,12 @@ from transformers import PreTrainedModel
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
-from tsq_layers.checkpoint.description import DESCRIPTION_FILE, NON_PERSISTENT, Description
-from tsq_layers.checkpoint.headers import REPORT, is_described, read_headers
-from tsq_layers.checkpoint.outline import QUANT_METHOD, Outline
-from tsq_layers.checkpoint.planning import is_under
-from tsq_layers.checkpoint.writing import shared_once
 from tsq_layers.errors import ConfigError
+from tsq_layers.formats.tsq.description import DESCRIPTION_FILE, NON_PERSISTENT, Description
+from tsq_layers.formats.tsq.headers import REPORT, is_described, read_headers
+from tsq_layers.formats.tsq.layout import is_under
+from tsq_layers.formats.tsq.outline import QUANT_METHOD, Outline
+from tsq_layers.formats.tsq.writing import shared_once
 from tsq_layers.integrations.transformers_config import TsqConfig
 from tsq_layers.integrations.transformers_skeleton import Skeleton, skeleton
 from tsq_layers.reports import Report

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from tsq_layers.checkpoint.description import Description, TensorSpec, entries
-from tsq_layers.checkpoint.headers import AGAIN, present_aliases
-from tsq_layers.checkpoint.outline import Outline
-from tsq_layers.checkpoint.planning import new_layers, replaced_weight
-from tsq_layers.checkpoint.reading import splits_of
 from tsq_layers.errors import CheckpointError
+from tsq_layers.formats.tsq.description import Description, TensorSpec, entries
+from tsq_layers.formats.tsq.headers import AGAIN, present_aliases
+from tsq_layers.formats.tsq.layout import new_layers, replaced_weight
+from tsq_layers.formats.tsq.outline import Outline
+from tsq_layers.formats.tsq.reading import splits_of
 from tsq_layers.layers import packed, replace
 from tsq_layers.layers.composites import share_hooks
 from tsq_layers.numerics.memory import dtype_name

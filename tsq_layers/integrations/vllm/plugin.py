@@ -15,8 +15,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 
-from tsq_layers.checkpoint.description import DESCRIPTION_FILE, NON_PERSISTENT
 from tsq_layers.errors import ConfigError
+from tsq_layers.formats.tsq.description import DESCRIPTION_FILE, NON_PERSISTENT
 from tsq_layers.integrations.vllm.assembly import Intake, Matrices
 from tsq_layers.integrations.vllm.description import (
     METHOD,

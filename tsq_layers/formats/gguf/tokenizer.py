@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tsq_layers.errors import ExportError
-from tsq_layers.export.gguf_file import Value
+from tsq_layers.formats.gguf.file import Value
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tsq_layers.errors import ExportError, ExportWarning
-from tsq_layers.export.limits import described
+from tsq_layers.formats.limits import described
 from tsq_layers.runtime.linear import QuantLinear
 
 

@@ -1,6 +1,6 @@
 """compressed-tensors checkpoints, as llm-compressor writes them: the formats "pack-quantized" and "int-quantized".
 
-What a file holds is at the head of :mod:`tsq_layers.export.compressed_tensors`. Two older layouts are read too: words that
+What a file holds is at the head of :mod:`tsq_layers.formats.compressed_tensors.writing`. Two older layouts are read too: words that
 waste their last bits where b does not divide 32, and zero points that are not packed. "int-quantized" files hold codes
 of up to 8 bits as int8, from −2^(b−1) on.
 """
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from tsq_layers.errors import CheckpointError
-from tsq_layers.importing.files import TensorFiles
-from tsq_layers.importing.packed import PackedLayer, check_order, group_size_of, refuse, weight_of
-from tsq_layers.importing.words import padded_word_count, unpack, unpack_padded, word_count
+from tsq_layers.formats.files import TensorFiles
+from tsq_layers.formats.packed import PackedLayer, check_order, group_size_of, refuse, weight_of
+from tsq_layers.formats.words import padded_word_count, unpack, unpack_padded, word_count
 from tsq_layers.numerics.weight import QuantizedWeight
 
 _PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")

@@ -13,7 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from tsq_layers.checkpoint.description import (
+from tsq_layers.config.versions import library_versions
+from tsq_layers.errors import CheckpointError, StateError
+from tsq_layers.formats.tsq.description import (
     DESCRIPTION_DIGEST,
     DESCRIPTION_FILE,
     TENSORS_FILE,
@@ -24,8 +26,6 @@ from tsq_layers.checkpoint.description import (
     header_digest,
     sort_metadata,
 )
-from tsq_layers.config.versions import library_versions
-from tsq_layers.errors import CheckpointError, StateError
 from tsq_layers.layers import composite_behind, packed
 from tsq_layers.numerics.memory import memory_extent
 
@@ -48,7 +48,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Example:
         >>> import tempfile, torch
         >>> from tsq_layers.runtime.linear import QuantLinear
-        >>> from tsq_layers.checkpoint import load
+        >>> from tsq_layers.formats.tsq import load
         >>> model = nn.Sequential(QuantLinear(16, 8, bits=2, group_size=8), nn.ReLU())
         >>> with tempfile.TemporaryDirectory() as directory:
         ...     save(model, directory)
@@ -60,7 +60,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 def write(model: nn.Module, path: str | os.PathLike[str], placeholders: Sequence[str] = ()) -> None:
-    """:func:`save`, with empty tensors under the keys ``placeholders``, see :mod:`tsq_layers.checkpoint.outline`."""
+    """:func:`save`, with empty tensors under the keys ``placeholders``, see :mod:`tsq_layers.formats.tsq.outline`."""
     layers = layers_of(model)
     tensors, aliases = shared_once(model)
     _check_values(tensors)

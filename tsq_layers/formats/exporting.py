@@ -12,15 +12,17 @@ from torch import nn
 
 from tsq_layers.config import QuantConfig
 from tsq_layers.errors import ExportError, ExportWarning
-from tsq_layers.export import compressed_tensors, gguf, gptq
-from tsq_layers.export.configurations import check_configuration
-from tsq_layers.export.contents import Contents, Layer, read
-from tsq_layers.export.directory import byte_count, new_directory, write_description, write_tensors
-from tsq_layers.export.engines import check_engine, warn_unserved
-from tsq_layers.export.floats import Stored
-from tsq_layers.export.forecast import planned_layers
-from tsq_layers.export.gguf_tokenizer import tokenizer_metadata
-from tsq_layers.export.limits import is_exact
+from tsq_layers.formats.compressed_tensors import writing as compressed_tensors
+from tsq_layers.formats.configurations import check_configuration
+from tsq_layers.formats.contents import Contents, Layer, read
+from tsq_layers.formats.directory import byte_count, new_directory, write_description, write_tensors
+from tsq_layers.formats.engines import check_engine, warn_unserved
+from tsq_layers.formats.floats import Stored
+from tsq_layers.formats.forecast import planned_layers
+from tsq_layers.formats.gguf import writing as gguf
+from tsq_layers.formats.gguf.tokenizer import tokenizer_metadata
+from tsq_layers.formats.gptq import writing as gptq
+from tsq_layers.formats.limits import is_exact
 from tsq_layers.numerics.memory import dtype_name
 
 

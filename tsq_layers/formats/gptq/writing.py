@@ -10,7 +10,7 @@ so that ``weight[n, k] = scales[g, n] · (code − zero)``. Version 1 stores zer
 version 2 (``"checkpoint_format": "gptq_v2"``) the zero point itself. In version 1 a zero point of 0
 would wrap to 2^b − 1, and the 1 that kernels add to a whole word then carries into the next row's.
 
-Who serves what is in :data:`tsq_layers.export.engines.SERVICES`: transformers (with gptqmodel and optimum) and
+Who serves what is in :data:`tsq_layers.formats.engines.SERVICES`: transformers (with gptqmodel and optimum) and
 GPTQModel serve 2, 3, 4 and 8 bits, symmetric and asymmetric; of version 1 GPTQModel serves
 symmetric layers only. vLLM on a CPU serves version 1 with 4 bits, symmetric.
 """
@@ -24,10 +24,10 @@ from torch import Tensor, nn
 
 from tsq_layers.config.versions import library_versions
 from tsq_layers.errors import ExportError
-from tsq_layers.export import bitstream
-from tsq_layers.export.contents import Contents, Layer
-from tsq_layers.export.floats import Stored
-from tsq_layers.export.limits import Limits, check, described
+from tsq_layers.formats import bitstream
+from tsq_layers.formats.contents import Contents, Layer
+from tsq_layers.formats.floats import Stored
+from tsq_layers.formats.limits import Limits, check, described
 from tsq_layers.numerics.packing import unpack
 from tsq_layers.runtime.kernels import zero_points
 from tsq_layers.runtime.linear import QuantLinear

@@ -14,10 +14,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tsq_layers.checkpoint.description import sort_metadata
 from tsq_layers.config.versions import library_versions
 from tsq_layers.errors import ExportError
-from tsq_layers.export.floats import Stored
+from tsq_layers.formats.floats import Stored
+from tsq_layers.formats.tsq.description import sort_metadata
 from tsq_layers.numerics.memory import dtype_name
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tsq_layers.checkpoint.description import (
+from tsq_layers.errors import CheckpointError
+from tsq_layers.formats.tsq.description import (
     DESCRIPTION_FILE,
     NON_PERSISTENT,
     Description,
@@ -15,7 +16,6 @@ from tsq_layers.checkpoint.description import (
     TensorSpec,
     entries,
 )
-from tsq_layers.errors import CheckpointError
 from tsq_layers.layers import kind_of, packed
 from tsq_layers.runtime.linear import QuantLinear
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from tsq_layers.errors import ExportError, StateError
-from tsq_layers.export.floats import Stored, float_tensors
+from tsq_layers.formats.floats import Stored, float_tensors
 from tsq_layers.layers import composite_behind, kind_behind, packed
 from tsq_layers.runtime.linear import QuantLinear
 

@@ -6,7 +6,7 @@ A group of several blocks repeats its scale. Shapes: N rows, K columns, G groups
 import torch
 from torch import Tensor
 
-from tsq_layers.export.gguf_file import Q4_0, Q5_0, Q8_0, BlockType
+from tsq_layers.formats.gguf.file import Q4_0, Q5_0, Q8_0, BlockType
 from tsq_layers.numerics.packing import unpack
 from tsq_layers.runtime.linear import QuantLinear
 

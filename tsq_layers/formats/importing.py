@@ -14,10 +14,11 @@ from tsq_layers.calibration.coverage import Ownership, ownership, parameter_repo
 from tsq_layers.config import QuantConfig
 from tsq_layers.config.versions import library_versions
 from tsq_layers.errors import CheckpointError, LayerError
-from tsq_layers.importing import compressed_tensors, gptq
-from tsq_layers.importing.architecture import empty_model
-from tsq_layers.importing.files import TensorFiles, json_object
-from tsq_layers.importing.packed import PackedLayer, refuse
+from tsq_layers.formats.architecture import empty_model
+from tsq_layers.formats.compressed_tensors import reading as compressed_tensors
+from tsq_layers.formats.files import TensorFiles, json_object
+from tsq_layers.formats.gptq import reading as gptq
+from tsq_layers.formats.packed import PackedLayer, refuse
 from tsq_layers.layers import LayerKind, kind_of, replace
 from tsq_layers.numerics.memory import model_bytes
 from tsq_layers.reports import LayerReport, Report

@@ -6,7 +6,7 @@ from torch import nn
 
 from tsq_layers.calibration.preparation import inspect
 from tsq_layers.config import QuantConfig
-from tsq_layers.export.contents import Layer, composite_around
+from tsq_layers.formats.contents import Layer, composite_around
 from tsq_layers.layers import composite_of, kind_of
 
 

@@ -2,8 +2,10 @@
 
 from tsq_layers.config import QuantConfig
 from tsq_layers.errors import ExportError
-from tsq_layers.export import compressed_tensors, gguf, gptq
-from tsq_layers.export.limits import Limits
+from tsq_layers.formats.compressed_tensors import writing as compressed_tensors
+from tsq_layers.formats.gguf import writing as gguf
+from tsq_layers.formats.gptq import writing as gptq
+from tsq_layers.formats.limits import Limits
 from tsq_layers.numerics.memory import dtype_name
 
 LIMITS: dict[str, Limits] = {

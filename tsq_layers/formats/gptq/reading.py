@@ -1,6 +1,6 @@
 """GPTQ checkpoints, of GPTQModel, AutoGPTQ and others: versions 1 and 2.
 
-What a file holds is at the head of :mod:`tsq_layers.export.gptq`. Width, rows, columns and groups of a layer follow from the
+What a file holds is at the head of :mod:`tsq_layers.formats.gptq.writing`. Width, rows, columns and groups of a layer follow from the
 shapes of its tensors, so that files with layers of several widths are read too.
 
 A zero point of 0 is stored as −1 in version 1. GPTQModel takes 1 off whole words of 2-, 4- and 8-bit fields, and the
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from tsq_layers.errors import CheckpointError
-from tsq_layers.export.bitstream import pack
-from tsq_layers.importing.files import TensorFiles
-from tsq_layers.importing.packed import PackedLayer, check_order, group_size_of, refuse, weight_of
-from tsq_layers.importing.words import WORD_BITS, unpack
+from tsq_layers.formats.bitstream import pack
+from tsq_layers.formats.files import TensorFiles
+from tsq_layers.formats.packed import PackedLayer, check_order, group_size_of, refuse, weight_of
+from tsq_layers.formats.words import WORD_BITS, unpack
 from tsq_layers.numerics.weight import QuantizedWeight
 
 BITS = (2, 3, 4, 8)

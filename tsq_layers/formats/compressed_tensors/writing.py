@@ -11,7 +11,7 @@ cancels.) Files of 3, 5, 6 and 7 bits need a reader of
 June 2026 or later: earlier ones wasted the bits at
 the end of each word. The metadata of the files names the packer.
 
-Who serves what is in :data:`tsq_layers.export.engines.SERVICES`: transformers serves symmetric layers, and
+Who serves what is in :data:`tsq_layers.formats.engines.SERVICES`: transformers serves symmetric layers, and
 asymmetric ones if they are loaded with ``CompressedTensorsConfig(dequantize=True)``; vLLM on a CPU serves 4 bits.
 """
 
@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tsq_layers.export import bitstream
-from tsq_layers.export.contents import Contents, Layer
-from tsq_layers.export.floats import Stored
-from tsq_layers.export.limits import Limits, check, is_exact
+from tsq_layers.formats import bitstream
+from tsq_layers.formats.contents import Contents, Layer
+from tsq_layers.formats.floats import Stored
+from tsq_layers.formats.limits import Limits, check, is_exact
 from tsq_layers.numerics.packing import unpack
 from tsq_layers.runtime.kernels import zero_points
 from tsq_layers.runtime.linear import QuantLinear

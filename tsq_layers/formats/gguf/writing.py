@@ -21,12 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from tsq_layers.errors import ExportError
-from tsq_layers.export.contents import Contents, Layer
-from tsq_layers.export.floats import Stored
-from tsq_layers.export.gguf_blocks import TYPES, pack
-from tsq_layers.export.gguf_file import BF16, F16, F32, BlockType, GGUFTensor, Value, write_gguf
-from tsq_layers.export.gguf_tokenizer import tokenizer_metadata
-from tsq_layers.export.limits import Limits, check
+from tsq_layers.formats.contents import Contents, Layer
+from tsq_layers.formats.floats import Stored
+from tsq_layers.formats.gguf.blocks import TYPES, pack
+from tsq_layers.formats.gguf.file import BF16, F16, F32, BlockType, GGUFTensor, Value, write_gguf
+from tsq_layers.formats.gguf.tokenizer import tokenizer_metadata
+from tsq_layers.formats.limits import Limits, check
 from tsq_layers.layers.embedding import QuantEmbedding
 from tsq_layers.numerics.memory import dtype_name
 from tsq_layers.numerics.packing import unpack

@@ -9,7 +9,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from tsq_layers.calibration.preparation import is_prepared
-from tsq_layers.checkpoint.description import (
+from tsq_layers.errors import CheckpointError, StateError
+from tsq_layers.formats.tsq.description import (
     DESCRIPTION_FILE,
     TENSORS_FILE,
     Description,
@@ -17,9 +18,8 @@ from tsq_layers.checkpoint.description import (
     TensorSpec,
     header_digest,
 )
-from tsq_layers.checkpoint.headers import AGAIN, description_from_headers, is_described, outlined, tensor_files
-from tsq_layers.checkpoint.planning import Plan, plan
-from tsq_layers.errors import CheckpointError, StateError
+from tsq_layers.formats.tsq.headers import AGAIN, description_from_headers, is_described, outlined, tensor_files
+from tsq_layers.formats.tsq.layout import Plan, plan
 from tsq_layers.layers import composite_of, replace, split_of
 from tsq_layers.layers.composites import share_hooks
 from tsq_layers.runtime.linear import QuantLinear
@@ -50,7 +50,7 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, device: torch.device
 
     Example:
         >>> import tempfile
-        >>> from tsq_layers.checkpoint import save
+        >>> from tsq_layers.formats.tsq import save
         >>> with tempfile.TemporaryDirectory() as directory:
         ...     save(QuantLinear(16, 8, bits=2, group_size=8), directory)
         ...     load(directory, nn.Linear(16, 8, device="meta")).bits

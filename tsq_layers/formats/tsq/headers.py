@@ -6,15 +6,15 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from tsq_layers.checkpoint.description import (
+from tsq_layers.errors import CheckpointError
+from tsq_layers.formats.tsq.description import (
     DESCRIPTION_DIGEST,
     DESCRIPTION_FILE,
     TENSORS_FILE,
     Description,
     TensorSpec,
 )
-from tsq_layers.checkpoint.outline import QUANT_METHOD, Outline
-from tsq_layers.errors import CheckpointError
+from tsq_layers.formats.tsq.outline import QUANT_METHOD, Outline
 from tsq_layers.reports import Report
 
 CONFIG_FILE = "config.json"

@@ -1,4 +1,4 @@
-"""Words of foreign files to codes: the inverse of :mod:`tsq_layers.export.bitstream`, and an older layout.
+"""Words of foreign files to codes: the inverse of :mod:`tsq_layers.formats.bitstream`, and an older layout.
 
 Shapes: R rows, C codes a row, W words a row.
 """
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tsq_layers.errors import LayerError
-from tsq_layers.export.bitstream import WORD_BITS, word_count
+from tsq_layers.formats.bitstream import WORD_BITS, word_count
 
 __all__ = ["WORD_BITS", "padded_word_count", "unpack", "unpack_padded", "word_count"]
 
@@ -27,7 +27,7 @@ def unpack(words: Tensor, bits: int, columns: int) -> Tensor:
         LayerError: words of another dtype or number.
 
     Example:
-        >>> from tsq_layers.export.bitstream import pack
+        >>> from tsq_layers.formats.bitstream import pack
         >>> codes = torch.arange(20, dtype=torch.uint8).unsqueeze(0) % 8
         >>> torch.equal(unpack(pack(codes, bits=3), bits=3, columns=20), codes)
         True

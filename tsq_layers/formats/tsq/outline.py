@@ -9,10 +9,10 @@ from typing import Any, Self
 
 from torch import nn
 
-from tsq_layers.checkpoint.planning import is_under
-from tsq_layers.checkpoint.writing import composites_of, layers_of, shared_once
 from tsq_layers.config.json_fields import checked_fields
 from tsq_layers.errors import CheckpointError
+from tsq_layers.formats.tsq.layout import is_under
+from tsq_layers.formats.tsq.writing import composites_of, layers_of, shared_once
 from tsq_layers.layers.expert_weights import ExpertWeights
 from tsq_layers.runtime.spec import LayerSpec
 

@@ -1,0 +1,1 @@
+"""Read and write checkpoints in the layout of compressed-tensors."""
