@@ -18,10 +18,10 @@ from tsq_layers.errors import CalibrationError, CheckpointError, ConfigError, La
 from tsq_layers.passes.pass_state import restored
 from tsq_layers.planning import Plan, StagePlan, plan
 from tsq_layers.planning import speed as speed_of_machine
+from tsq_layers.planning.costs import solver_bytes, solver_flops
+from tsq_layers.planning.fake import StandIns
 from tsq_layers.planning.ledger import Ledger, Work
-from tsq_layers.planning.solver import solver_bytes, solver_flops
 from tsq_layers.planning.speed import speed
-from tsq_layers.planning.stand_ins import StandIns
 from tsq_layers.planning.trace import trace
 
 CONFIG = tsq.QuantConfig(bits=4, group_size=32)

@@ -7,7 +7,7 @@ from torch import nn
 
 from tsq_layers.calibration.preparation import Preparation
 from tsq_layers.calibration.targets import Solved, Target
-from tsq_layers.planning.stages import Course
+from tsq_layers.planning.course import Course
 from tsq_layers.reports import LayerReport, Report
 from tsq_layers.workflow.conversion import convert
 

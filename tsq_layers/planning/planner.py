@@ -20,14 +20,14 @@ from tsq_layers.errors import CalibrationError, ConfigError, StateError
 from tsq_layers.layers.offloading import entry_device, is_offloaded
 from tsq_layers.passes.batches import Batch, Forward, default_forward
 from tsq_layers.passes.pass_state import restored
+from tsq_layers.planning.course import Course
+from tsq_layers.planning.fake import StandIns
 from tsq_layers.planning.ledger import Work
 from tsq_layers.planning.needs import Needs
 from tsq_layers.planning.outcome import outcome, sees_too_few
 from tsq_layers.planning.parts import Passes
-from tsq_layers.planning.records import MeasuredBy, Plan
+from tsq_layers.planning.plan import MeasuredBy, Plan
 from tsq_layers.planning.speed import solver_seconds, speed
-from tsq_layers.planning.stages import Course
-from tsq_layers.planning.stand_ins import StandIns
 from tsq_layers.planning.trace import Trace, trace
 from tsq_layers.reports import Report
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from tsq_layers.config import QuantConfig
 from tsq_layers.numerics.statistics import LayerStatistics
 from tsq_layers.numerics.sync import clock
+from tsq_layers.planning.costs import solver_flops
 from tsq_layers.planning.ledger import Work
 from tsq_layers.planning.parts import Solve
-from tsq_layers.planning.solver import solver_flops
 from tsq_layers.solver import TwoStageGroupQuantizer
 
 _LEAST_SECONDS = 0.05  # of a measurement that is repeated until then

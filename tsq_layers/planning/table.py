@@ -8,7 +8,7 @@ from tsq_layers.reports import format_bytes
 from tsq_layers.reports.table import aligned
 
 if TYPE_CHECKING:
-    from tsq_layers.planning.records import Plan, StagePlan
+    from tsq_layers.planning.plan import Plan, StagePlan
 
 _SHOWN = 5  # names in a line of the summary
 _BLANK = "–"

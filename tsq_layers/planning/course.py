@@ -11,10 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from tsq_layers.calibration.experts import Experts, pool_of
 from tsq_layers.calibration.run import share_rows
 from tsq_layers.calibration.targets import Target
+from tsq_layers.planning.costs import solver_bytes
 from tsq_layers.planning.ledger import Work
 from tsq_layers.planning.needs import Needs, packed_bytes
 from tsq_layers.planning.parts import Passes, Solve, StageInMaking
-from tsq_layers.planning.solver import solver_bytes
 from tsq_layers.planning.trace import Call, Trace
 
 
