@@ -17,4 +17,4 @@ def tell_host(model: nn.Module) -> None:
     loaded = sys.modules.get("transformers.modeling_utils")
     known = getattr(loaded, "PreTrainedModel", None)
     if known is not None and any(isinstance(module, known) for module in model.modules()):
-        importlib.import_module("tsq_layers.integrations.transformers_quantizer").attach(model)
+        importlib.import_module("tsq_layers.integrations.transformers.quantizer").attach(model)

@@ -129,7 +129,7 @@ def save_causal_lm(model: nn.Module, tokenizer: Any, directory: Directory) -> No
     outline = Outline.of(model)
     write(model, path, outline.placeholders)
     report = getattr(model, "tsq_report", None)
-    bridge = importlib.import_module("tsq_layers.integrations.transformers_config")
+    bridge = importlib.import_module("tsq_layers.integrations.transformers.config")
     config.quantization_config = bridge.TsqConfig(None if report is None else report.config, outline=outline)
     config.architectures = [type(model).__name__]
     config.save_pretrained(path)

@@ -17,8 +17,8 @@ from tsq_layers.formats.tsq.headers import REPORT, is_described, read_headers
 from tsq_layers.formats.tsq.layout import is_under
 from tsq_layers.formats.tsq.outline import QUANT_METHOD, Outline
 from tsq_layers.formats.tsq.writing import shared_once
-from tsq_layers.integrations.transformers_config import TsqConfig
-from tsq_layers.integrations.transformers_skeleton import Skeleton, skeleton
+from tsq_layers.integrations.transformers.config import TsqConfig
+from tsq_layers.integrations.transformers.skeleton import Skeleton, skeleton
 from tsq_layers.reports import Report
 from tsq_layers.runtime.linear import QuantLinear
 from tsq_layers.workflow.pipeline import quantize
