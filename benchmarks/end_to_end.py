@@ -27,7 +27,7 @@ from torch import nn
 import tsq_layers as tsq
 from benchmarks.ablation import texts
 from benchmarks.ablation.peers import PEERS
-from tsq_layers.demo import assets
+from tsq_layers.cli.demonstration import assets
 from tsq_layers.errors import FewTokensWarning
 from tsq_layers.integrations.transformers import load_causal_lm
 

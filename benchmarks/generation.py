@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 import tsq_layers as tsq
-from tsq_layers.demo import assets
+from tsq_layers.cli.demonstration import assets
 from tsq_layers.integrations.transformers import load_causal_lm, save_causal_lm
 
 ROWS = ("float32", "bfloat16", "8 bits", "4 bits", "3 bits", "2 bits")

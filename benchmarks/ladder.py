@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import tsq_layers as tsq
-from tsq_layers.demo import assets, results
+from tsq_layers.cli.demonstration import assets, results
 from tsq_layers.integrations.transformers import load_causal_lm, load_tokenizer, read_tokens, windows
 
 STEPS = {

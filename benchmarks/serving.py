@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import tsq_layers as tsq
-from tsq_layers.demo import assets
+from tsq_layers.cli.demonstration import assets
 from tsq_layers.formats import export
 from tsq_layers.integrations.transformers import load_causal_lm, save_causal_lm
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from tsq_layers import cli
-from tsq_layers.demo import assets, run
-from tsq_layers.demo.assets import Wheel
-from tsq_layers.demo.picture import draw
-from tsq_layers.demo.results import Row, fingerprint, keep, kept, markdown, table
-from tsq_layers.demo.run import FULL, QUICK, Case, Material
+from tsq_layers.cli.demonstration import assets, run
+from tsq_layers.cli.demonstration.assets import Wheel
+from tsq_layers.cli.demonstration.picture import draw
+from tsq_layers.cli.demonstration.results import Row, fingerprint, keep, kept, markdown, table
+from tsq_layers.cli.demonstration.run import FULL, QUICK, Case, Material
 from tsq_layers.errors import CheckpointError, ConfigError, MissingExtraError
 
 FLOAT = Row(

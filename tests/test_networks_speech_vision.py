@@ -20,7 +20,7 @@ from transformers import WhisperConfig, WhisperForConditionalGeneration
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks are scripts beside the package, not installed
 
 from benchmarks.networks import archives, efficientnet, recordings, speech, vision, whisper
-from tsq_layers.demo import assets
+from tsq_layers.cli.demonstration import assets
 from tsq_layers.errors import CheckpointError, MissingExtraError
 
 VALUES = {"weight": "weight", "bias": "bias"}

@@ -22,7 +22,7 @@ import tsq_layers as tsq
 from benchmarks.ablation import peers, picture, records, tables, texts
 from benchmarks.ablation.records import Run
 from benchmarks.ablation.rows import ROWS
-from tsq_layers.demo import assets, results
+from tsq_layers.cli.demonstration import assets, results
 from tsq_layers.errors import FewTokensWarning
 from tsq_layers.integrations.transformers import load_causal_lm
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from benchmarks.ablation.records import Run
 from benchmarks.ablation.rows import HEADLINES, LADDER
-from tsq_layers.demo.results import BLANK, markdown
+from tsq_layers.cli.demonstration.results import BLANK, markdown
 
 _NUMBERS = ("layer loss", "held out", "bits/weight", "CPU s")
 _STEPS = {*LADDER} - {*HEADLINES, "rounding"}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.networks import archives
 from benchmarks.networks.archives import Archive
-from tsq_layers.demo import assets
+from tsq_layers.cli.demonstration import assets
 from tsq_layers.integrations.transformers import load_tokenizer, read_tokens, windows
 
 WINDOW = 1024

@@ -21,8 +21,8 @@ import torch
 from torch import nn
 
 import tsq_layers as tsq
+from tsq_layers.cli.demonstration import assets, results
 from tsq_layers.config import quant_config as configuration
-from tsq_layers.demo import assets, results
 from tsq_layers.errors import FewTokensWarning, SkippedLayerWarning
 from tsq_layers.passes.batches import attention_mask, default_forward
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import tsq_layers as tsq
-from tsq_layers.demo import assets
+from tsq_layers.cli.demonstration import assets
 from tsq_layers.integrations.transformers import load_causal_lm, load_tokenizer, read_tokens, windows
 
 NAME = "SmolLM2-135M (decoder)"

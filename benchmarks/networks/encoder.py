@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.networks import packages
-from tsq_layers.demo import assets
+from tsq_layers.cli.demonstration import assets
 from tsq_layers.integrations.transformers import load_tokenizer, quiet
 
 NAME = "all-MiniLM-L6-v2 (encoder)"

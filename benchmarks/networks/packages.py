@@ -7,7 +7,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from tsq_layers.demo import assets
+from tsq_layers.cli.demonstration import assets
 from tsq_layers.errors import CheckpointError
 
 

@@ -14,7 +14,7 @@ from tsq_layers.numerics.weight import QuantizedWeight
 from tsq_layers.observer import HessianObserver
 from tsq_layers.reports import LayerReport
 from tsq_layers.runtime.linear import QuantLinear
-from tsq_layers.solver.basis_change import rounded_rows
+from tsq_layers.solver.basis_change import round_rotated
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +114,7 @@ class Target:
         """
         if self.config.activation_bits is None or self.kind.inputs is None:
             return rows
-        return rounded_rows(rows, self.config.rotation)
+        return round_rotated(rows, self.config.rotation)
 
     def observer(self, *, guided: bool = False) -> HessianObserver:
         """An empty observer of the layer's inputs."""

@@ -6,8 +6,9 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from tsq_layers.cli import completion, demonstration, evaluation, export, importing, inspection, plan, quantize, refine
+from tsq_layers.cli import completion, evaluation, export, importing, inspection, plan, quantize, refine
 from tsq_layers.cli.completion import Parser
+from tsq_layers.cli.demonstration import command as demonstration
 from tsq_layers.config.versions import library_versions
 from tsq_layers.errors import TSQError
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from tsq_layers.numerics.autograd import has_dual_numbers, is_differentiated
+from tsq_layers.numerics.basis import Basis
 
 LARGEST = 127
 """The codes are −127 … 127: symmetric, so that no sign is favoured."""
@@ -56,6 +57,22 @@ def fake_quantized(x: Tensor) -> Tensor:
         rounded: Tensor = _StraightThrough.apply(x)
         return rounded
     return _fake(x)
+
+
+def round_in_basis(x: Tensor, basis: Basis | None) -> Tensor:
+    """Round inputs to 8 bits in another basis, and return to their own: T⁻¹ q(T x).
+
+    Args:
+        x: floating point (…, K).
+        basis: T; ``None`` is the inputs' own.
+
+    Returns:
+        (…, K) in at least float32.
+    """
+    wide = x if x.dtype == torch.float64 else x.to(torch.float32)
+    if basis is None:
+        return fake_quantized(wide)
+    return basis.undo(fake_quantized(basis.apply(wide)))
 
 
 def _rounded(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -128,18 +128,10 @@ def linear(x: Tensor, bias: Tensor | None, parts: Parts, form: Form, activation_
 
 
 def round_input(x: Tensor, parts: Parts, form: Form) -> Tensor:
-    """What is left of an input of a layer; see :func:`rounded`."""
+    """Round an input of a layer to 8 bits as the layer does; see :func:`~tsq_layers.numerics.activations.round_in_basis`."""
     if parts.signs is None and parts.scaling is None:
-        return rounded(x, None)
-    return rounded(x, basis.Basis(form.rotation, parts.signs, parts.scaling).to(x.device))
-
-
-def rounded(x: Tensor, change: basis.Basis | None) -> Tensor:
-    """What 8 bits in another basis leave of an input, in its own basis, T⁻¹ q(T x): (…, K) → (…, K) in at least float32."""
-    wide = x if x.dtype == torch.float64 else x.to(torch.float32)
-    if change is None:
-        return activations.fake_quantized(wide)
-    return change.undo(activations.fake_quantized(change.apply(wide)))
+        return activations.round_in_basis(x, None)
+    return activations.round_in_basis(x, basis.Basis(form.rotation, parts.signs, parts.scaling).to(x.device))
 
 
 # --- the sparse part -----------------------------------------------------------------------------

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from tsq_layers.config import QuantConfig
 from tsq_layers.numerics import grid
+from tsq_layers.numerics.activations import round_in_basis
 from tsq_layers.numerics.basis import Basis, fixed_signs
 from tsq_layers.numerics.statistics import LayerStatistics
 from tsq_layers.passes.modes import full_precision
-from tsq_layers.runtime.forward import rounded
 from tsq_layers.solver import problem as objective
 from tsq_layers.solver import stage1
 
@@ -118,12 +118,12 @@ def rounding_loss(weight: Tensor, hessian: Tensor, scaling: Tensor, config: Quan
     return objective.squared_error(difference, hessian).sum()
 
 
-def rounded_rows(x: Tensor, rotation: int | None) -> Tensor:
+def round_rotated(x: Tensor, rotation: int | None) -> Tensor:
     """What 8 bits leave of inputs that are rotated before, in their own basis: (…, K) in at least float32."""
     if rotation is None:
-        return rounded(x, None)
+        return round_in_basis(x, None)
     with full_precision():
-        return rounded(x, Basis(rotation, fixed_signs(x.shape[-1], x.device)))
+        return round_in_basis(x, Basis(rotation, fixed_signs(x.shape[-1], x.device)))
 
 
 def _scales(hessian: Tensor, strength: float) -> Tensor:

@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 from tsq_layers.cli import options
+from tsq_layers.cli.demonstration.run import run_demo
 from tsq_layers.cli.output import write, write_json
-from tsq_layers.demo.run import run_demo
 from tsq_layers.integrations.transformers.texts import read_text
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tsq_layers.demo.results import Row
+from tsq_layers.cli.demonstration.results import Row
 
 _NAMES = {"rtn": "round to nearest", "gptq": "GPTQ", "two-stage": "two-stage"}
 # Colour, marker, and where the value is written, in points from the marker.

@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import tsq_layers as tsq
+from tsq_layers.cli.demonstration import assets, picture, results
+from tsq_layers.cli.demonstration.results import Row
 from tsq_layers.config import QuantConfig
 from tsq_layers.config.versions import library_versions
-from tsq_layers.demo import assets, picture, results
-from tsq_layers.demo.results import Row
 from tsq_layers.errors import CheckpointError, ConfigError, FewTokensWarning
 from tsq_layers.evaluation import perplexity
 from tsq_layers.integrations.transformers.causal_lm import load_causal_lm, load_tokenizer, save_causal_lm
@@ -93,7 +93,7 @@ def run_demo(out: Path, *, quick: bool, texts: list[Path], write: Write, cache: 
         quick: fewer configurations, and fewer and shorter windows.
         texts: files with more texts to evaluate on.
         write: takes the lines of the output.
-        cache: where downloads are kept; by default :func:`tsq_layers.demo.assets.cache_directory`.
+        cache: where downloads are kept; by default :func:`tsq_layers.cli.demonstration.assets.cache_directory`.
     """
     assets.require("transformers", "matplotlib")
     out.mkdir(parents=True, exist_ok=True)
