@@ -172,7 +172,7 @@ CHILD = """
     warnings.simplefilter("ignore")
     from tests.test_resume import CONFIG, batches, model
     import tsq_layers as tsq
-    from tsq_layers import calibration
+    from tsq_layers.calibration import run as calibration
     solve = calibration.solve
     def told(stage, *rest):
         print(stage[0].name, flush=True)

@@ -3,6 +3,7 @@
 from typing import Any
 
 import tsq_layers as tsq
+from tsq_layers.config.quant_config import BEST
 
 PLAIN: dict[str, Any] = {"method": "two-stage", "deviation": "none"}
 
@@ -51,9 +52,9 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 
 BEST: dict[str, dict[str, Any]] = {
-    "best, integer zero points": {**tsq.config.BEST, "zero_points": "integer"},
-    "best, not rotated": {**tsq.config.BEST, "rotation": None},
-    "best, neither": {**tsq.config.BEST, "rotation": None, "zero_points": "integer"},
+    "best, integer zero points": {**BEST, "zero_points": "integer"},
+    "best, not rotated": {**BEST, "rotation": None},
+    "best, neither": {**BEST, "rotation": None, "zero_points": "integer"},
     "best": {"method": "best"},
     "best, guided": {"method": "best", "guidance": 4},
     "best + distillation": {"method": "best", "distill_epochs": 3},
