@@ -47,23 +47,38 @@ SIZES: tuple[tuple[str, int], ...] = (
         r"(.*_)?(num_hidden_layers|n_layers?|num_layers|encoder_layers|decoder_layers|depth|num_blocks|num_hidden_groups)",
         4,
     ),
-    (r"hidden_size|d_model|n_embd|dim|embed_dim|hidden_dim|word_embed_proj_dim|embedding_size|encoder_hidden_size", 64),
-    (r"attention_hidden_size|lru_width|emb_dim|projection_dim|out_hidden_size|hidden_size_per_layer_input", 64),
+    (
+        r"hidden_size|d_model|n_embd|dim|embed_dim|hidden_dim|word_embed_proj_dim|embedding_size|encoder_hidden_size",
+        64,
+    ),
+    (
+        r"attention_hidden_size|lru_width|emb_dim|projection_dim|out_hidden_size|hidden_size_per_layer_input",
+        64,
+    ),
     (r".*(intermediate_size|ffn_dim|d_ff|ffn_hidden_size|intermediate_dim|n_inner)", 96),
     (r".*(num_key_value_heads|num_kv_heads|n_kv_heads|num_query_groups)", 2),
     (r".*(num_attention_heads|n_heads?|num_heads|attention_heads|num_query_heads)", 4),
-    (r"head_dim|d_kv|v_head_dim|qk_head_dim|attention_head_dim|attention_head_size|global_head_dim|swa_head_dim", 16),
+    (
+        r"head_dim|d_kv|v_head_dim|qk_head_dim|attention_head_dim|attention_head_size|global_head_dim|swa_head_dim",
+        16,
+    ),
     (r"linear_(key|value)_head_dim", 16),
     (r"qk_(rope|nope)_head_dim", 8),
     (r"q_lora_rank|kv_lora_rank", 32),
     (r"n_routed_experts|num_experts|num_local_experts|moe_num_experts", 4),
-    (r".*(num_experts_per_tok|experts_per_token|moe_topk|moe_k|num_selected_experts|top_k_experts|moe_top_k)", 2),
+    (
+        r".*(num_experts_per_tok|experts_per_token|moe_topk|moe_k|num_selected_experts|top_k_experts|moe_top_k)",
+        2,
+    ),
     (r"n_group|topk_group|first_k_dense_replace", 1),
     (r"linear_num_key_heads", 2),
     (r"linear_num_value_heads", 4),
     (r".*(state_size|d_state)", 8),
     (r".*(vocab_size|num_embeddings).*", VOCABULARY),
-    (r".*(max_position_embeddings|n_positions|max_seq_len|n_ctx|context_length|max_sequence_length)", 64),
+    (
+        r".*(max_position_embeddings|n_positions|max_seq_len|n_ctx|context_length|max_sequence_length)",
+        64,
+    ),
     (r".*(sliding_window|attention_window_size)", 8),
     (r"image_size|img_size", SIDE),
     (r"patch_size", 8),
@@ -85,7 +100,12 @@ OWN: Mapping[str, Mapping[str, Any]] = {
     "glm_moe_dsa": SPARSE,
     "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
     "gptj": {"rotary_dim": 8},
-    "granitemoehybrid": {**MAMBA, **EXPERTS, "layer_types": ["mamba", "attention"] * 2, "shared_intermediate_size": 64},
+    "granitemoehybrid": {
+        **MAMBA,
+        **EXPERTS,
+        "layer_types": ["mamba", "attention"] * 2,
+        "shared_intermediate_size": 64,
+    },
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16, "moe_topk": 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
@@ -132,7 +152,10 @@ class WrongError(Exception):
 
 def text(seed: int) -> Batch:
     """Random tokens."""
-    return {"input_ids": _tokens(seed, TOKENS), "attention_mask": torch.ones(SEQUENCES, TOKENS, dtype=torch.long)}
+    return {
+        "input_ids": _tokens(seed, TOKENS),
+        "attention_mask": torch.ones(SEQUENCES, TOKENS, dtype=torch.long),
+    }
 
 
 def translation(seed: int) -> Batch:
@@ -142,11 +165,17 @@ def translation(seed: int) -> Batch:
 
 def images(seed: int) -> Batch:
     """Noise."""
-    return {"pixel_values": torch.randn(SEQUENCES, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed))}
+    return {
+        "pixel_values": torch.randn(
+            SEQUENCES, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed)
+        )
+    }
 
 
 def _tokens(seed: int, count: int) -> Tensor:
-    return torch.randint(3, VOCABULARY - 8, (SEQUENCES, count), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        3, VOCABULARY - 8, (SEQUENCES, count), generator=torch.Generator().manual_seed(seed)
+    )
 
 
 HEADS: Mapping[str, tuple[Mapping[str, Any], Callable[[int], Batch]]] = {
@@ -166,7 +195,12 @@ def reduced(kind: type[Any], depth: int = 0) -> dict[str, Any]:
     for field in dataclasses.fields(kind):
         usual = _usual(standard, field.name)
         most = next((most for names, most in SIZES if re.fullmatch(names, field.name)), None)
-        if field.name not in parts and isinstance(usual, int) and not isinstance(usual, bool) and most is not None:
+        if (
+            field.name not in parts
+            and isinstance(usual, int)
+            and not isinstance(usual, bool)
+            and most is not None
+        ):
             values[field.name] = min(usual, most)
     for name, declared in parts.items():
         part = type(usual) if (usual := _usual(standard, name)) is not None else declared
@@ -246,11 +280,15 @@ def row(head: str, name: str, config: tsq.QuantConfig) -> Row:
         _check(torch.equal(output(model, batches[0]), expected), "another output each time")
         step = "quantising"
         started = time.perf_counter()
-        quantised = tsq.quantize(copy.deepcopy(model), config, batches if config.needs_calibration else None)
+        quantised = tsq.quantize(
+            copy.deepcopy(model), config, batches if config.needs_calibration else None
+        )
         values["seconds"] = round(time.perf_counter() - started, 2)
         found = output(quantised, batches[0])
         values["coverage"] = round(tsq.report(quantised).coverage, 3)
-        values["error"] = round(((found - expected).norm() / (expected - expected.mean()).norm()).item(), 4)
+        values["error"] = round(
+            ((found - expected).norm() / (expected - expected.mean()).norm()).item(), 4
+        )
         _check(found.isfinite().all(), "not finite")
         with tempfile.TemporaryDirectory() as folder:
             step = "tsq.load"
@@ -300,7 +338,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--heads", nargs="+", default=list(HEADS), choices=list(HEADS))
     parser.add_argument("--only", nargs="+", default=[], help="these architectures, anew")
-    parser.add_argument("--config", type=json.loads, default={}, help="more fields of the QuantConfig, as JSON")
+    parser.add_argument(
+        "--config", type=json.loads, default={}, help="more fields of the QuantConfig, as JSON"
+    )
     parser.add_argument("--out", type=Path, default=Path("architectures.jsonl"))
     options = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -308,12 +348,16 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     signal.signal(signal.SIGALRM, _late)
     found = list(rows(options))
-    print("\n| head | tried | not built | no floats | went in | done |\n|---|---:|---:|---:|---:|---:|")
+    print(
+        "\n| head | tried | not built | no floats | went in | done |\n|---|---:|---:|---:|---:|---:|"
+    )
     for head in options.heads:
         counts = Counter(each.reached for each in found if each.head == head)
         tried = counts.total()
         unbuilt, no_floats = counts["building"], counts["floats"]
-        print(f"| {head} | {tried} | {unbuilt} | {no_floats} | {tried - unbuilt - no_floats} | {counts['done']} |")
+        print(
+            f"| {head} | {tried} | {unbuilt} | {no_floats} | {tried - unbuilt - no_floats} | {counts['done']} |"
+        )
     for each in found:
         if each.reached not in ("done", "building", "floats"):
             print(f"{each.head} {each.name}: {each.reached}: {each.why}")

@@ -51,15 +51,22 @@ def main() -> None:
         for name in names:
             runs[name].append(_run(name, interpreters.get(name), options))
             print(f"{name}: {_shown(runs[name][-1])}", flush=True)
-    found = {name: {key: statistics.median(run[key] for run in each) for key in each[0]} for name, each in runs.items()}
+    found = {
+        name: {key: statistics.median(run[key] for run in each) for key in each[0]}
+        for name, each in runs.items()
+    }
     _report(found, list(interpreters))
     if options.json:
-        options.json.write_text(json.dumps({"tokens": options.tokens, "runs": runs, "medians": found}, indent=2) + "\n")
+        options.json.write_text(
+            json.dumps({"tokens": options.tokens, "runs": runs, "medians": found}, indent=2) + "\n"
+        )
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--peer", action="append", default=[], help=f"NAME=interpreter, names: {', '.join(PEERS)}")
+    parser.add_argument(
+        "--peer", action="append", default=[], help=f"NAME=interpreter, names: {', '.join(PEERS)}"
+    )
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--bits", type=int, default=3)
     parser.add_argument("--group-size", type=int, default=64)
@@ -76,18 +83,49 @@ def _run(name: str, interpreter: str | None, options: argparse.Namespace) -> dic
     with tempfile.TemporaryDirectory() as scratch:
         tokens = Path(scratch) / "tokens.safetensors"
         if interpreter is None:
-            arguments = ["--tokens", options.tokens, "--bits", options.bits, "--group-size", options.group_size]
-            command = [sys.executable, "-m", "benchmarks.end_to_end", "--one", name, "--out", scratch, *arguments]
+            arguments = [
+                "--tokens",
+                options.tokens,
+                "--bits",
+                options.bits,
+                "--group-size",
+                options.group_size,
+            ]
+            command = [
+                sys.executable,
+                "-m",
+                "benchmarks.end_to_end",
+                "--one",
+                name,
+                "--out",
+                scratch,
+                *arguments,
+            ]
         else:
             batches = texts.calibration(cache, options.tokens, 0)
             save_file({"input_ids": torch.cat([batch["input_ids"] for batch in batches])}, tokens)
             script = _SCRIPTS / f"{PEERS[name]}.py"
-            command = [interpreter, script, assets.smollm2(cache), tokens, scratch, options.bits, options.group_size]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "GPTQMODEL_CPU_WORKERS": "2"}
+            command = [
+                interpreter,
+                script,
+                assets.smollm2(cache),
+                tokens,
+                scratch,
+                options.bits,
+                options.group_size,
+            ]
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "GPTQMODEL_CPU_WORKERS": "2",
+        }
         if interpreter is not None:
             environment.pop("PYTHONPATH", None)
         with (Path(scratch) / "log").open("w") as log:
-            process = subprocess.Popen([str(part) for part in command], env=environment, stdout=log, stderr=log)  # noqa: S603
+            process = subprocess.Popen(  # noqa: S603
+                [str(part) for part in command], env=environment, stdout=log, stderr=log
+            )
             _, status, usage = os.wait4(process.pid, 0)
             process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
@@ -110,7 +148,10 @@ def _quantize(options: argparse.Namespace) -> None:
         tsq.prepare(model, config)
         tsq.calibrate(model, batches, progress=False)
         tsq.convert(model)
-    times = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu_started}
+    times = {
+        "seconds": time.perf_counter() - started,
+        "cpu_seconds": time.process_time() - cpu_started,
+    }
     times["bound"] = 2 * least / (before + _peak())
     (options.out / "times.json").write_text(json.dumps(times), encoding="utf-8")
 

@@ -46,10 +46,20 @@ from tsq_layers.runtime.one_pass import few_rows
 TARGET = GPUTarget("cuda", 90, 32)
 # What Inductor asks for; of an H100.
 DEVICE = SimpleNamespace(
-    name="described", major=9, minor=0, multi_processor_count=132, warp_size=32, total_memory=80 << 30,
-    regs_per_multiprocessor=65536, max_threads_per_multi_processor=2048, max_threads_per_block=1024,
-    shared_memory_per_block=49152, shared_memory_per_block_optin=232448, is_integrated=0, is_multi_gpu_board=0,
-)  # fmt: skip
+    name="described",
+    major=9,
+    minor=0,
+    multi_processor_count=132,
+    warp_size=32,
+    total_memory=80 << 30,
+    regs_per_multiprocessor=65536,
+    max_threads_per_multi_processor=2048,
+    max_threads_per_block=1024,
+    shared_memory_per_block=49152,
+    shared_memory_per_block_optin=232448,
+    is_integrated=0,
+    is_multi_gpu_board=0,
+)
 
 
 @dataclass(frozen=True)
@@ -108,12 +118,16 @@ def described_gpu() -> Iterator[None]:
         yield
 
 
-def generate(function: Callable[..., Tensor], *arguments: Tensor | None, **options: Any) -> Generated:
+def generate(
+    function: Callable[..., Tensor], *arguments: Tensor | None, **options: Any
+) -> Generated:
     """Inductor's code for a function of tensors; these may be on a CPU, only their shapes count."""
     mode = FakeTensorMode()
     with mode:
         described = [
-            None if t is None else torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda")
+            None
+            if t is None
+            else torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda")
             for t in arguments
         ]
         pure = torch.func.functionalize(lambda *tensors: function(*tensors, **options))
@@ -124,8 +138,11 @@ def generate(function: Callable[..., Tensor], *arguments: Tensor | None, **optio
         code = graph.codegen()[0]
     source: str = getattr(code, "value", code)
     sizes = [
-        torch.Size(map(int, shape.strip("(), ").split(", "))).numel() * getattr(torch, dtype).itemsize
-        for shape, dtype in re.findall(r"empty_strided_cuda\((\([^)]*\)), \([^)]*\), torch\.(\w+)\)", source)
+        torch.Size(map(int, shape.strip("(), ").split(", "))).numel()
+        * getattr(torch, dtype).itemsize
+        for shape, dtype in re.findall(
+            r"empty_strided_cuda\((\([^)]*\)), \([^)]*\), torch\.(\w+)\)", source
+        )
     ]
     result = graph_module.graph.output_node().args[0].meta["val"]
     output = result.numel() * result.dtype.itemsize
@@ -135,7 +152,9 @@ def generate(function: Callable[..., Tensor], *arguments: Tensor | None, **optio
 def written(source: str) -> list[Any]:
     """The kernels in a file of Inductor's, each with the launches that it would choose from."""
     found = []
-    for name, text in re.findall(r"async_compile\.triton\('(\w+)', \'\'\'(.*?)\'\'\', device_str", source, re.DOTALL):
+    for name, text in re.findall(
+        r"async_compile\.triton\('(\w+)', \'\'\'(.*?)\'\'\', device_str", source, re.DOTALL
+    ):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / f"{name}.py"
             path.write_text(text.replace("triton_helpers.set_driver_to_gpu()", ""))
@@ -183,7 +202,10 @@ def functions(layer: QuantLinear, group: int) -> dict[str, tuple[Generated, int]
     for rows in sorted({1, kernels.most_rows(layer.grids, layer.bits)}):
         x = torch.empty(rows, layer.in_features)
         one_pass = generate(few_rows, x, *weight, None, form=form)
-        made[f"{rows} rows" if rows > 1 else "1 row"] = one_pass, packed + x.numel() * 4 + one_pass.output
+        made[f"{rows} rows" if rows > 1 else "1 row"] = (
+            one_pass,
+            packed + x.numel() * 4 + one_pass.output,
+        )
     matrix = generate(kernels.matrix_of, *weight, form=form, dtype=torch.bfloat16)
     return {**made, "matrix": (matrix, packed + matrix.output)}
 
@@ -198,14 +220,20 @@ def main() -> None:
     arguments = parser.parse_args()
     rows, columns = map(int, arguments.layer.split("x"))
     found = []
-    print("| weight | bits | function | kernels | moved, × least | registers | spilled | widest load |")
+    print(
+        "| weight | bits | function | kernels | moved, × least | registers | spilled | widest load |"
+    )
     print("|---|---:|---|---:|---:|---:|---:|---:|")
     with described_gpu():
         for kind in arguments.kinds:
             for bits in arguments.bits:
-                layer = random_layer(rows, columns, bits, arguments.group_size, kind, torch.bfloat16)
+                layer = random_layer(
+                    rows, columns, bits, arguments.group_size, kind, torch.bfloat16
+                )
                 for name, (made, least) in functions(layer, arguments.group_size).items():
-                    moved = (least + 2 * made.temporary) / least  # what is temporary is written and read
+                    moved = (
+                        least + 2 * made.temporary
+                    ) / least  # what is temporary is written and read
                     largest = max(made.kernels, key=lambda kernel: kernel.registers)
                     print(
                         f"| {kind} | {bits} | {name} | {len(made.kernels)} | {moved:.2f} | {largest.registers} | {largest.spilled} | {largest.widest_load} |",

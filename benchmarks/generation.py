@@ -33,7 +33,8 @@ def directory_of(row: str, folder: Path) -> Path:
         return source
     target = folder / row.replace(" ", "-")
     model = tsq.quantize(
-        load_causal_lm(source), tsq.QuantConfig(bits=int(row.split(maxsplit=1)[0]), group_size=64, method="rtn")
+        load_causal_lm(source),
+        tsq.QuantConfig(bits=int(row.split(maxsplit=1)[0]), group_size=64, method="rtn"),
     )
     save_causal_lm(model, None, target)
     return target
@@ -41,7 +42,11 @@ def directory_of(row: str, folder: Path) -> Path:
 
 def resident() -> int:
     """Bytes of this process that are in memory."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
+    fields = dict(
+        line.split(":", 1)
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if ":" in line
+    )
     return int(fields["VmRSS"].split()[0]) * 1024
 
 
@@ -89,7 +94,9 @@ def compare(options: argparse.Namespace, folder: Path) -> list[dict[str, object]
             "--tokens",
             str(options.tokens),
         ]
-        processes[row] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # noqa: S603
+        processes[row] = subprocess.Popen(  # noqa: S603
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
     memory = {row: answer(process)["bytes"] for row, process in processes.items()}
     rates: dict[str, list[float]] = {row: [] for row in processes}
     for _ in range(options.rounds):
@@ -105,7 +112,9 @@ def compare(options: argparse.Namespace, folder: Path) -> list[dict[str, object]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=["float32", "bfloat16", "4 bits", "2 bits"])
+    parser.add_argument(
+        "--rows", nargs="+", choices=ROWS, default=["float32", "bfloat16", "4 bits", "2 bits"]
+    )
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
@@ -125,7 +134,9 @@ def main() -> None:
             f"| {each['row']} | {middle:.1f} | {rates[0]:.1f}–{rates[-1]:.1f} | {middle / first:.2f} | {each['bytes'] / 2**20:.0f} |"
         )
     if options.json:
-        options.json.write_text(json.dumps({"tokens": options.tokens, "runs": found}, indent=2) + "\n")
+        options.json.write_text(
+            json.dumps({"tokens": options.tokens, "runs": found}, indent=2) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -15,7 +15,12 @@ import torch
 
 import tsq_layers as tsq
 from tsq_layers.cli.demonstration import assets, results
-from tsq_layers.integrations.transformers import load_causal_lm, load_tokenizer, read_tokens, windows
+from tsq_layers.integrations.transformers import (
+    load_causal_lm,
+    load_tokenizer,
+    read_tokens,
+    windows,
+)
 
 STEPS = {
     "rtn": {"method": "rtn"},
@@ -45,12 +50,18 @@ def main() -> None:
     cache = assets.cache_directory()
     directory, files = assets.smollm2(cache), assets.speeches(cache)
     tokenizer = load_tokenizer(directory)
-    calibration = windows(read_tokens(assets.text_of_years(files, 1946, 1999), tokenizer), 1024, 32, 1)
-    texts = {"speeches": drawn(read_tokens(assets.text_of_years(files, 2000, 9999), tokenizer), 8, 1024)}
+    calibration = windows(
+        read_tokens(assets.text_of_years(files, 1946, 1999), tokenizer), 1024, 32, 1
+    )
+    texts = {
+        "speeches": drawn(read_tokens(assets.text_of_years(files, 2000, 9999), tokenizer), 8, 1024)
+    }
     texts |= {path.stem: drawn(read_tokens(path, tokenizer), 8, 1024) for path in arguments.text}
 
     def row(name: str, config: tsq.QuantConfig | None) -> results.Row:
-        key = results.fingerprint(name, config and config.to_dict(), sorted(texts), results.library_digest())
+        key = results.fingerprint(
+            name, config and config.to_dict(), sorted(texts), results.library_digest()
+        )
         known = results.kept(arguments.out / "runs.jsonl").get(key)
         if known is not None:
             return known
@@ -74,7 +85,10 @@ def main() -> None:
 
     rows = [row("float", None)]
     for bits in arguments.bits:
-        rows += [row(name, tsq.QuantConfig(bits=bits, group_size=64, **STEPS[name])) for name in arguments.steps]
+        rows += [
+            row(name, tsq.QuantConfig(bits=bits, group_size=64, **STEPS[name]))
+            for name in arguments.steps
+        ]
     print("\n".join(results.table(rows)))
 
 

@@ -26,7 +26,11 @@ def measure(columns: int, dtype: torch.dtype, repeats: int, *, paired: bool) -> 
     """Operations a second of a product and of an observation, and their ratio with its quartiles."""
     x = torch.randn(TOKENS, columns).to(dtype)
     reference = x + 0.1 if paired else None
-    left, right, out = torch.randn(TOKENS, columns), torch.randn(columns, columns), torch.empty(TOKENS, columns)
+    left, right, out = (
+        torch.randn(TOKENS, columns),
+        torch.randn(columns, columns),
+        torch.empty(TOKENS, columns),
+    )
     observer = HessianObserver(columns)
     useful = TOKENS * columns * (columns + 1 + 2 * columns * paired)
     products, sums = [], []

@@ -38,7 +38,9 @@ ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536
 
 def configuration(layers: int) -> tsq.QuantConfig:
     """4 bits for the first decoder layers."""
-    return tsq.QuantConfig(bits=4, group_size=128, skip=("lm_head", rf"re:.*layers\.(?!({_numbers(layers)})\.).*"))
+    return tsq.QuantConfig(
+        bits=4, group_size=128, skip=("lm_head", rf"re:.*layers\.(?!({_numbers(layers)})\.).*")
+    )
 
 
 def _numbers(layers: int) -> str:
@@ -48,7 +50,9 @@ def _numbers(layers: int) -> str:
 def tokens(count: int, length: int) -> list[dict[str, torch.Tensor]]:
     """Batches of one sequence each."""
     generator = torch.Generator().manual_seed(0)
-    return [{"input_ids": torch.randint(1000, (1, length), generator=generator)} for _ in range(count)]
+    return [
+        {"input_ids": torch.randint(1000, (1, length), generator=generator)} for _ in range(count)
+    ]
 
 
 def memory(field: str) -> int:
@@ -58,7 +62,9 @@ def memory(field: str) -> int:
     return int(found.group(1)) * 1024
 
 
-def calibrated(directory: str, layers: int, count: int, length: int, *, paired: bool) -> dict[str, float]:
+def calibrated(
+    directory: str, layers: int, count: int, length: int, *, paired: bool
+) -> dict[str, float]:
     """Rise of the resident memory and seconds of a real calibration, in this process."""
     model, batches = load_causal_lm(directory), tokens(count, length)
     for parameter in model.parameters():
@@ -102,17 +108,33 @@ def main() -> None:
         for paired in {"yes": (True,), "no": (False,), "both": (True, False)}[arguments.paired]:
             count, length = map(int, size.split("x"))
             if arguments.child:
-                print(json.dumps(calibrated(arguments.model, arguments.layers, count, length, paired=paired)))
+                print(
+                    json.dumps(
+                        calibrated(arguments.model, arguments.layers, count, length, paired=paired)
+                    )
+                )
                 return
             found = predicted(arguments.model, arguments.layers, count, length, paired=paired)
             flag = "yes" if paired else "no"
             measured = in_a_child(
-                [arguments.model, "--layers", str(arguments.layers), "--sizes", size, "--paired", flag]
+                [
+                    arguments.model,
+                    "--layers",
+                    str(arguments.layers),
+                    "--sizes",
+                    size,
+                    "--paired",
+                    flag,
+                ]
             )
             row = {
-                "size": size, "paired": paired, "predicted": found.peak, "measured": measured["bytes"],
-                "predicted_seconds": sum(found.seconds.values()), "measured_seconds": measured["seconds"],
-            }  # fmt: skip
+                "size": size,
+                "paired": paired,
+                "predicted": found.peak,
+                "measured": measured["bytes"],
+                "predicted_seconds": sum(found.seconds.values()),
+                "measured_seconds": measured["seconds"],
+            }
             rows.append(row)
             print(
                 f"{size:9} {'paired  ' if paired else 'unpaired'}  predicted {row['predicted'] / 1e6:7.1f} MB  measured {row['measured'] / 1e6:7.1f} MB  "

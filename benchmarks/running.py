@@ -35,7 +35,9 @@ except ImportError:
 BIG = 2**26  # entries of the tensor that the bandwidth is measured on
 
 
-def random_layer(rows: int, columns: int, bits: int, group: int, kind: str, dtype: torch.dtype) -> QuantLinear:
+def random_layer(
+    rows: int, columns: int, bits: int, group: int, kind: str, dtype: torch.dtype
+) -> QuantLinear:
     weight = torch.randn(rows, columns)
     scales, zeros = grid.minmax(weight, bits, group, kind == "symmetric")
     scales = grid.storable(scales, torch.float16)
@@ -47,7 +49,9 @@ def random_layer(rows: int, columns: int, bits: int, group: int, kind: str, dtyp
         scales, zeros = scales[:, :0], zeros[:, :0]
     if offsets is not None:
         zeros = torch.zeros_like(zeros)
-    quantized = tsq.QuantizedWeight(codes, scales, zeros, bits, group, kind == "symmetric", offsets, tables)
+    quantized = tsq.QuantizedWeight(
+        codes, scales, zeros, bits, group, kind == "symmetric", offsets, tables
+    )
     return QuantLinear.from_quantized(quantized, dtype=dtype)
 
 
@@ -61,7 +65,9 @@ def alternatives(layer: QuantLinear, x: Tensor, group: int) -> dict[str, Callabl
         "dequantised": lambda: F.linear(x, layer.dequantize(x.dtype)),
     }
     if quantize_ is not None and layer.in_features % group == 0:
-        other = nn.Sequential(nn.Linear(layer.in_features, layer.out_features, bias=False, dtype=x.dtype))
+        other = nn.Sequential(
+            nn.Linear(layer.in_features, layer.out_features, bias=False, dtype=x.dtype)
+        )
         kind = getattr(torch, f"int{layer.bits}")
         quantize_(other, IntxWeightOnlyConfig(weight_dtype=kind, granularity=PerGroup(group)))
         found["torchao"] = lambda: other(x)
@@ -70,7 +76,9 @@ def alternatives(layer: QuantLinear, x: Tensor, group: int) -> dict[str, Callabl
         words = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
         grids = torch.randn(layer.in_features // group, layer.out_features, 2).to(half)
         if layer.in_features % group == 0:
-            found["int4pack"] = lambda: torch.ops.aten._weight_int4pack_mm_for_cpu(x_half, words, group, grids)
+            found["int4pack"] = lambda: torch.ops.aten._weight_int4pack_mm_for_cpu(
+                x_half, words, group, grids
+            )
     return found
 
 
@@ -107,30 +115,45 @@ def compare(arguments: argparse.Namespace, clock: Callable[[], float]) -> list[d
     for name in arguments.layers:
         n, k = map(int, name.split("x"))
         for bits in arguments.bits:
-            layer = random_layer(n, k, bits, arguments.group_size, arguments.kind, getattr(torch, arguments.dtype))
+            layer = random_layer(
+                n, k, bits, arguments.group_size, arguments.kind, getattr(torch, arguments.dtype)
+            )
             stored = sum(tensor.numel() * tensor.element_size() for tensor in layer.buffers())
             for count in arguments.rows:
                 x = torch.randn(count, k).to(getattr(torch, arguments.dtype))
-                times = measure(alternatives(layer, x, arguments.group_size), arguments.seconds, clock)
+                times = measure(
+                    alternatives(layer, x, arguments.group_size), arguments.seconds, clock
+                )
                 own = statistics.median(times["packed"])
                 ratios = {
-                    other: statistics.median(values) / own for other, values in times.items() if other != "packed"
+                    other: statistics.median(values) / own
+                    for other, values in times.items()
+                    if other != "packed"
                 }
                 row = {"layer": name, "bits": bits, "rows": count, "limit": stored / rate / own}
                 rows.append({**row, "times faster than": ratios, "spread": spread(times["packed"])})
                 shown = "  ".join(f"{other} ×{ratio:.2f}" for other, ratio in ratios.items())
-                print(f"{name:11} {bits} bits {count:5} rows  {shown}  of the limit {row['limit']:.2f}", flush=True)
+                print(
+                    f"{name:11} {bits} bits {count:5} rows  {shown}  of the limit {row['limit']:.2f}",
+                    flush=True,
+                )
     return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--layers", nargs="+", default=["4096x4096", "11008x4096", "4096x11008", "576x576", "1536x576"])
+    parser.add_argument(
+        "--layers",
+        nargs="+",
+        default=["4096x4096", "11008x4096", "4096x11008", "576x576", "1536x576"],
+    )
     parser.add_argument("--bits", nargs="+", type=int, default=[2, 3, 4, 8])
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 4, 16, 128, 1024])
     parser.add_argument("--group-size", type=int, default=64)
-    parser.add_argument("--kind", choices=["affine", "symmetric", "offsets", "tables"], default="affine")
+    parser.add_argument(
+        "--kind", choices=["affine", "symmetric", "offsets", "tables"], default="affine"
+    )
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--seconds", type=float, default=1.0, help="for each comparison")
     parser.add_argument("--json", type=Path)

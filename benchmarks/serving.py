@@ -42,7 +42,9 @@ def directory_of(row: str, folder: Path) -> Path:
         return source
     if not target.exists():
         own = not row.startswith("vLLM")
-        config = tsq.QuantConfig(bits=int(row.split()[-2]), group_size=64, method="rtn", symmetric=not own)
+        config = tsq.QuantConfig(
+            bits=int(row.split()[-2]), group_size=64, method="rtn", symmetric=not own
+        )
         model = tsq.quantize(load_causal_lm(source, "bfloat16"), config)
         if own:
             save_causal_lm(model, None, target)
@@ -67,13 +69,22 @@ def engine(directory: str, dtype: str) -> None:
     from vllm import LLM, SamplingParams  # noqa: PLC0415  (the process that compares needs none)
 
     llm = LLM(
-        model=directory, skip_tokenizer_init=True, enforce_eager=True, dtype=dtype, max_model_len=600,
-        max_num_seqs=4, enable_prefix_caching=False, disable_log_stats=True,
-    )  # fmt: skip
+        model=directory,
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        dtype=dtype,
+        max_model_len=600,
+        max_num_seqs=4,
+        enable_prefix_caching=False,
+        disable_log_stats=True,
+    )
     answer(ready=True)
     for line in sys.stdin:
         sequences, length, new = WORKLOADS[line.strip()]
-        prompts = [{"prompt_token_ids": [1 + (7 * i + s) % 5000 for i in range(length)]} for s in range(sequences)]
+        prompts = [
+            {"prompt_token_ids": [1 + (7 * i + s) % 5000 for i in range(length)]}
+            for s in range(sequences)
+        ]
         options = SamplingParams(max_tokens=new, ignore_eos=True, detokenize=False, temperature=0)
         started = time.perf_counter()
         llm.generate(prompts, options, use_tqdm=False)
@@ -141,7 +152,9 @@ class Engine:
 def measured(engines: dict[str, Engine], rounds: int) -> dict[str, dict[str, list[float]]]:
     """Row → workload → tokens a second in each round; a first run of each is not counted."""
     running = {row: one for row, one in engines.items() if one.ready()}
-    rates: dict[str, dict[str, list[float]]] = {row: {name: [] for name in WORKLOADS} for row in running}
+    rates: dict[str, dict[str, list[float]]] = {
+        row: {name: [] for name in WORKLOADS} for row in running
+    }
     for number in range(rounds + 1):
         for workload in WORKLOADS:
             for row, one in list(running.items()):
@@ -155,7 +168,10 @@ def measured(engines: dict[str, Engine], rounds: int) -> dict[str, dict[str, lis
 
 def table(rates: dict[str, dict[str, list[float]]]) -> str:
     """Medians, in brackets least and most, and the ratio to the first row."""
-    lines = ["| | " + " | ".join(f"{name}, tokens/s" for name in WORKLOADS) + " |", "|---" * (len(WORKLOADS) + 1) + "|"]
+    lines = [
+        "| | " + " | ".join(f"{name}, tokens/s" for name in WORKLOADS) + " |",
+        "|---" * (len(WORKLOADS) + 1) + "|",
+    ]
     first = next(iter(rates.values()))
     for row, found in rates.items():
         cells = [
@@ -172,7 +188,9 @@ def main() -> None:
     parser.add_argument("--more", nargs="*", default=[], help="NAME=DIR: other directories")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--folder", type=Path, default=Path("tsq-serving"), help="where directories are made")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("tsq-serving"), help="where directories are made"
+    )
     parser.add_argument("--out", type=Path)
     parser.add_argument("--engine", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -180,7 +198,9 @@ def main() -> None:
         engine(arguments.engine, arguments.dtype)
         return
     directories = {row: directory_of(row, arguments.folder) for row in arguments.rows}
-    directories |= {name: Path(path) for name, _, path in (item.partition("=") for item in arguments.more)}
+    directories |= {
+        name: Path(path) for name, _, path in (item.partition("=") for item in arguments.more)
+    }
     engines = {row: Engine(directory, arguments.dtype) for row, directory in directories.items()}
     try:
         rates = measured(engines, arguments.rounds)

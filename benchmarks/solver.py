@@ -50,7 +50,9 @@ def problem(rows: int, columns: int) -> tuple[Tensor, Tensor]:
     """A random weight, and the mean of x xᵀ over correlated inputs."""
     generator = torch.Generator().manual_seed(0)
     tokens = columns + 512
-    x = torch.randn(tokens, FACTORS, generator=generator) @ torch.randn(FACTORS, columns, generator=generator)
+    x = torch.randn(tokens, FACTORS, generator=generator) @ torch.randn(
+        FACTORS, columns, generator=generator
+    )
     x += FACTORS**0.5 / 2 * torch.randn(tokens, columns, generator=generator)
     return torch.randn(rows, columns, generator=generator), x.T @ x / tokens
 
@@ -67,12 +69,16 @@ def steps(weight: Tensor, hessian: Tensor, config: QuantConfig) -> dict[str, Cal
     def refined() -> Tensor:
         pulled = in_original_order(gptq.pulled(assigned.whitened, built.factor), built.order)
         integers = grid.centered(assigned.codes, zeros, group)
-        small = stage2.small_problem(integers, pulled, built.hessian, scales, group, config.refine_ridge)
+        small = stage2.small_problem(
+            integers, pulled, built.hessian, scales, group, config.refine_ridge
+        )
         return stage2.accept(small, stage2.exact(small, small.start), torch.float16)
 
     return {
         "factorise": lambda: objective.build(weight, layer, config),
-        "columns": lambda: gptq.assign(weight, built.factor, built.order, scales, zeros, bits, group),
+        "columns": lambda: gptq.assign(
+            weight, built.factor, built.order, scales, zeros, bits, group
+        ),
         "stage 1": lambda: stage1.fit_grids(weight, metric, bits, group, symmetric=False),
         "stage 2": refined,
         "weight-MSE grids": lambda: stage1.weight_grids(weight, bits, group, symmetric=False),
@@ -121,13 +127,25 @@ def timed(action: Callable[[], object]) -> Callable[[], float]:
     return run
 
 
-def report(layer: str, bits: int, group: int, found: Mapping[str, float], peers: list[str]) -> dict[str, object]:
+def report(
+    layer: str, bits: int, group: int, found: Mapping[str, float], peers: list[str]
+) -> dict[str, object]:
     """Print the times of a layer, its share, and how much faster than the fastest peer it is; returns all."""
     own = found["factorise"] + found["columns"]
-    totals = {"gptq": own + found["weight-MSE grids"], "two-stage": own + found["stage 1"] + found["stage 2"]}
+    totals = {
+        "gptq": own + found["weight-MSE grids"],
+        "two-stage": own + found["stage 1"] + found["stage 2"],
+    }
     share = (found["stage 1"] + found["stage 2"]) / own
     shown = "  ".join(f"{step} {value:.1f}" for step, value in {**found, **totals}.items())
-    row: dict[str, object] = {"layer": layer, "bits": bits, "group_size": group, "share": share, **found, **totals}
+    row: dict[str, object] = {
+        "layer": layer,
+        "bits": bits,
+        "group_size": group,
+        "share": share,
+        **found,
+        **totals,
+    }
     solved = [found[name] for name in peers if not math.isnan(found[name])]
     if solved:
         row["faster than the fastest peer"] = min(solved) / totals["two-stage"]
@@ -138,7 +156,9 @@ def report(layer: str, bits: int, group: int, found: Mapping[str, float], peers:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--peer", action="append", default=[], help=f"NAME=interpreter, names: {', '.join(PEERS)}")
+    parser.add_argument(
+        "--peer", action="append", default=[], help=f"NAME=interpreter, names: {', '.join(PEERS)}"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
@@ -157,10 +177,18 @@ def main() -> None:
             weight, hessian = problem(n, k)
             save_file({"weight": weight, "hessian": hessian}, file)
             for (bits, group), total in totals.items():
-                question = {"file": str(file), "bits": bits, "group_size": group, "threads": arguments.threads}
+                question = {
+                    "file": str(file),
+                    "bits": bits,
+                    "group_size": group,
+                    "threads": arguments.threads,
+                }
                 own = steps(weight, hessian, QuantConfig(bits=bits, group_size=group))
                 actions = {name: timed(action) for name, action in own.items()}
-                actions |= {peer.name: lambda peer=peer, question=question: peer.seconds(question) for peer in peers}
+                actions |= {
+                    peer.name: lambda peer=peer, question=question: peer.seconds(question)
+                    for peer in peers
+                }
                 found = measure(actions, arguments.repeats)
                 rows.append(report(f"{shape} {n}×{k}", bits, group, found, names))
                 if shape in DECODER_LAYER:

@@ -21,7 +21,9 @@ def digits(count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.
 def trained(generator: torch.Generator) -> nn.Module:
     """A three-layer network that tells the centres apart."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
+    model = nn.Sequential(
+        nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10)
+    )
     optimiser = torch.optim.Adam(model.parameters(), lr=1e-3)
     for _ in range(300):
         x, y = digits(256, generator)

@@ -15,28 +15,43 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tsq_layers as tsq
-from tsq_layers.integrations.transformers import load_causal_lm, load_tokenizer, read_tokens, windows
+from tsq_layers.integrations.transformers import (
+    load_causal_lm,
+    load_tokenizer,
+    read_tokens,
+    windows,
+)
 
 
 def small() -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=500, hidden_size=128, intermediate_size=256, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
-    )  # fmt: skip
+        vocab_size=500,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+    )
     return LlamaForCausalLM(config).eval(), torch.randint(500, (8192,))
 
 
 def main() -> None:
     if sys.argv[1:]:
         directory, text = sys.argv[1:]
-        model, tokens = load_causal_lm(directory), read_tokens(Path(text), load_tokenizer(directory))
+        model, tokens = (
+            load_causal_lm(directory),
+            read_tokens(Path(text), load_tokenizer(directory)),
+        )
     else:
         model, tokens = small()
     original = copy.deepcopy(model)
     *batches, unseen = windows(tokens, length=256, count=min(129, tokens.numel() // 256))
 
-    tsq.prepare(model, tsq.QuantConfig(bits=4, group_size=64))  # lm_head stays as it is: the default of skip
+    tsq.prepare(
+        model, tsq.QuantConfig(bits=4, group_size=64)
+    )  # lm_head stays as it is: the default of skip
     tsq.calibrate(model, batches)
     model = tsq.convert(model)
     print(model.tsq_report)
@@ -44,7 +59,9 @@ def main() -> None:
         print(f"{name}: perplexity {tsq.perplexity(network, unseen['input_ids']):.2f}")
     with torch.no_grad():
         expected, found = original(**unseen).logits, model(**unseen).logits
-    print(f"quantised: relative error of the logits {(found - expected).norm() / expected.norm():.4f}")
+    print(
+        f"quantised: relative error of the logits {(found - expected).norm() / expected.norm():.4f}"
+    )
 
     with tempfile.TemporaryDirectory() as folder:
         tsq.save(model, folder)

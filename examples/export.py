@@ -28,11 +28,19 @@ from transformers import (
 )
 
 import tsq_layers as tsq
-from tsq_layers.integrations.transformers import load_causal_lm, load_tokenizer, read_tokens, windows
+from tsq_layers.integrations.transformers import (
+    load_causal_lm,
+    load_tokenizer,
+    read_tokens,
+    windows,
+)
 
 CLIENTS = {  # format → client → packages that it needs
     "gptq": {"gptqmodel": ["gptqmodel"], "transformers": ["transformers", "optimum", "gptqmodel"]},
-    "gptq-v1": {"gptqmodel": ["gptqmodel"], "transformers": ["transformers", "optimum", "gptqmodel"]},
+    "gptq-v1": {
+        "gptqmodel": ["gptqmodel"],
+        "transformers": ["transformers", "optimum", "gptqmodel"],
+    },
     "compressed-tensors": {"transformers": ["transformers", "compressed_tensors"]},
     "gguf": {"llama.cpp": ["cyllama"]},
 }
@@ -54,10 +62,19 @@ class Client(NamedTuple):
 def small() -> tuple[Any, Any, torch.Tensor]:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
-    )  # fmt: skip
-    special = {"unk_token": "a", "eos_token": "b", "pad_token": "b"}  # GPTQModel asks for a tokenizer
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+    )
+    special = {
+        "unk_token": "a",
+        "eos_token": "b",
+        "pad_token": "b",
+    }  # GPTQModel asks for a tokenizer
     plain = Tokenizer(models.WordLevel({"a": 0, "b": 1}))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, **special)
     return LlamaForCausalLM(config).eval(), tokenizer, torch.randint(512, (4096,))
@@ -86,7 +103,9 @@ def with_transformers(path: Path, options: argparse.Namespace) -> Client:
 def with_llama_cpp(path: Path, options: argparse.Namespace) -> Client:
     llama_cpp = importlib.import_module("cyllama.llama.llama_cpp")
 
-    class Model(llama_cpp.LlamaModel):  # cyllama asks the model for this, which has it in its vocabulary
+    class Model(
+        llama_cpp.LlamaModel
+    ):  # cyllama asks the model for this, which has it in its vocabulary
         @property
         def n_vocab(self) -> int:
             return int(self.get_vocab().n_vocab)
@@ -106,16 +125,24 @@ def with_llama_cpp(path: Path, options: argparse.Namespace) -> Client:
             batch = llama_cpp.LlamaBatch(n_tokens=len(row), embd=0, n_seq_max=1)
             batch.set_batch(row, 0, True)
             running.decode(batch)
-            found.append(torch.stack([torch.tensor(running.get_logits_ith(i)) for i in range(len(row))]))
+            found.append(
+                torch.stack([torch.tensor(running.get_logits_ith(i)) for i in range(len(row))])
+            )
         return torch.stack(found)
 
     return Client(logits)
 
 
-LOADERS = {"gptqmodel": with_gptqmodel, "transformers": with_transformers, "llama.cpp": with_llama_cpp}
+LOADERS = {
+    "gptqmodel": with_gptqmodel,
+    "transformers": with_transformers,
+    "llama.cpp": with_llama_cpp,
+}
 
 
-def measured(run: Callable[[torch.Tensor], torch.Tensor], ids: torch.Tensor) -> tuple[torch.Tensor, float]:
+def measured(
+    run: Callable[[torch.Tensor], torch.Tensor], ids: torch.Tensor
+) -> tuple[torch.Tensor, float]:
     """The logits of the first window, and the perplexity of all."""
     losses, first = [], None
     with torch.no_grad():
@@ -134,14 +161,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         tokens = read_tokens(Path(options.text), tokenizer)
     else:
         model, tokenizer, tokens = small()
-    ids = torch.cat([batch["input_ids"] for batch in windows(tokens, options.length, options.windows)])
+    ids = torch.cat(
+        [batch["input_ids"] for batch in windows(tokens, options.length, options.windows)]
+    )
     config = tsq.QuantConfig(
-        bits=options.bits, group_size=64, symmetric=not options.asymmetric, method="rtn",
+        bits=options.bits,
+        group_size=64,
+        symmetric=not options.asymmetric,
+        method="rtn",
         skip=("lm_head",),
-    )  # fmt: skip
+    )
     model = tsq.quantize(model, config)  # any method will do: files hold codes and scales
     with tempfile.TemporaryDirectory() as folder:
-        known = tokenizer if options.model or options.format != "gguf" else None  # llama.cpp splits no texts as it does
+        known = (
+            tokenizer if options.model or options.format != "gguf" else None
+        )  # llama.cpp splits no texts as it does
         path = tsq.export(model, Path(folder, "exported"), format=options.format, tokenizer=known)
         if options.format.startswith("gptq"):
             model.half()  # its kernels on a CPU compute in float16, so ours does
@@ -159,7 +193,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     grids = f"{options.bits} bits, {'asymmetric' if options.asymmetric else 'symmetric'}"
     print(f"{options.format}, {grids}, in {client} ({versions}): perplexity {found:.4f}")
     largest, relative = (theirs - ours).abs().max(), (theirs - ours).norm() / ours.norm()
-    print(f"largest difference of logits {largest:.3g} of {ours.abs().max():.3g}; relative error {relative:.2e}")
+    print(
+        f"largest difference of logits {largest:.3g} of {ours.abs().max():.3g}; relative error {relative:.2e}"
+    )
     weights = {
         name: (layer.weight, weight)
         for name, layer in model.named_modules()
@@ -175,7 +211,9 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("model", nargs="?", help="directory of a float transformers model")
     parser.add_argument("text", nargs="?", help="UTF-8 text to measure perplexity on")
     parser.add_argument("--format", choices=CLIENTS, default="gptq")
-    parser.add_argument("--client", help="; ".join(f"{form}: {', '.join(names)}" for form, names in CLIENTS.items()))
+    parser.add_argument(
+        "--client", help="; ".join(f"{form}: {', '.join(names)}" for form, names in CLIENTS.items())
+    )
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--asymmetric", action="store_true")
     parser.add_argument("--windows", type=int, default=4)

@@ -15,13 +15,24 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import tsq_layers as tsq
-from tsq_layers.integrations.transformers import load_causal_lm, load_tokenizer, read_tokens, windows
+from tsq_layers.integrations.transformers import (
+    load_causal_lm,
+    load_tokenizer,
+    read_tokens,
+    windows,
+)
 
 
 def small() -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     config = GPT2Config(
-        vocab_size=500, n_embd=128, n_layer=2, n_head=4, n_positions=256, bos_token_id=0, eos_token_id=0
+        vocab_size=500,
+        n_embd=128,
+        n_layer=2,
+        n_head=4,
+        n_positions=256,
+        bos_token_id=0,
+        eos_token_id=0,
     )
     return GPT2LMHeadModel(config).eval(), torch.randint(500, (9_000,))
 
@@ -29,7 +40,10 @@ def small() -> tuple[nn.Module, Tensor]:
 def main() -> None:
     if sys.argv[1:]:
         directory, text = sys.argv[1:]
-        model, tokens = load_causal_lm(directory), read_tokens(Path(text), load_tokenizer(directory))
+        model, tokens = (
+            load_causal_lm(directory),
+            read_tokens(Path(text), load_tokenizer(directory)),
+        )
     else:
         model, tokens = small()
     original = copy.deepcopy(model)
@@ -42,7 +56,9 @@ def main() -> None:
     print(model.tsq_report)
     with torch.no_grad():
         expected, found = original(**unseen).logits, model(**unseen).logits
-    print(f"quantised: relative error of the logits {(found - expected).norm() / expected.norm():.4f}")
+    print(
+        f"quantised: relative error of the logits {(found - expected).norm() / expected.norm():.4f}"
+    )
 
     with tempfile.TemporaryDirectory() as folder:
         tsq.save(model, folder)

@@ -36,17 +36,29 @@ metric_list: [{metric: acc}]
 def small(folder: Path) -> tuple[Path, str]:
     words = [f"w{number}" for number in range(100)] + ["<unk>", "</s>"]
     special = {"unk_token": "<unk>", "eos_token": "</s>"}
-    plain = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, special["unk_token"]))
+    plain = Tokenizer(
+        models.WordLevel({word: number for number, word in enumerate(words)}, special["unk_token"])
+    )
     plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, **special)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=102, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=256, bos_token_id=None, eos_token_id=101,
-    )  # fmt: skip
-    model = tsq.quantize(LlamaForCausalLM(config).eval(), tsq.QuantConfig(method="rtn", bits=4, group_size=64))
+        vocab_size=102,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=256,
+        bos_token_id=None,
+        eos_token_id=101,
+    )
+    model = tsq.quantize(
+        LlamaForCausalLM(config).eval(), tsq.QuantConfig(method="rtn", bits=4, group_size=64)
+    )
     save_causal_lm(model, tokenizer, folder / "model")
-    return folder / "model", " ".join(words[number] for number in torch.randint(100, (4000,)).tolist())
+    return folder / "model", " ".join(
+        words[number] for number in torch.randint(100, (4000,)).tolist()
+    )
 
 
 def questions(text: str, count: int = 50, length: int = 24) -> list[dict[str, object]]:
@@ -63,7 +75,13 @@ def questions(text: str, count: int = 50, length: int = 24) -> list[dict[str, ob
         ]
         answer = draw(4)
         choices[0], choices[answer] = choices[answer], choices[0]
-        rows.append({"before": " ".join(words[start : start + length]), "choices": choices, "answer": answer})
+        rows.append(
+            {
+                "before": " ".join(words[start : start + length]),
+                "choices": choices,
+                "answer": answer,
+            }
+        )
     return rows
 
 

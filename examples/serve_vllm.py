@@ -34,16 +34,27 @@ from tsq_layers.integrations.transformers import (
 )
 
 # One process, no binding to cores, and a small cache: enough for one client on a CPU. A GPU ignores them.
-SETTINGS = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
+SETTINGS = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+}
 NEW = 8  # tokens
 
 
 def small() -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=500, hidden_size=128, intermediate_size=256, num_hidden_layers=2, initializer_range=0.2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=False,
-    )  # fmt: skip
+        vocab_size=500,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        initializer_range=0.2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+    )
     return LlamaForCausalLM(config).eval(), torch.randint(500, (8192,))
 
 
@@ -53,11 +64,35 @@ def server(directory: Path) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(directory)]
-    options = ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "quantised", "--dtype", "float32"]
-    options += ["--skip-tokenizer-init", "--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "4"]
+    command = [
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        str(directory),
+    ]
+    options = [
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--served-model-name",
+        "quantised",
+        "--dtype",
+        "float32",
+    ]
+    options += [
+        "--skip-tokenizer-init",
+        "--enforce-eager",
+        "--max-model-len",
+        "256",
+        "--max-num-seqs",
+        "4",
+    ]
     with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen([*command, *options], stdout=log, stderr=log, env=os.environ | SETTINGS)  # noqa: S603
+        process = subprocess.Popen(  # noqa: S603
+            [*command, *options], stdout=log, stderr=log, env=os.environ | SETTINGS
+        )
         try:
             yield wait_until_ready(f"http://127.0.0.1:{port}", process, log)
         finally:
@@ -78,9 +113,17 @@ def wait_until_ready(address: str, process: Any, log: Any) -> str:
 
 def ask(address: str, prompt: list[int]) -> dict[str, Any]:
     """POST to /v1/completions, with the most likely token each time; token ids in, token ids out."""
-    body = {"model": "quantised", "prompt": prompt, "max_tokens": NEW, "temperature": 0, "return_token_ids": True}
+    body = {
+        "model": "quantised",
+        "prompt": prompt,
+        "max_tokens": NEW,
+        "temperature": 0,
+        "return_token_ids": True,
+    }
     headers = {"Content-Type": "application/json"}
-    request = urllib.request.Request(f"{address}/v1/completions", json.dumps(body).encode(), headers)  # noqa: S310
+    request = urllib.request.Request(  # noqa: S310
+        f"{address}/v1/completions", json.dumps(body).encode(), headers
+    )
     with urllib.request.urlopen(request, timeout=300) as response:  # noqa: S310
         return dict(json.loads(response.read()))
 

@@ -21,12 +21,26 @@ import tsq_layers as tsq
 def small() -> tuple[nn.Module, list[dict[str, Tensor]]]:
     torch.manual_seed(0)
     config = WhisperConfig(
-        vocab_size=200, num_mel_bins=20, d_model=64, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
-        decoder_attention_heads=2, encoder_ffn_dim=128, decoder_ffn_dim=128, max_source_positions=50,
-        max_target_positions=40, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
-    )  # fmt: skip
+        vocab_size=200,
+        num_mel_bins=20,
+        d_model=64,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=128,
+        decoder_ffn_dim=128,
+        max_source_positions=50,
+        max_target_positions=40,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+    )
     noise = [(torch.randn(16, 20, 100), torch.randint(200, (16, 40))) for _ in range(6)]
-    batches = [{"input_features": features, "decoder_input_ids": tokens} for features, tokens in noise]
+    batches = [
+        {"input_features": features, "decoder_input_ids": tokens} for features, tokens in noise
+    ]
     return WhisperForConditionalGeneration(config).eval(), batches
 
 
@@ -36,7 +50,9 @@ def from_directory(directory: str, *recordings: str) -> tuple[nn.Module, list[di
     for recording in recordings:
         with wave.open(recording) as file:
             samples = torch.frombuffer(bytearray(file.readframes(-1)), dtype=torch.int16) / 2**15
-        features = extract(samples.numpy(), sampling_rate=16_000, return_tensors="pt").input_features
+        features = extract(
+            samples.numpy(), sampling_rate=16_000, return_tensors="pt"
+        ).input_features
         batches.append({"input_features": features, "decoder_input_ids": model.generate(features)})
     return model, batches
 
@@ -48,7 +64,9 @@ def main() -> None:
     print(model.tsq_report)
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         expected, found = original(**unseen).logits, model(**unseen).logits
-        print(f"quantised: relative error of the logits {(found - expected).norm() / expected.norm():.4f}")
+        print(
+            f"quantised: relative error of the logits {(found - expected).norm() / expected.norm():.4f}"
+        )
         tsq.save(model, folder)
         fresh = tsq.load(folder, original)
         print(f"loaded: same logits: {torch.equal(fresh(**unseen).logits, found)}")

@@ -31,17 +31,23 @@ def main() -> None:
     torch.manual_seed(0)
     model = Tagger().eval()
     unseen, *batches = [torch.randn(64, 64, 64) for _ in range(5)]
-    sparsifier = WeightNormSparsifier(sparsity_level=0.5, sparse_block_shape=(1, 4), zeros_per_block=4)
+    sparsifier = WeightNormSparsifier(
+        sparsity_level=0.5, sparse_block_shape=(1, 4), zeros_per_block=4
+    )
     sparsifier.prepare(model, [{"tensor_fqn": "hidden.weight"}])
     sparsifier.step()
     sparsifier.squash_mask()  # the layer is plain again, and half of its weights are zero
     original, zeros = copy.deepcopy(model), model.hidden.weight == 0
     model = tsq.quantize(model, tsq.QuantConfig(bits=4, group_size=64), batches)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch says that its own quantisation is going to be replaced
+        warnings.simplefilter(
+            "ignore"
+        )  # torch says that its own quantisation is going to be replaced
         model = quantize_dynamic(model, {nn.LSTM}, dtype=torch.qint8)
     print(model)
-    print(f"pruned weights: {zeros.float().mean():.3f}, still zero: {bool((model.hidden.weight[zeros] == 0).all())}")
+    print(
+        f"pruned weights: {zeros.float().mean():.3f}, still zero: {bool((model.hidden.weight[zeros] == 0).all())}"
+    )
     expected, found = original(unseen), model(unseen)
     print(f"relative error of the output {(found - expected).norm() / expected.norm():.4f}")
 

@@ -17,7 +17,9 @@ from tsq_layers.integrations.torchao import TSQConfig
 @torch.no_grad()
 def main() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(128, 256), nn.GELU(), nn.Linear(256, 256), nn.GELU(), nn.Linear(256, 10)).eval()
+    model = nn.Sequential(
+        nn.Linear(128, 256), nn.GELU(), nn.Linear(256, 256), nn.GELU(), nn.Linear(256, 10)
+    ).eval()
     original = copy.deepcopy(model)
     unseen, *batches = [torch.randn(1024, 128) @ torch.randn(128, 128) for _ in range(5)]
 

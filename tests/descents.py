@@ -26,27 +26,47 @@ class Case(Coded):
 
     def block(self, b: int) -> "Case":
         """The rows of a block, with its H."""
-        rows = slice(b * (len(self.codes) // len(self.H)), (b + 1) * (len(self.codes) // len(self.H)))
-        tensors = (self.codes[rows], self.target[rows], self.H[b], self.scales[rows], self.zeros[rows])
+        rows = slice(
+            b * (len(self.codes) // len(self.H)), (b + 1) * (len(self.codes) // len(self.H))
+        )
+        tensors = (
+            self.codes[rows],
+            self.target[rows],
+            self.H[b],
+            self.scales[rows],
+            self.zeros[rows],
+        )
         return Case(*tensors, self.bits, self.g)
 
     def rows(self, index: Tensor) -> "Case":
-        tensors = (self.codes[index], self.target[index], self.H, self.scales[index], self.zeros[index])
+        tensors = (
+            self.codes[index],
+            self.target[index],
+            self.H,
+            self.scales[index],
+            self.zeros[index],
+        )
         return Case(*tensors, self.bits, self.g)
 
     def loss(self, codes: Tensor, scales: Tensor | None = None) -> Tensor:
         """Of each row, float64 (N,)."""
-        found = grid.dequantize(codes, self.scales if scales is None else scales, self.zeros, self.g, torch.float64)
+        found = grid.dequantize(
+            codes, self.scales if scales is None else scales, self.zeros, self.g, torch.float64
+        )
         return squared(found - self.target.double(), self.H.double())
 
     def slack(self) -> Tensor:
         """What rounding may add to a loss, (N,)."""
         start = grid.dequantize(self.codes, self.scales, self.zeros, self.g, torch.float64)
-        return EXACT * (squared(self.target.double(), self.H.double()) + squared(start, self.H.double()) + 1e-30)
+        return EXACT * (
+            squared(self.target.double(), self.H.double()) + squared(start, self.H.double()) + 1e-30
+        )
 
 
 def squared(D: Tensor, H: Tensor) -> Tensor:
-    metrics = H.expand(len(D), *H.shape) if H.dim() == 2 else H.repeat_interleave(len(D) // len(H), 0)
+    metrics = (
+        H.expand(len(D), *H.shape) if H.dim() == 2 else H.repeat_interleave(len(D) // len(H), 0)
+    )
     return torch.einsum("ri,rij,rj->r", D, metrics, D)
 
 
@@ -67,7 +87,9 @@ def case(
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    X = normal(B or 1, 2 * K, K) @ (torch.eye(K, dtype=torch.float64) + normal(B or 1, K, K) / K**0.5)
+    X = normal(B or 1, 2 * K, K) @ (
+        torch.eye(K, dtype=torch.float64) + normal(B or 1, K, K) / K**0.5
+    )
     X[..., list(dead)] = 0
     H = X.mT @ X / (2 * K)
     H.diagonal(dim1=1, dim2=2).add_(0.01 * H.diagonal(dim1=1, dim2=2).mean(1, keepdim=True))

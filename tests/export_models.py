@@ -37,20 +37,32 @@ def quantised(
 ) -> Any:
     """It, or another model, with plainly rounded layers."""
     model = llama(**(sizes or {})) if model is None else model
-    config = tsq.QuantConfig(bits=bits, group_size=group_size, symmetric=symmetric, method="rtn", **config)
+    config = tsq.QuantConfig(
+        bits=bits, group_size=group_size, symmetric=symmetric, method="rtn", **config
+    )
     return tsq.quantize(model, config)
 
 
 def written_down(bits: int, *, symmetric: bool) -> Any:
     """One block of 32×32 layers whose code in row n, column k is (k + n) mod 2^b; floats are small binary fractions."""
-    model = llama(vocab_size=8, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1)
+    model = llama(
+        vocab_size=8,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+    )
     for parameter in model.parameters():
         values = torch.arange(parameter.numel()) % 17 / 16
         parameter.data.copy_(values.view_as(parameter))
     rows = torch.arange(32)
     codes = ((rows[:, None] + rows) % 2**bits).to(torch.uint8)
     scales = (2.0 ** -(rows % 8))[:, None].half()
-    zeros = torch.full((32, 1), 2 ** (bits - 1), dtype=torch.uint8) if symmetric else rows[:, None] % 2**bits
+    zeros = (
+        torch.full((32, 1), 2 ** (bits - 1), dtype=torch.uint8)
+        if symmetric
+        else rows[:, None] % 2**bits
+    )
     weight = QuantizedWeight(codes, scales, zeros.to(torch.uint8), bits, 32, symmetric)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and name != "lm_head":
@@ -63,7 +75,9 @@ def digest(model: Any, folder: Path, form: str, monkeypatch: Any) -> str:
     """SHA-256 of the file of an export that names version 0 as the packer."""
     monkeypatch.setattr(directory, "library_versions", lambda: {"tsq_layers": "0"})
     written = export(model, folder / "out", format=form)
-    return hashlib.sha256((written if written.is_file() else written / "model.safetensors").read_bytes()).hexdigest()
+    return hashlib.sha256(
+        (written if written.is_file() else written / "model.safetensors").read_bytes()
+    ).hexdigest()
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:

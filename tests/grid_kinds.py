@@ -31,13 +31,21 @@ def made(
         tables = scales.float().unsqueeze(-1) * levels + offsets.float().unsqueeze(-1)
         codes = nearest(values, tables, group_size)
         return QuantizedWeight(
-            codes, scales, torch.zeros_like(scales, dtype=torch.uint8), bits, group_size, False, offsets
+            codes,
+            scales,
+            torch.zeros_like(scales, dtype=torch.uint8),
+            bits,
+            group_size,
+            False,
+            offsets,
         )
     count = 1 if kind == "row tables" else groups
     tables = torch.randn(rows, count, 1 << bits, generator=generator).to(scale_dtype)
     empty = torch.empty(rows, 0, dtype=scale_dtype)
     codes = nearest(values, tables.float(), columns if count == 1 else group_size)
-    return QuantizedWeight(codes, empty, empty.to(torch.uint8), bits, group_size, False, tables=tables)
+    return QuantizedWeight(
+        codes, empty, empty.to(torch.uint8), bits, group_size, False, tables=tables
+    )
 
 
 def nearest(values: Tensor, tables: Tensor, group_size: int) -> Tensor:
@@ -49,7 +57,10 @@ def nearest(values: Tensor, tables: Tensor, group_size: int) -> Tensor:
 def parts_of(weight: QuantizedWeight) -> dict[str, Tensor]:
     """Every tensor, floats as their raw bits."""
     found = {name: value for name, value in vars(weight).items() if isinstance(value, Tensor)}
-    return {name: value if value.dtype == torch.uint8 else raw_bits(value) for name, value in found.items()}
+    return {
+        name: value if value.dtype == torch.uint8 else raw_bits(value)
+        for name, value in found.items()
+    }
 
 
 def raw_bits(values: Tensor) -> Tensor:

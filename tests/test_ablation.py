@@ -17,9 +17,17 @@ from benchmarks.ablation.records import Run
 from benchmarks.ablation.rows import ROWS
 
 RUN = Run(
-    name="gptq", bits=2, group_size=64, tokens=8192, seed=0, perplexity={"speeches": 12.5, "novel": 1234.0},
-    loss=0.01, held_out_loss=0.02, bits_per_weight=2.3, seconds=10.0,
-)  # fmt: skip
+    name="gptq",
+    bits=2,
+    group_size=64,
+    tokens=8192,
+    seed=0,
+    perplexity={"speeches": 12.5, "novel": 1234.0},
+    loss=0.01,
+    held_out_loss=0.02,
+    bits_per_weight=2.3,
+    seconds=10.0,
+)
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -38,7 +46,10 @@ def test_results_survive_and_the_last_of_a_key_counts(tmp_path: Path) -> None:
     path = tmp_path / "new" / "results.jsonl"
     for run in (RUN, dataclasses.replace(RUN, bits=3), dataclasses.replace(RUN, loss=0.5)):
         records.keep(path, run)
-    assert list(records.kept(path).values()) == [dataclasses.replace(RUN, loss=0.5), dataclasses.replace(RUN, bits=3)]
+    assert list(records.kept(path).values()) == [
+        dataclasses.replace(RUN, loss=0.5),
+        dataclasses.replace(RUN, bits=3),
+    ]
 
 
 def test_a_torn_line_is_left_out_and_the_next_is_whole(tmp_path: Path) -> None:
@@ -57,8 +68,12 @@ def test_rounding_is_the_same_row_for_all_tokens() -> None:
 
 def test_the_table_has_a_line_for_every_row_and_the_worst_first() -> None:
     worse = dataclasses.replace(RUN, name="cdquant")
-    better = dataclasses.replace(RUN, name="lnq", perplexity={"speeches": 11.0, "novel": 20.0}, loss=None)
-    base = Run(**{**dataclasses.asdict(records.FLOAT), "perplexity": {"speeches": 10.0, "novel": 11.0}})
+    better = dataclasses.replace(
+        RUN, name="lnq", perplexity={"speeches": 11.0, "novel": 20.0}, loss=None
+    )
+    base = Run(
+        **{**dataclasses.asdict(records.FLOAT), "perplexity": {"speeches": 10.0, "novel": 11.0}}
+    )
     lines = [line for line in tables.lines([better, base, worse]) if line.startswith("|")]
     assert [line.split("|")[1].strip() for line in lines[2:]] == ["float", "cdquant", "lnq"]
     assert "1234" in lines[3]
@@ -67,13 +82,26 @@ def test_the_table_has_a_line_for_every_row_and_the_worst_first() -> None:
 
 def test_the_ladder_has_a_line_for_each_step_and_a_column_for_each_width_and_group_size() -> None:
     steps = [
-        dataclasses.replace(RUN, name=name, group_size=size, seed=seed, perplexity={"speeches": value, "novel": 1234.0})
-        for name, size, seed, value in (("+ stage 1", 32, 0, 50.04), ("+ stage 1", 32, 1, 60.0), ("+ stage 2", 128, 0, 150.6))
-    ]  # fmt: skip
+        dataclasses.replace(
+            RUN,
+            name=name,
+            group_size=size,
+            seed=seed,
+            perplexity={"speeches": value, "novel": 1234.0},
+        )
+        for name, size, seed, value in (
+            ("+ stage 1", 32, 0, 50.04),
+            ("+ stage 1", 32, 1, 60.0),
+            ("+ stage 2", 128, 0, 150.6),
+        )
+    ]
     lines = [line for line in tables.lines([*steps, RUN, dataclasses.replace(RUN, bits=3)]) if line]
     title = "The ladder, group sizes along the top (speeches / novel):"
     assert [line for line in lines if not line.startswith("|")] == [title, "Along the axes:"]
-    cells = {cells[1].strip(): [cell.strip() for cell in cells[2:-1]] for cells in (x.split("|") for x in lines[1:13])}
+    cells = {
+        cells[1].strip(): [cell.strip() for cell in cells[2:-1]]
+        for cells in (x.split("|") for x in lines[1:13])
+    }
     assert cells[""] == ["2 bits, 32", "2 bits, 128"]
     assert cells["+ stage 1"] == ["50.0 / 1234", "–"]
     assert cells["+ stage 2"] == ["–", "151 / 1234"]
@@ -82,10 +110,17 @@ def test_the_ladder_has_a_line_for_each_step_and_a_column_for_each_width_and_gro
 
 def test_headlines_stand_together_along_the_axes_and_by_themselves_have_no_table() -> None:
     lone = [dataclasses.replace(RUN, group_size=128, name=name) for name in ("best", "gptq")]
-    lines = [line for line in tables.lines([*lone, dataclasses.replace(RUN, name="cdquant"), RUN]) if line]
+    lines = [
+        line
+        for line in tables.lines([*lone, dataclasses.replace(RUN, name="cdquant"), RUN])
+        if line
+    ]
     titles = [line for line in lines if not line.startswith("|")]
     assert titles == ["2 bits, groups of 64, 8192 calibration tokens, seed 0:", "Along the axes:"]
-    cells = [[cell.strip() for cell in line.split("|")[1:6]] for line in lines[lines.index("Along the axes:") + 3 :]]
+    cells = [
+        [cell.strip() for cell in line.split("|")[1:6]]
+        for line in lines[lines.index("Along the axes:") + 3 :]
+    ]
     assert cells == [
         ["2", "64", "8192", "0", "gptq"],
         ["2", "128", "8192", "0", "gptq"],
@@ -109,7 +144,9 @@ def test_the_results_of_the_repository_can_be_read() -> None:
 
 def test_the_novel_is_found_among_the_objects_of_an_r_database() -> None:
     def entry(*lines: str) -> bytes:
-        text = b"".join(b"\0\4\0\t" + len(line.encode()).to_bytes(4, "big") + line.encode() for line in lines)
+        text = b"".join(
+            b"\0\4\0\t" + len(line.encode()).to_bytes(4, "big") + line.encode() for line in lines
+        )
         body = b"X\nhead" + text + b"\0\0\0\xfe"
         return len(body).to_bytes(4, "big") + zlib.compress(body)
 

@@ -45,7 +45,9 @@ def unknown(kind):
 
 
 def own_forward(kind):
-    return f"{kind} computes something of its own around its weight; tsq_layers.register can teach it"
+    return (
+        f"{kind} computes something of its own around its weight; tsq_layers.register can teach it"
+    )
 
 
 def recurrent(kind):
@@ -94,13 +96,17 @@ def whole_way(case, path):
     assert 0 < distance(after, before) < 0.025
 
     report = tsq.report(model)
-    assert {item.name: item.shape for item in report.parameters} == {n: tuple(p.shape) for n, p in parameters.items()}
+    assert {item.name: item.shape for item in report.parameters} == {
+        n: tuple(p.shape) for n, p in parameters.items()
+    }
     assert len(report.parameters) == len(parameters)
     assert gaps(report) == {starred(name): starred(reason) for name, reason in case.gaps.items()}
     assert report.coverage >= case.coverage
 
     with expecting(case.never_called):
-        rough = tsq.quantize(made(case), dataclasses.replace(CONFIG, bits=3), data[:2], paired=False)
+        rough = tsq.quantize(
+            made(case), dataclasses.replace(CONFIG, bits=3), data[:2], paired=False
+        )
     assert 10 * distance(after, before) < distance(output(rough, data[0]), before)
 
     tsq.save(model, path)
@@ -116,7 +122,9 @@ def made(case, seed=0):
     model = case.build().eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(0.15 * torch.randn_like(parameter) + (parameter if parameter.dim() < 2 else 0))
+            parameter.copy_(
+                0.15 * torch.randn_like(parameter) + (parameter if parameter.dim() < 2 else 0)
+            )
     return model
 
 
@@ -144,8 +152,13 @@ def distance(found, expected):
 
 def check_preparing(model, batch, before):
     """It changes what is computed by rounding at most, and can be undone."""
-    state, training = model.state_dict(keep_vars=True), [module.training for module in model.modules()]
-    torch.testing.assert_close(output(tsq.prepare(model, CONFIG), batch), before, rtol=1e-5, atol=1e-5)
+    state, training = (
+        model.state_dict(keep_vars=True),
+        [module.training for module in model.modules()],
+    )
+    torch.testing.assert_close(
+        output(tsq.prepare(model, CONFIG), batch), before, rtol=1e-5, atol=1e-5
+    )
     tsq.unprepare(model)
     again = model.state_dict(keep_vars=True)
     assert list(again) == list(state)
@@ -170,7 +183,9 @@ def gaps(report):
         if item.kept and len(item.shape) < 2:
             assert item.reason == ("bias" if "bias" in item.name.rpartition(".")[2] else VECTOR)
         elif item.kept:
-            assert found.setdefault(starred(item.name), starred(item.reason)) == starred(item.reason)
+            assert found.setdefault(starred(item.name), starred(item.reason)) == starred(
+                item.reason
+            )
     return found
 
 
@@ -253,7 +268,10 @@ class UNet(nn.Module):
     def __init__(self):
         super().__init__()
         self.time = nn.Sequential(nn.Linear(16, 32), nn.SiLU(), nn.Linear(32, 32))
-        self.first, self.down = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, stride=2, padding=1)
+        self.first, self.down = (
+            nn.Conv2d(3, 16, 3, padding=1),
+            nn.Conv2d(16, 16, 3, stride=2, padding=1),
+        )
         self.left, self.middle, self.right = Residual(16, 16), Residual(16, 32), Residual(32, 16)
         self.attention, self.up = ImageAttention(32), nn.Conv2d(32, 16, 3, padding=1)
         self.norm, self.last = nn.GroupNorm(4, 16), nn.Conv2d(16, 3, 3, padding=1)
@@ -276,7 +294,11 @@ class Decoder(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.bag, self.pair, self.wide = nn.EmbeddingBag(10, 16), nn.Bilinear(16, 16, 16), nn.Linear(16, 4 * 16)
+        self.bag, self.pair, self.wide = (
+            nn.EmbeddingBag(10, 16),
+            nn.Bilinear(16, 16, 16),
+            nn.Linear(16, 4 * 16),
+        )
         self.up, self.last = nn.ConvTranspose2d(4, 8, 2, stride=2), nn.Conv2d(8, 3, 3)
 
     def forward(self, ids):
@@ -319,8 +341,12 @@ class Adapted(nn.Module):
     def __init__(self, base_layer, rank=2):
         super().__init__()
         self.base_layer = base_layer
-        self.lora_A = nn.ModuleDict({"default": nn.Linear(base_layer.in_features, rank, bias=False)})
-        self.lora_B = nn.ModuleDict({"default": nn.Linear(rank, base_layer.out_features, bias=False)})
+        self.lora_A = nn.ModuleDict(
+            {"default": nn.Linear(base_layer.in_features, rank, bias=False)}
+        )
+        self.lora_B = nn.ModuleDict(
+            {"default": nn.Linear(rank, base_layer.out_features, bias=False)}
+        )
 
     def forward(self, x):
         return self.base_layer(x) + 2 * self.lora_B["default"](self.lora_A["default"](x))
@@ -350,7 +376,11 @@ class Read(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.encoder, self.other, self.middle = nn.Linear(32, 48), nn.Linear(32, 32), nn.Linear(48, 48)
+        self.encoder, self.other, self.middle = (
+            nn.Linear(32, 48),
+            nn.Linear(32, 32),
+            nn.Linear(48, 48),
+        )
 
     def forward(self, x):
         x = F.linear(x, self.other.weight, self.other.bias)
@@ -364,7 +394,10 @@ class Widths(nn.Module):
         super().__init__()
         widths = (16, 48, 48)
         self.experts = nn.ModuleList(
-            [nn.Sequential(nn.Linear(32, width), nn.ReLU(), nn.Linear(width, 32)) for width in widths]
+            [
+                nn.Sequential(nn.Linear(32, width), nn.ReLU(), nn.Linear(width, 32))
+                for width in widths
+            ]
         )
 
     def forward(self, x):
@@ -397,7 +430,10 @@ class Extra(nn.Linear):
 class UsesExtra(nn.Module):
     def __init__(self):
         super().__init__()
-        self.layer, self.last = Extra(), nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 32))
+        self.layer, self.last = (
+            Extra(),
+            nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 32)),
+        )
 
     def forward(self, x):
         return self.last(self.layer(x) @ self.layer.extra)
@@ -421,7 +457,11 @@ def patched():
 class Keywords(nn.Module):
     def __init__(self):
         super().__init__()
-        self.dense, self.convolution, self.table = nn.Linear(32, 32), nn.Conv1d(1, 16, 3), nn.Embedding(8, 32)
+        self.dense, self.convolution, self.table = (
+            nn.Linear(32, 32),
+            nn.Conv1d(1, 16, 3),
+            nn.Embedding(8, 32),
+        )
 
     def forward(self, x):
         x = self.dense(input=x) + self.table(input=(x[:, 0] > 0).long())
@@ -449,7 +489,9 @@ def one_bias():
 
 
 def compiled():
-    return torch.compile(nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32)), backend="eager")
+    return torch.compile(
+        nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32)), backend="eager"
+    )
 
 
 CASES = {
@@ -579,4 +621,6 @@ def test_layer_without_a_shape_is_named():
     with pytest.raises(LayerError, match=r"1\.weight has no shape yet"):
         tsq.prepare(model, CONFIG)
     model(rows(0))
-    assert "1" in {layer.name for layer in tsq.report(tsq.quantize(model, CONFIG, [rows(0)])).quantized}
+    assert "1" in {
+        layer.name for layer in tsq.report(tsq.quantize(model, CONFIG, [rows(0)])).quantized
+    }

@@ -23,7 +23,9 @@ from test_architectures_torch import (
 import tsq_layers as tsq
 
 transformers = pytest.importorskip("transformers")
-sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks are scripts beside the package, not installed
+sys.path.insert(
+    0, str(Path(__file__).parents[1])
+)  # benchmarks are scripts beside the package, not installed
 
 from benchmarks import architectures  # noqa: E402
 
@@ -56,7 +58,9 @@ def translation(index):
 
 
 def images(index):
-    return {"pixel_values": torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(index))}
+    return {
+        "pixel_values": torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(index))
+    }
 
 
 def captions(index):
@@ -74,13 +78,21 @@ def waves(index):
 
 def causal(name, **options):
     """Makes a language model."""
-    config, model = getattr(transformers, f"{name}Config"), getattr(transformers, f"{name}ForCausalLM")
+    config, model = (
+        getattr(transformers, f"{name}Config"),
+        getattr(transformers, f"{name}ForCausalLM"),
+    )
     return lambda: model(config(**{**SIZES, **options}))
 
 
 def masked(name, **options):
-    config, model = getattr(transformers, f"{name}Config"), getattr(transformers, f"{name}ForMaskedLM")
-    return lambda: model(config(**SIZES, num_attention_heads=4, max_position_embeddings=16, **options))
+    config, model = (
+        getattr(transformers, f"{name}Config"),
+        getattr(transformers, f"{name}ForMaskedLM"),
+    )
+    return lambda: model(
+        config(**SIZES, num_attention_heads=4, max_position_embeddings=16, **options)
+    )
 
 
 def gpt2():
@@ -89,7 +101,14 @@ def gpt2():
 
 
 def t5():
-    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4}
+    sizes = {
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 48,
+        "num_layers": 2,
+        "num_decoder_layers": 2,
+        "num_heads": 4,
+    }
     config = transformers.T5Config(**sizes, vocab_size=V, decoder_start_token_id=0, **SPECIAL)
     return transformers.T5ForConditionalGeneration(config)
 
@@ -97,13 +116,21 @@ def t5():
 def two_sides(name, **options):
     """Makes a model of an encoder and a decoder."""
     sizes = {"layers": 2, "attention_heads": 4, "ffn_dim": 48}
-    sides = {f"{side}_{key}": size for side in ("encoder", "decoder") for key, size in sizes.items()}
-    config, model = (getattr(transformers, f"{name}{end}") for end in ("Config", "ForConditionalGeneration"))
-    return lambda: model(config(d_model=32, vocab_size=V, decoder_start_token_id=0, **sides, **SPECIAL, **options))
+    sides = {
+        f"{side}_{key}": size for side in ("encoder", "decoder") for key, size in sizes.items()
+    }
+    config, model = (
+        getattr(transformers, f"{name}{end}") for end in ("Config", "ForConditionalGeneration")
+    )
+    return lambda: model(
+        config(d_model=32, vocab_size=V, decoder_start_token_id=0, **sides, **SPECIAL, **options)
+    )
 
 
 def vit():
-    config = transformers.ViTConfig(**WIDTHS, num_attention_heads=4, image_size=16, patch_size=4, num_labels=10)
+    config = transformers.ViTConfig(
+        **WIDTHS, num_attention_heads=4, image_size=16, patch_size=4, num_labels=10
+    )
     return transformers.ViTForImageClassification(config)
 
 
@@ -154,7 +181,13 @@ JAMBA = {
     "mamba_d_state": 8,
     "mamba_dt_rank": 4,
 }
-FALCON = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 4}
+FALCON = {
+    "mamba_d_ssm": 32,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 8,
+    "mamba_d_state": 8,
+    "mamba_chunk_size": 4,
+}
 QWEN_NEXT = {
     "head_dim": 8,
     "linear_num_value_heads": 4,
@@ -176,13 +209,17 @@ CASES = {
     "gemma2": Case(causal("Gemma2", **HEADS, head_dim=8, sliding_window=4), text),
     "gpt2": Case(gpt2, text),
     "gpt neox": Case(causal("GPTNeoX", num_attention_heads=4), text),
-    "falcon": Case(causal("Falcon", num_attention_heads=4, new_decoder_architecture=True, num_kv_heads=2), text),
+    "falcon": Case(
+        causal("Falcon", num_attention_heads=4, new_decoder_architecture=True, num_kv_heads=2), text
+    ),
     "bert": Case(masked("Bert"), text),
     "albert": Case(masked("Albert", embedding_size=16), text),
     "t5": Case(t5, translation),
     "bart": Case(two_sides("Bart", max_position_embeddings=16), translation),
     "whisper": Case(
-        two_sides("Whisper", num_mel_bins=8, max_source_positions=20, max_target_positions=16), speech, device="cpu"
+        two_sides("Whisper", num_mel_bins=8, max_source_positions=20, max_target_positions=16),
+        speech,
+        device="cpu",
     ),
     "wav2vec2": Case(
         wav2vec2,
@@ -204,9 +241,18 @@ CASES = {
         text,
         router("mlp.gate", "MixtralTopKRouter"),
     ),
-    "qwen2 moe": Case(causal("Qwen2Moe", **HEADS, **EXPERTS), text, router("mlp.gate", "Qwen2MoeTopKRouter")),
+    "qwen2 moe": Case(
+        causal("Qwen2Moe", **HEADS, **EXPERTS), text, router("mlp.gate", "Qwen2MoeTopKRouter")
+    ),
     "gpt-oss": Case(
-        causal("GptOss", **HEADS, head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=4),
+        causal(
+            "GptOss",
+            **HEADS,
+            head_dim=8,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            sliding_window=4,
+        ),
         text,
         {
             **router("mlp.router", "GptOssTopKRouter"),
@@ -215,7 +261,9 @@ CASES = {
         },
     ),
     "deepseek v3": Case(
-        causal("DeepseekV3", **DEEPSEEK, num_key_value_heads=4), text, router("mlp.gate", "DeepseekV3TopkRouter")
+        causal("DeepseekV3", **DEEPSEEK, num_key_value_heads=4),
+        text,
+        router("mlp.gate", "DeepseekV3TopkRouter"),
     ),
     "mamba": Case(
         causal("Mamba", state_size=4),
@@ -227,7 +275,12 @@ CASES = {
         },
         never_called=4,
     ),
-    "mamba2": Case(causal("Mamba2", **MAMBA2), text, {"backbone.layers.0.mixer.conv1d.weight": NEVER}, never_called=2),
+    "mamba2": Case(
+        causal("Mamba2", **MAMBA2),
+        text,
+        {"backbone.layers.0.mixer.conv1d.weight": NEVER},
+        never_called=2,
+    ),
     "rwkv": Case(
         causal("Rwkv", attention_hidden_size=32, context_length=16),
         text,
@@ -236,18 +289,28 @@ CASES = {
                 f"rwkv.blocks.0.attention.time_mix_{x}": unknown("RwkvSelfAttention")
                 for x in ("key", "value", "receptance")
             },
-            **{f"rwkv.blocks.0.feed_forward.time_mix_{x}": unknown("RwkvFeedForward") for x in ("key", "receptance")},
+            **{
+                f"rwkv.blocks.0.feed_forward.time_mix_{x}": unknown("RwkvFeedForward")
+                for x in ("key", "receptance")
+            },
         },
     ),
     "recurrent gemma": Case(
-        causal("RecurrentGemma", **HEADS, num_hidden_layers=3, lru_width=32, attention_window_size=8),
+        causal(
+            "RecurrentGemma", **HEADS, num_hidden_layers=3, lru_width=32, attention_window_size=8
+        ),
         text,
         {
             **{
-                f"model.layers.0.temporal_block.rg_lru.{x}_gate_weight": unknown("RecurrentGemmaRglru")
+                f"model.layers.0.temporal_block.rg_lru.{x}_gate_weight": unknown(
+                    "RecurrentGemmaRglru"
+                )
                 for x in ("input", "recurrent")
             },
-            **{f"model.layers.0.temporal_block.rg_lru.{x}_gate_bias": "bias" for x in ("input", "recurrent")},
+            **{
+                f"model.layers.0.temporal_block.rg_lru.{x}_gate_bias": "bias"
+                for x in ("input", "recurrent")
+            },
         },
     ),
     "jamba": Case(
@@ -262,12 +325,18 @@ CASES = {
         never_called=2,
     ),
     "falcon h1": Case(
-        causal("FalconH1", **HEADS, **FALCON), text, {"model.layers.0.mamba.conv1d.weight": NEVER}, never_called=2
+        causal("FalconH1", **HEADS, **FALCON),
+        text,
+        {"model.layers.0.mamba.conv1d.weight": NEVER},
+        never_called=2,
     ),
     "qwen3 next": Case(
         causal("Qwen3Next", **HEADS, **EXPERTS, **QWEN_NEXT),
         text,
-        {"model.layers.0.linear_attn.conv1d.weight": NEVER, **router("mlp.gate", "Qwen3NextTopKRouter")},
+        {
+            "model.layers.0.linear_attn.conv1d.weight": NEVER,
+            **router("mlp.gate", "Qwen3NextTopKRouter"),
+        },
         never_called=1,
     ),
 }
@@ -285,7 +354,9 @@ def test_weights_that_are_read_without_a_call_can_be_rounded():
     before = output(model, batch)
     model = tsq.quantize(model, dataclasses.replace(CONFIG, method="rtn"))
     names = {layer.name for layer in tsq.report(model).quantized}
-    assert {f"backbone.layers.{i}.mixer.{x}" for i in range(2) for x in ("conv1d", "dt_proj")} <= names
+    assert {
+        f"backbone.layers.{i}.mixer.{x}" for i in range(2) for x in ("conv1d", "dt_proj")
+    } <= names
     after = output(model, batch)
     assert 0 < distance(after, before) < 0.025
     check_every_layer_counts(model, batch, after)
@@ -300,6 +371,8 @@ def test_weights_that_are_read_without_a_call_can_be_rounded():
     ],
 )
 def test_benchmark_of_all_architectures_says_how_far_one_came(head, name, reached, why):
-    row = architectures.row(head, name, tsq.QuantConfig(**architectures.CONFIG, method="rtn", activation_bits=8))
+    row = architectures.row(
+        head, name, tsq.QuantConfig(**architectures.CONFIG, method="rtn", activation_bits=8)
+    )
     assert row.reached == reached
     assert re.search(why, row.why)

@@ -53,7 +53,9 @@ def test_public_name_says_what_it_is_with_arguments_or_an_example(name):
     text = inspect.getdoc(thing)
     assert text is not None
     assert len(text.splitlines()[0]) > 20
-    arguments = [parameter for parameter in inspect.signature(thing).parameters if parameter != "model"]
+    arguments = [
+        parameter for parameter in inspect.signature(thing).parameters if parameter != "model"
+    ]
     described = any(f"{section}:" in text for section in ("Args", "Example", "Attributes"))
     assert described or not arguments
 
@@ -63,9 +65,14 @@ def test_public_methods_are_described(name):
     thing = getattr(tsq_layers, name)
     if inspect.isclass(thing):
         own = [value for key, value in vars(thing).items() if not key.startswith("_")]
-        own = [value.fget if isinstance(value, property) else getattr(value, "__func__", value) for value in own]
+        own = [
+            value.fget if isinstance(value, property) else getattr(value, "__func__", value)
+            for value in own
+        ]
         assert [
-            function.__qualname__ for function in own if inspect.isfunction(function) and not function.__doc__
+            function.__qualname__
+            for function in own
+            if inspect.isfunction(function) and not function.__doc__
         ] == []
 
 

@@ -11,7 +11,13 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 import tsq_layers as tsq
 from tsq_layers.errors import FewTokensWarning
@@ -26,8 +32,16 @@ FAMILIES = {  # the kinds of layers that each family is quantised in
     "experts": {"Linear"},
 }
 INTEGRATIONS = {
-    "ahead_of_time", "export", "finetune", "from_pretrained", "harness", "import_gptq", "serve_vllm", "with_torch_ao", "with_torchao",
-}  # fmt: skip
+    "ahead_of_time",
+    "export",
+    "finetune",
+    "from_pretrained",
+    "harness",
+    "import_gptq",
+    "serve_vllm",
+    "with_torch_ao",
+    "with_torchao",
+}
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
@@ -52,7 +66,9 @@ def test_all_families_are_tested() -> None:
     assert {path.stem for path in EXAMPLES.glob("*.py")} == {"any_module", *FAMILIES, *INTEGRATIONS}
 
 
-def test_any_module_is_best_by_two_stage(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_module_is_best_by_two_stage(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     run("any_module", monkeypatch=monkeypatch)
     found = re.findall(r"2 bits, (\S+)\s*: cross-entropy (\d+\.\d+)", capsys.readouterr().out)
     entropy = {method: float(value) for method, value in found}
@@ -68,7 +84,9 @@ def test_export_is_loaded_by_its_client_or_says_what_is_missing(
     text = capsys.readouterr().out
     ours = float(shown(text, r"ours: perplexity (\S+)"))
     if "not compared" not in text:
-        assert float(shown(text, r", symmetric, in .*: perplexity (\S+)")) == pytest.approx(ours, rel=1e-3)
+        assert float(shown(text, r", symmetric, in .*: perplexity (\S+)")) == pytest.approx(
+            ours, rel=1e-3
+        )
 
 
 def test_imported_checkpoint_is_better_after_refinement(
@@ -76,7 +94,10 @@ def test_imported_checkpoint_is_better_after_refinement(
 ) -> None:
     run("import_gptq", monkeypatch=monkeypatch)
     text = capsys.readouterr().out
-    errors = [float(shown(text, rf"{name}: relative error of the logits (\S+)")) for name in ("theirs", "refined")]
+    errors = [
+        float(shown(text, rf"{name}: relative error of the logits (\S+)"))
+        for name in ("theirs", "refined")
+    ]
     assert errors[1] < 0.95 * errors[0]
     assert shown(text, r"written as gptq, loaded: same logits: (\w+)") == "True"
 
@@ -92,10 +113,15 @@ def test_family_is_quantised_saved_and_loaded(
     assert shown(text, r"loaded: same \w+: (\w+)") == "True"
 
 
-def test_from_pretrained_and_back(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_from_pretrained_and_back(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     run("from_pretrained", monkeypatch=monkeypatch)
     text = capsys.readouterr().out
-    sizes = [int(shown(text, rf"{name}: ([\d,]+) bytes").replace(",", "")) for name in ("float", "calibrated")]
+    sizes = [
+        int(shown(text, rf"{name}: ([\d,]+) bytes").replace(",", ""))
+        for name in ("float", "calibrated")
+    ]
     assert sizes[1] < sizes[0] / 2
     assert float(shown(text, r"calibrated: perplexity (\S+)")) < float(
         shown(text, r"rounded on load: perplexity (\S+)")
@@ -111,13 +137,17 @@ def test_finetune_lowers_loss_and_perplexity(
     run("finetune", monkeypatch=monkeypatch)
     text = capsys.readouterr().out
     for name in ("trained on", "held out"):
-        before, after = (float(shown(text, rf"text {name}, {when}: (\S+)")) for when in ("before", "after"))
+        before, after = (
+            float(shown(text, rf"text {name}, {when}: (\S+)")) for when in ("before", "after")
+        )
         assert after < before
     assert shown(text, r"loaded: same \w+: (\w+)") == "True"
 
 
 @pytest.mark.filterwarnings("default")  # those of the harness are its own affair
-def test_harness_scores_a_quantised_model(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_harness_scores_a_quantised_model(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("lm_eval")
     run("harness", monkeypatch=monkeypatch)
     assert 0 <= float(shown(capsys.readouterr().out, r"what_follows: (\S+) right")) <= 1
@@ -166,7 +196,9 @@ def test_a_served_model_gives_the_same_tokens(
 def test_other_outputs_after_loading_are_seen(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tsq, "load", lambda _folder, model: model)  # the float model, as if nothing had been saved
+    monkeypatch.setattr(
+        tsq, "load", lambda _folder, model: model
+    )  # the float model, as if nothing had been saved
     run("encoder", monkeypatch=monkeypatch)
     assert shown(capsys.readouterr().out, r"loaded: same \w+: (\w+)") == "False"
 
@@ -181,7 +213,9 @@ def words(tmp_path: Path) -> Path:
     """A text of ten words, twenty a line."""
     numbers = torch.randint(10, (512, 20), generator=torch.Generator().manual_seed(0)).tolist()
     path = tmp_path / "words.txt"
-    path.write_text("\n".join(" ".join(WORDS[number] for number in line) for line in numbers), encoding="utf-8")
+    path.write_text(
+        "\n".join(" ".join(WORDS[number] for number in line) for line in numbers), encoding="utf-8"
+    )
     return path
 
 
@@ -200,7 +234,11 @@ def saved(model: nn.Module, directory: Path) -> Path:
 
 @pytest.mark.parametrize("family", ["decoder", "encoder"])
 def test_model_directory_and_text_are_taken(
-    family: str, words: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    family: str,
+    words: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     sizes = {
         "vocab_size": 12,
@@ -211,9 +249,15 @@ def test_model_directory_and_text_are_taken(
     }
     tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 11}
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**sizes, **tokens)) if family == "decoder" else BertModel(BertConfig(**sizes))
+    model = (
+        LlamaForCausalLM(LlamaConfig(**sizes, **tokens))
+        if family == "decoder"
+        else BertModel(BertConfig(**sizes))
+    )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FewTokensWarning)  # the encoder's pooler sees one token a text
+        warnings.simplefilter(
+            "ignore", FewTokensWarning
+        )  # the encoder's pooler sees one token a text
         run(family, saved(model, tmp_path / "model"), words, monkeypatch=monkeypatch)
     text = capsys.readouterr().out
     assert quantised_kinds(text) == {"Linear"}

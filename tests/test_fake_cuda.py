@@ -33,9 +33,13 @@ META_INDEX, CUDA_INDEX = 14, 1  # in c10::DeviceType
 
 READS_A_SOLVER = 2  # are weights and statistics finite, and did the factorisation succeed
 READS_A_STAGE = READS_A_SOLVER + 2  # and for the report: losses with signals, tokens
-READS_A_DESCENT = 2  # how many rows still move: every 8 of the 20 steps that a row of 20 columns may make
+READS_A_DESCENT = (
+    2  # how many rows still move: every 8 of the 20 steps that a row of 20 columns may make
+)
 READS_WITHOUT_CALIBRATION = 1  # is the weight finite
-READS_A_STAGE_WITHOUT = READS_WITHOUT_CALIBRATION + 1  # and for the report: do scales fit their dtype
+READS_A_STAGE_WITHOUT = (
+    READS_WITHOUT_CALIBRATION + 1
+)  # and for the report: do scales fit their dtype
 READS_AT_PREPARE = 1  # are the weights finite: one for all layers of a device
 
 VARIANTS = {
@@ -53,7 +57,11 @@ VARIANTS = {
     "gptq, symmetric": {"method": "gptq", "symmetric": True, "bits": 8},
     "rtn": {"method": "rtn"},
     "quantease": {"method": "quantease"},
-    "quantease, relaxed": {"method": "quantease", "descent_relax": True, "descent_start": "nearest"},
+    "quantease, relaxed": {
+        "method": "quantease",
+        "descent_relax": True,
+        "descent_start": "nearest",
+    },
     "cdquant": {"method": "cdquant"},
     "cdquant with pairs": {"method": "cdquant", "greedy_pairs": True, "bits": 2},
     "joint": {"joint_rounds": 2},
@@ -84,9 +92,13 @@ def reads(monkeypatch):
 
         return to_host
 
-    monkeypatch.setattr(eligibility, "to_host", stand_in(eligibility, lambda n: [1.0] * n))  # all weights are finite
+    monkeypatch.setattr(
+        eligibility, "to_host", stand_in(eligibility, lambda n: [1.0] * n)
+    )  # all weights are finite
     # nothing bad and enough tokens; the factorisation succeeded
-    monkeypatch.setattr(objective, "to_host", stand_in(objective, lambda n: [0.0, 0.0, 1e4] if n == 3 else [0.0]))
+    monkeypatch.setattr(
+        objective, "to_host", stand_in(objective, lambda n: [0.0, 0.0, 1e4] if n == 3 else [0.0])
+    )
     monkeypatch.setattr(rows, "to_host", stand_in(rows, lambda n: [1.0] * n))  # a row still moves
     monkeypatch.setattr(solving, "to_host", stand_in(solving, lambda n: [1e4] * n))
     monkeypatch.setattr(experts, "to_host", stand_in(experts, lambda n: [1e4] * n))
@@ -106,7 +118,9 @@ def fake():
     does in a build for CUDA on a machine without.
     """
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
-    guards = (ctypes.c_void_p * (META_INDEX + 1)).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
+    guards = (ctypes.c_void_p * (META_INDEX + 1)).in_dll(
+        library, "_ZN3c104impl26device_guard_impl_registryE"
+    )
     lend = guards[CUDA_INDEX] is None
     if lend:
         guards[CUDA_INDEX] = guards[META_INDEX]
@@ -125,7 +139,9 @@ def on_cuda(make):
 
 
 def net():
-    return nn.Sequential(nn.Linear(20, 24), nn.ReLU(), nn.Linear(24, 20, bias=False), nn.Tanh(), nn.Linear(20, 8))
+    return nn.Sequential(
+        nn.Linear(20, 24), nn.ReLU(), nn.Linear(24, 20, bias=False), nn.Tanh(), nn.Linear(20, 8)
+    )
 
 
 def assert_on_cuda(module):
@@ -166,18 +182,25 @@ def test_observer_stays_on_the_device_and_reads_nothing(fake, reads, paired, mas
 @pytest.mark.parametrize("blocks", [1, 3])
 def test_quantizer_stays_on_the_device_and_reads_little(fake, reads, config, blocks):
     weight = torch.randn(12, 20, device=CUDA, dtype=torch.bfloat16)
-    statistics, held_out = (observed(20, paired=paired, blocks=blocks).statistics() for paired in (True, False))
+    statistics, held_out = (
+        observed(20, paired=paired, blocks=blocks).statistics() for paired in (True, False)
+    )
     given = statistics if config.needs_calibration else None
     quantizer = tsq.TwoStageGroupQuantizer(weight, given, config)
     result = quantizer.run(held_out if config.needs_calibration else None)
     tables = (result.losses, result.held_out_losses, result.objective)
-    for tensor in [*vars(result.weight).values(), *(value for table in tables for value in table.values())]:
+    for tensor in [
+        *vars(result.weight).values(),
+        *(value for table in tables for value in table.values()),
+    ]:
         if isinstance(tensor, torch.Tensor):
             assert tensor.device.type == "cuda"
     assert result.weight.codes.shape == (12, 20)
     descents = (config.method == "cdquant") * (1 + config.greedy_pairs)
     assert len(reads[rows]) == READS_A_DESCENT * descents
-    assert len(reads[objective]) == (READS_A_SOLVER if config.needs_calibration else READS_WITHOUT_CALIBRATION)
+    assert len(reads[objective]) == (
+        READS_A_SOLVER if config.needs_calibration else READS_WITHOUT_CALIBRATION
+    )
     assert total(reads) == len(reads[rows]) + len(reads[objective])
     if config.needs_calibration:
         assert quantizer.loss().device.type == "cuda"
@@ -186,8 +209,12 @@ def test_quantizer_stays_on_the_device_and_reads_little(fake, reads, config, blo
 
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize(("rows", "dtype"), [(1, torch.bfloat16), (3, torch.float16), (200, torch.float32)])
-def test_quant_linear_stays_on_the_device_and_reads_nothing(fake, reads, bits, symmetric, rows, dtype):
+@pytest.mark.parametrize(
+    ("rows", "dtype"), [(1, torch.bfloat16), (3, torch.float16), (200, torch.float32)]
+)
+def test_quant_linear_stays_on_the_device_and_reads_nothing(
+    fake, reads, bits, symmetric, rows, dtype
+):
     codes = torch.zeros(24, 64, dtype=torch.uint8, device=CUDA)
     scales = torch.ones(24, 4, dtype=torch.bfloat16, device=CUDA)
     quantized = tsq.QuantizedWeight(codes, scales, scales.to(torch.uint8), bits, 16, symmetric)
@@ -216,14 +243,28 @@ def test_additions_of_a_layer_stay_on_the_device_and_read_nothing(
     }[sparse]()
     signs, scaling = basis.fixed_signs(64, torch.device(CUDA)), torch.ones(64, device=CUDA)
     quantized = tsq.QuantizedWeight(
-        codes, scales, scales.to(torch.uint8), 4, group_size, False,
-        outliers=outliers, basis=basis.Basis(8, signs, scaling),
-    )  # fmt: skip
-    layer = tsq.QuantLinear.from_quantized(quantized, torch.zeros(24, device=CUDA), activation_bits=activation_bits)
+        codes,
+        scales,
+        scales.to(torch.uint8),
+        4,
+        group_size,
+        False,
+        outliers=outliers,
+        basis=basis.Basis(8, signs, scaling),
+    )
+    layer = tsq.QuantLinear.from_quantized(
+        quantized, torch.zeros(24, device=CUDA), activation_bits=activation_bits
+    )
     assert_on_cuda(layer)
     x = torch.randn(rows, 64, device=CUDA)
     ids = torch.zeros(2, dtype=torch.int64, device=CUDA)
-    for y in (layer(x), layer.weight, layer.rows(ids), layer.rounded_input(x), layer.quantized_weight().codes):
+    for y in (
+        layer(x),
+        layer.weight,
+        layer.rows(ids),
+        layer.rounded_input(x),
+        layer.quantized_weight().codes,
+    ):
         assert y.device.type == "cuda"
     assert total(reads) == 0
 
@@ -242,17 +283,25 @@ def test_other_bases_and_inputs_stay_on_the_device_and_read_no_more(fake, reads,
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bits", range(1, 5))
-@pytest.mark.parametrize(("rows", "dtype"), [(1, torch.bfloat16), (3, torch.float16), (200, torch.float32)])
-def test_offsets_and_tables_stay_on_the_device_and_read_nothing(fake, reads, kind, bits, rows, dtype):
+@pytest.mark.parametrize(
+    ("rows", "dtype"), [(1, torch.bfloat16), (3, torch.float16), (200, torch.float32)]
+)
+def test_offsets_and_tables_stay_on_the_device_and_read_nothing(
+    fake, reads, kind, bits, rows, dtype
+):
     codes = torch.zeros(24, 64, dtype=torch.uint8, device=CUDA)
     floats = torch.ones(24, 4, dtype=torch.bfloat16, device=CUDA)
     if kind == "offsets":
         given = {"scales": floats, "offsets": floats}
     else:
-        tables = torch.ones(24, 1 if kind == "row tables" else 4, 1 << bits, dtype=torch.bfloat16, device=CUDA)
+        tables = torch.ones(
+            24, 1 if kind == "row tables" else 4, 1 << bits, dtype=torch.bfloat16, device=CUDA
+        )
         given = {"scales": floats[:, :0], "tables": tables}
     zeros = given["scales"].to(torch.uint8)
-    quantized = tsq.QuantizedWeight(codes=codes, zeros=zeros, bits=bits, group_size=16, symmetric=False, **given)
+    quantized = tsq.QuantizedWeight(
+        codes=codes, zeros=zeros, bits=bits, group_size=16, symmetric=False, **given
+    )
     layer = tsq.QuantLinear.from_quantized(quantized, torch.zeros(24, device=CUDA), dtype=dtype)
     assert_on_cuda(layer)
     x = torch.randn(rows, 64, device=CUDA, dtype=dtype)
@@ -262,16 +311,24 @@ def test_offsets_and_tables_stay_on_the_device_and_read_nothing(fake, reads, kin
     if few_rows.one_pass(*form):  # what is compiled on a GPU
         y = few_rows.few_rows(x, layer.words, layer.grids, layer.shifts, None, form)
         assert (y.device.type, tuple(y.shape)) == ("cuda", (rows, 24))
-    assert layer.weight.device.type == layer.rows(torch.zeros(3, dtype=torch.int64, device=CUDA)).device.type == "cuda"
+    assert (
+        layer.weight.device.type
+        == layer.rows(torch.zeros(3, dtype=torch.int64, device=CUDA)).device.type
+        == "cuda"
+    )
     again = layer.quantized_weight()
-    assert {value.device.type for value in vars(again).values() if isinstance(value, torch.Tensor)} == {"cuda"}
+    assert {
+        value.device.type for value in vars(again).values() if isinstance(value, torch.Tensor)
+    } == {"cuda"}
     assert total(reads) == 0
 
 
 # --- the whole -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config", ["two-stage", "symmetric", "deviation in stage 2", "gptq", "rtn"], indirect=True)
+@pytest.mark.parametrize(
+    "config", ["two-stage", "symmetric", "deviation in stage 2", "gptq", "rtn"], indirect=True
+)
 def test_quantize_stays_on_the_device_and_reads_little(fake, reads, config):
     model = on_cuda(net)
     batches = [on_cuda(lambda: torch.randn(100, 20)) for _ in range(3)]
@@ -280,7 +337,9 @@ def test_quantize_stays_on_the_device_and_reads_little(fake, reads, config):
     assert_on_cuda(model)
     assert model(batches[0]).device.type == "cuda"
     assert len(reads[eligibility]) == READS_AT_PREPARE
-    assert total(reads) == READS_AT_PREPARE + 3 * (READS_A_STAGE if config.needs_calibration else READS_A_STAGE_WITHOUT)
+    assert total(reads) == READS_AT_PREPARE + 3 * (
+        READS_A_STAGE if config.needs_calibration else READS_A_STAGE_WITHOUT
+    )
 
 
 FAMILY = {
@@ -288,17 +347,24 @@ FAMILY = {
     "guided": ({"guidance": 4}, 0),
     "lnq": ({"method": "lnq"}, 0),
     "float zero points, joint": ({"zero_points": "float", "joint_rounds": 2}, 0),
-    "outliers": ({"method": "quantease", "outliers": 0.05}, 3),  # which entries belong to which layer of a stack
+    "outliers": (
+        {"method": "quantease", "outliers": 0.05},
+        3,
+    ),  # which entries belong to which layer of a stack
 }
 
 
 @pytest.mark.parametrize("name", FAMILY)
-def test_the_rest_of_the_family_stays_on_the_device_and_reads_little(fake, reads, monkeypatch, name):
+def test_the_rest_of_the_family_stays_on_the_device_and_reads_little(
+    fake, reads, monkeypatch, name
+):
     """But for the gradients of guidance: without a GPU there is no backward pass on one."""
     settings, expected = FAMILY[name]
     read = []
     for module in (selection, records):
-        monkeypatch.setattr(module, "to_host", lambda *values: read.append(len(values)) or [1.0] * len(values))
+        monkeypatch.setattr(
+            module, "to_host", lambda *values: read.append(len(values)) or [1.0] * len(values)
+        )
     monkeypatch.setattr(workflow, "token_weights", stand_in_weights)
     batches = [on_cuda(lambda: torch.randn(100, 20)) for _ in range(3)]
     config = tsq.QuantConfig(bits=2, group_size=8, **settings)
@@ -310,14 +376,19 @@ def test_the_rest_of_the_family_stays_on_the_device_and_reads_little(fake, reads
 
 def stand_in_weights(model, layers, batches, loss):
     groups = {name: watched.groups for name, watched in layers.items()}
-    calls = {name: [[torch.ones(100, count, device=CUDA)] for _ in batches] for name, count in groups.items()}
+    calls = {
+        name: [[torch.ones(100, count, device=CUDA)] for _ in batches]
+        for name, count in groups.items()
+    }
     return guidance.TokenWeights({name: dict(enumerate(parts)) for name, parts in calls.items()})
 
 
 @pytest.mark.parametrize("settings", [{}, {"zero_points": "float"}, {"method": "lnq"}], ids=str)
 def test_trained_grids_stay_on_the_device_and_are_not_read(fake, reads, settings):
     batches = [on_cuda(lambda: torch.randn(100, 20))]
-    layer = tsq.quantize(on_cuda(net), tsq.QuantConfig(bits=2, group_size=8, **settings), batches)[0]
+    layer = tsq.quantize(on_cuda(net), tsq.QuantConfig(bits=2, group_size=8, **settings), batches)[
+        0
+    ]
     before = total(reads)
     trained = distillation._Grids(layer)
     assert trained.weight(torch.float32).device.type == "cuda"
@@ -345,7 +416,11 @@ class Kinds(nn.Module):
 
 def test_every_kind_of_layer_stays_on_the_device(fake, reads):
     model, ids = on_cuda(Kinds), on_cuda(lambda: torch.zeros(4, 16, dtype=torch.int64))
-    model = tsq.quantize(model, tsq.QuantConfig(group_size=8, skip=(), embeddings=True, min_expert_tokens=0), [ids] * 2)
+    model = tsq.quantize(
+        model,
+        tsq.QuantConfig(group_size=8, skip=(), embeddings=True, min_expert_tokens=0),
+        [ids] * 2,
+    )
     assert len(model.tsq_report.quantized) == 8
     assert_on_cuda(model)
     assert model(ids).device.type == "cuda"
@@ -356,15 +431,22 @@ def test_number_of_reads_does_not_depend_on_batches_and_rows(fake, reads):
     for batches, width in ((1, 8), (3, 24)):
         model = on_cuda(lambda: nn.Sequential(nn.Linear(16, width), nn.Linear(width, 16)))  # noqa: B023
         tsq.quantize(
-            model, tsq.QuantConfig(group_size=16), [on_cuda(lambda: torch.randn(100, 16)) for _ in range(batches)]
+            model,
+            tsq.QuantConfig(group_size=16),
+            [on_cuda(lambda: torch.randn(100, 16)) for _ in range(batches)],
         )
         counts.append(total(reads))
-    assert counts == [READS_AT_PREPARE + 2 * READS_A_STAGE, 2 * (READS_AT_PREPARE + 2 * READS_A_STAGE)]
+    assert counts == [
+        READS_AT_PREPARE + 2 * READS_A_STAGE,
+        2 * (READS_AT_PREPARE + 2 * READS_A_STAGE),
+    ]
 
 
 def test_unpaired_calibration_stays_on_the_device(fake, reads):
     batches = [torch.randn(100, 20, device=CUDA)]
-    assert_on_cuda(tsq.quantize(on_cuda(net), tsq.QuantConfig(group_size=16), batches, paired=False))
+    assert_on_cuda(
+        tsq.quantize(on_cuda(net), tsq.QuantConfig(group_size=16), batches, paired=False)
+    )
 
 
 def test_batches_on_the_host_are_moved(fake, reads):
@@ -418,9 +500,15 @@ def mixing(values):
 
 @pytest.mark.parametrize(
     ("mistake", "error"),
-    [(reading, DataDependentOutputException), (branching, DataDependentOutputException), (mixing, RuntimeError)],
+    [
+        (reading, DataDependentOutputException),
+        (branching, DataDependentOutputException),
+        (mixing, RuntimeError),
+    ],
 )
-@pytest.mark.parametrize(("module", "name"), [(gptq, "assign"), (stage1, "fit_grids"), (grid, "storable")])
+@pytest.mark.parametrize(
+    ("module", "name"), [(gptq, "assign"), (stage1, "fit_grids"), (grid, "storable")]
+)
 def test_planted_mistake_is_caught(fake, reads, monkeypatch, module, name, mistake, error):
     original = getattr(module, name)
 
@@ -431,14 +519,22 @@ def test_planted_mistake_is_caught(fake, reads, monkeypatch, module, name, mista
     monkeypatch.setattr(module, name, wrong)
     statistics = observed(20, paired=True).statistics()
     with pytest.raises(error):
-        tsq.TwoStageGroupQuantizer(torch.randn(24, 20, device=CUDA), statistics, tsq.QuantConfig(group_size=16)).run()
+        tsq.TwoStageGroupQuantizer(
+            torch.randn(24, 20, device=CUDA), statistics, tsq.QuantConfig(group_size=16)
+        ).run()
 
 
 def test_planted_read_in_the_observer_is_caught_through_suspended_passes(fake, reads, monkeypatch):
     original = tsq.HessianObserver.observe
-    monkeypatch.setattr(tsq.HessianObserver, "observe", lambda self, x, *args: (reading(x), original(self, x, *args)))
+    monkeypatch.setattr(
+        tsq.HessianObserver,
+        "observe",
+        lambda self, x, *args: (reading(x), original(self, x, *args)),
+    )
     with pytest.raises(DataDependentOutputException):
-        tsq.quantize(on_cuda(net), tsq.QuantConfig(group_size=16), [torch.randn(100, 20, device=CUDA)])
+        tsq.quantize(
+            on_cuda(net), tsq.QuantConfig(group_size=16), [torch.randn(100, 20, device=CUDA)]
+        )
 
 
 def test_planted_read_in_a_suspended_pass_is_caught(fake, reads):
@@ -446,12 +542,20 @@ def test_planted_read_in_a_suspended_pass_is_caught(fake, reads):
         reading(model(batch))
 
     with pytest.raises(DataDependentOutputException):
-        tsq.quantize(on_cuda(net), tsq.QuantConfig(group_size=16), [torch.randn(100, 20, device=CUDA)], forward=forward)
+        tsq.quantize(
+            on_cuda(net),
+            tsq.QuantConfig(group_size=16),
+            [torch.randn(100, 20, device=CUDA)],
+            forward=forward,
+        )
 
 
 # --- on a GPU ------------------------------------------------------------------------------------
 
-needs_cuda = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+needs_cuda = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
 
 
 def real(device, config):
@@ -479,14 +583,19 @@ class TestOnGpu:
     @pytest.mark.parametrize("bits", [2, 3, 4])
     @pytest.mark.parametrize("rows", [1, 3, 200])
     def test_offsets_and_tables_give_what_they_give_on_the_cpu(self, kind, bits, rows):
-        layer, x = tsq.QuantLinear.from_quantized(made(kind, 24, 64, bits, 16), torch.randn(24)), torch.randn(rows, 64)
+        layer, x = (
+            tsq.QuantLinear.from_quantized(made(kind, 24, 64, bits, 16), torch.randn(24)),
+            torch.randn(rows, 64),
+        )
         exact = layer.double()(x.double()).detach()
         assert torch.equal(layer.float().weight, copy.deepcopy(layer).cuda().weight.cpu())
         found = layer.cuda()(x.cuda()).cpu().double().detach()
         assert (found - exact).norm() < 1e-5 * exact.norm()
 
     @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-    @pytest.mark.parametrize(("rows", "dtype"), [(1, torch.bfloat16), (3, torch.float32), (200, torch.float32)])
+    @pytest.mark.parametrize(
+        ("rows", "dtype"), [(1, torch.bfloat16), (3, torch.float32), (200, torch.float32)]
+    )
     def test_quant_linear_gives_what_it_gives_on_the_cpu(self, bits, rows, dtype):
         torch.manual_seed(0)
         weight, x = torch.randn(24, 64), torch.randn(rows, 64, dtype=dtype)
@@ -509,5 +618,7 @@ class TestOnGpu:
                     tsq.TwoStageGroupQuantizer(weight, observer.statistics(), config).run()
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-            counts.append(len([warning for warning in found if "synchroniz" in str(warning.message)]))
+            counts.append(
+                len([warning for warning in found if "synchroniz" in str(warning.message)])
+            )
         assert counts[0] == counts[1] < 10

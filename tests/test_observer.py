@@ -62,7 +62,9 @@ def test_deviation_differs_from_the_oracle_when_it_is_corrupted(corrupt) -> None
     x, reference = normal(TOKENS, WIDTH), normal(TOKENS, WIDTH, seed=1)
     statistics = observed((x, reference))
     with pytest.raises(AssertionError):
-        assert_close(statistics.deviation / TOKENS, corrupt(oracle.statistics(x, reference)[1]), **DOUBLE)
+        assert_close(
+            statistics.deviation / TOKENS, corrupt(oracle.statistics(x, reference)[1]), **DOUBLE
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -75,7 +77,9 @@ def test_batches_of_different_length_equal_all_at_once(dtype: torch.dtype) -> No
     assert int(batches.count) == TOKENS
     assert ((batches.hessian - once.hessian).abs() <= 2 * sum_error(x, dtype=dtype)).all()
     # The differences x − x̃ are rounded before the product, alike in both.
-    assert ((batches.deviation - once.deviation).abs() <= 2 * sum_error(x - reference, x, dtype=dtype)).all()
+    assert (
+        (batches.deviation - once.deviation).abs() <= 2 * sum_error(x - reference, x, dtype=dtype)
+    ).all()
 
 
 @pytest.mark.parametrize("width", [383, 384, 385, 800], ids=lambda width: f"K={width}")
@@ -95,7 +99,9 @@ def test_panel_width_does_not_matter(panel: int, monkeypatch: pytest.MonkeyPatch
     assert_same(observed((x,)), expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str
+)
 def test_inputs_of_any_float_dtype_are_summed_as_they_are(dtype: torch.dtype) -> None:
     x, reference = normal(TOKENS, WIDTH).to(dtype), normal(TOKENS, WIDTH, seed=1).to(dtype)
     assert_same(observed((x, reference)), observed((x.double(), reference.double())))
@@ -185,13 +191,17 @@ def test_nan_outside_of_the_padding_stays_visible() -> None:
 BLOCKS = 3
 
 
-def block_inputs(blocks: int = BLOCKS, width: int = WIDTH, tokens: int = TOKENS) -> tuple[Tensor, Tensor, Tensor]:
+def block_inputs(
+    blocks: int = BLOCKS, width: int = WIDTH, tokens: int = TOKENS
+) -> tuple[Tensor, Tensor, Tensor]:
     """Inputs of both streams (T, B, K), and a mask (T,)."""
     mask = torch.arange(tokens) % 4 != 1
     return normal(tokens, blocks, width), normal(tokens, blocks, width, seed=1), mask
 
 
-def observed_blocks(*calls: tuple[Tensor | None, ...], dtype: torch.dtype = torch.float64) -> LayerStatistics:
+def observed_blocks(
+    *calls: tuple[Tensor | None, ...], dtype: torch.dtype = torch.float64
+) -> LayerStatistics:
     """Statistics of an observer with blocks that was given these (x[, reference[, mask]])."""
     observer = HessianObserver(calls[0][0].shape[-1], blocks=calls[0][0].shape[-2], dtype=dtype)
     for call in calls:
@@ -199,7 +209,9 @@ def observed_blocks(*calls: tuple[Tensor | None, ...], dtype: torch.dtype = torc
     return observer.statistics()
 
 
-def assert_equals_block_oracle(found: LayerStatistics, x: Tensor, reference: Tensor, mask: Tensor) -> None:
+def assert_equals_block_oracle(
+    found: LayerStatistics, x: Tensor, reference: Tensor, mask: Tensor
+) -> None:
     H, R, count = oracle.block_sums(x, reference, mask)
     assert int(found.count) == count
     assert_close(found.hessian, H, **DOUBLE)
@@ -273,7 +285,9 @@ def test_pieces_bound_what_is_rearranged_at_once(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(HessianObserver, "_tokens", spy)
     monkeypatch.setattr(module, "_CHUNK_ELEMENTS", 100)
     x, reference, mask = block_inputs()
-    observed_blocks((x.reshape(4, 15, BLOCKS, WIDTH), reference.reshape(4, 15, BLOCKS, WIDTH), mask))
+    observed_blocks(
+        (x.reshape(4, 15, BLOCKS, WIDTH), reference.reshape(4, 15, BLOCKS, WIDTH), mask)
+    )
     assert max(sizes) <= 100
     assert sum(sizes) == 2 * x.numel()
 
@@ -347,7 +361,10 @@ def test_state_dict_with_other_blocks_is_refused(blocks: int) -> None:
 
 
 def test_repr_names_blocks() -> None:
-    assert repr(HessianObserver(9, blocks=32)) == "HessianObserver(columns=9, blocks=32, dtype=torch.float32)"
+    assert (
+        repr(HessianObserver(9, blocks=32))
+        == "HessianObserver(columns=9, blocks=32, dtype=torch.float32)"
+    )
 
 
 # ---- as a module -----------------------------------------------------------------------------------------------------
@@ -372,7 +389,9 @@ def test_state_dict_round_trip_inside_a_model() -> None:
     model["observer"].observe(normal(TOKENS, WIDTH))
     fresh = nn.ModuleDict({"observer": HessianObserver(WIDTH), "layer": nn.Linear(WIDTH, 2)})
     fresh.load_state_dict(model.state_dict())
-    assert torch.equal(fresh["observer"].statistics().hessian, model["observer"].statistics().hessian)
+    assert torch.equal(
+        fresh["observer"].statistics().hessian, model["observer"].statistics().hessian
+    )
 
 
 def test_state_dict_of_an_empty_observer_is_empty() -> None:
@@ -465,7 +484,9 @@ def precisions() -> list[str]:
 
 @pytest.mark.usefixtures("precision_restored")
 @pytest.mark.parametrize("allowed", ["highest", "high", "medium"])
-def test_global_precision_is_full_while_observing_and_restored(allowed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_global_precision_is_full_while_observing_and_restored(
+    allowed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.set_float32_matmul_precision(allowed)
     before, during = precisions(), []
     addmm_ = Tensor.addmm_
@@ -496,14 +517,19 @@ def test_global_precision_is_restored_after_an_error(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.usefixtures("precision_restored")
 def test_global_precision_may_be_set_by_backend() -> None:
-    torch.backends.cuda.matmul.fp32_precision = "tf32"  # makes torch.get_float32_matmul_precision() raise
+    torch.backends.cuda.matmul.fp32_precision = (
+        "tf32"  # makes torch.get_float32_matmul_precision() raise
+    )
     observed((normal(9, WIDTH),))
     assert torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 @pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_does_not_lower_the_precision(autocast: torch.dtype) -> None:
-    x, reference = normal(TOKENS, WIDTH, dtype=torch.float32), normal(TOKENS, WIDTH, seed=1, dtype=torch.float32)
+    x, reference = (
+        normal(TOKENS, WIDTH, dtype=torch.float32),
+        normal(TOKENS, WIDTH, seed=1, dtype=torch.float32),
+    )
     expected = observed((x, reference), dtype=torch.float32)
     with torch.autocast("cpu", dtype=autocast):
         found = observed((x, reference), dtype=torch.float32)
@@ -516,27 +542,43 @@ def test_autocast_does_not_lower_the_precision(autocast: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int64], ids=str)
 def test_dtype_of_the_sums_is_checked(dtype: torch.dtype) -> None:
-    with pytest.raises(CalibrationError, match=rf"observer dtype {dtype}: give torch.float32 or torch.float64"):
+    with pytest.raises(
+        CalibrationError, match=rf"observer dtype {dtype}: give torch.float32 or torch.float64"
+    ):
         HessianObserver(WIDTH, dtype=dtype)
 
 
 @pytest.mark.parametrize("blocks", [0, -1])
 def test_number_of_blocks_is_checked(blocks: int) -> None:
-    with pytest.raises(CalibrationError, match=rf"observer of {blocks} blocks: give a positive number"):
+    with pytest.raises(
+        CalibrationError, match=rf"observer of {blocks} blocks: give a positive number"
+    ):
         HessianObserver(WIDTH, blocks=blocks)
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        pytest.param((torch.ones(4, 7),), r"shape \(4, 7\); give floating point \(…, 3, 7\)", id="no-blocks"),
-        pytest.param((torch.ones(4, 7, 3),), r"shape \(4, 7, 3\); give floating point \(…, 3, 7\)", id="turned"),
-        pytest.param((torch.ones(7),), r"shape \(7,\); give floating point \(…, 3, 7\)", id="vector"),
         pytest.param(
-            (torch.ones(4, 3, 7), torch.ones(4, 1, 7)), r"\(4, 3, 7\) and its reference \(4, 1, 7\)", id="reference"
+            (torch.ones(4, 7),), r"shape \(4, 7\); give floating point \(…, 3, 7\)", id="no-blocks"
         ),
         pytest.param(
-            (torch.ones(4, 3, 7), None, torch.ones(4, 3)), r"\(4, 3, 7\) and its mask \(4, 3\)", id="mask-by-block"
+            (torch.ones(4, 7, 3),),
+            r"shape \(4, 7, 3\); give floating point \(…, 3, 7\)",
+            id="turned",
+        ),
+        pytest.param(
+            (torch.ones(7),), r"shape \(7,\); give floating point \(…, 3, 7\)", id="vector"
+        ),
+        pytest.param(
+            (torch.ones(4, 3, 7), torch.ones(4, 1, 7)),
+            r"\(4, 3, 7\) and its reference \(4, 1, 7\)",
+            id="reference",
+        ),
+        pytest.param(
+            (torch.ones(4, 3, 7), None, torch.ones(4, 3)),
+            r"\(4, 3, 7\) and its mask \(4, 3\)",
+            id="mask-by-block",
         ),
     ],
 )
@@ -556,13 +598,23 @@ def test_statistics_of_nothing_are_refused() -> None:
     ("call", "message"),
     [
         pytest.param(
-            (torch.ones(4, 6),), r"given torch.float32 of shape \(4, 6\); give floating point \(…, 7\)", id="width"
+            (torch.ones(4, 6),),
+            r"given torch.float32 of shape \(4, 6\); give floating point \(…, 7\)",
+            id="width",
         ),
-        pytest.param((torch.ones(4, 7).long(),), r"given torch.int64 of shape \(4, 7\)", id="integers"),
         pytest.param(
-            (torch.ones(4, 7), torch.ones(5, 7)), r"shape \(4, 7\) and its reference \(5, 7\)", id="reference"
+            (torch.ones(4, 7).long(),), r"given torch.int64 of shape \(4, 7\)", id="integers"
         ),
-        pytest.param((torch.ones(4, 7), None, torch.ones(5)), r"shape \(4, 7\) and its mask \(5,\)", id="mask"),
+        pytest.param(
+            (torch.ones(4, 7), torch.ones(5, 7)),
+            r"shape \(4, 7\) and its reference \(5, 7\)",
+            id="reference",
+        ),
+        pytest.param(
+            (torch.ones(4, 7), None, torch.ones(5)),
+            r"shape \(4, 7\) and its mask \(5,\)",
+            id="mask",
+        ),
     ],
 )
 @pytest.mark.parametrize("blocks", [None, 3], ids=["plain", "weighted"])
@@ -575,8 +627,13 @@ def test_shapes_are_checked(call: tuple[Tensor, ...], message: str, blocks: int 
 
 @pytest.mark.parametrize("weights", [None, torch.ones(4, 1)], ids=["plain", "weighted"])
 @pytest.mark.parametrize("paired_first", [True, False], ids=["paired-first", "unpaired-first"])
-def test_mixing_calls_with_and_without_reference_is_refused(paired_first: bool, weights: Tensor | None) -> None:
-    calls = [{"x": torch.ones(4, WIDTH), "reference": torch.ones(4, WIDTH)}, {"x": torch.ones(4, WIDTH)}]
+def test_mixing_calls_with_and_without_reference_is_refused(
+    paired_first: bool, weights: Tensor | None
+) -> None:
+    calls = [
+        {"x": torch.ones(4, WIDTH), "reference": torch.ones(4, WIDTH)},
+        {"x": torch.ones(4, WIDTH)},
+    ]
     first, second = calls if paired_first else calls[::-1]
     observer = HessianObserver(WIDTH)
     observer.observe(**first, weights=weights)

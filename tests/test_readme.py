@@ -24,13 +24,17 @@ def test_blocks_finds_python_blocks_with_their_lines():
 def test_blocks_that_are_not_run_give_a_reason():
     for line, source in blocks(README.read_text(encoding="utf-8")):
         if source.startswith(SKIP.strip()):
-            assert len(source.splitlines()[0]) > len(SKIP) + 5, f"README.md, line {line + 1}: say why it is not run"
+            assert len(source.splitlines()[0]) > len(SKIP) + 5, (
+                f"README.md, line {line + 1}: say why it is not run"
+            )
 
 
 @pytest.mark.filterwarnings("ignore::tsq_layers.errors.FewTokensWarning")
 def test_readme_code_runs_in_order(tmp_path, monkeypatch):
     found = [
-        (line, source) for line, source in blocks(README.read_text(encoding="utf-8")) if not source.startswith(SKIP)
+        (line, source)
+        for line, source in blocks(README.read_text(encoding="utf-8"))
+        if not source.startswith(SKIP)
     ]
     assert found, "README.md has no python block that is run"
     monkeypatch.chdir(tmp_path)  # where it may save a model

@@ -53,18 +53,31 @@ def offences(source, *, may_print=False, may_read=False):
         if isinstance(node, ast.Call):
             called = dotted(node.func)
             last = called.rpartition(".")[2]
-            if called in ("print", "breakpoint", "eval", "exec") and not (may_print and called == "print"):
+            if called in ("print", "breakpoint", "eval", "exec") and not (
+                may_print and called == "print"
+            ):
                 name = called
             elif called in ("torch.load", "torch.save") or last in ("cuda", "empty_cache"):
                 name = called
             elif last in ("item", "tolist") and not may_read:
                 name = called
         elif isinstance(node, (ast.Import, ast.ImportFrom)):
-            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
-            name = next((m for m in modules if m.split(".")[0] in ("pickle", "dill", "joblib", "marshal")), "")
+            modules = (
+                [alias.name for alias in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module or ""]
+            )
+            name = next(
+                (m for m in modules if m.split(".")[0] in ("pickle", "dill", "joblib", "marshal")),
+                "",
+            )
         elif isinstance(node, ast.ExceptHandler) and node.type is None:
             name = "bare except"
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("cuda"):
+        elif (
+            isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and node.value.startswith("cuda")
+        ):
             name = "device literal"
         if name:
             found.append((node.lineno, name))
@@ -91,17 +104,26 @@ def test_sources_are_found():
     ],
 )
 def test_offence_is_found(source, name):
-    assert [found for _, found in offences(source)] == [pytest.approx(name)] or offences(source)[0][1].endswith(name)
+    assert [found for _, found in offences(source)] == [pytest.approx(name)] or offences(source)[0][
+        1
+    ].endswith(name)
 
 
 def test_harmless_code_is_no_offence():
-    assert offences('"""print(1), torch.load and pickle."""\nx.item\ntorch.cuda.current_stream()') == []
+    assert (
+        offences('"""print(1), torch.load and pickle."""\nx.item\ntorch.cuda.current_stream()')
+        == []
+    )
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_source_has_no_offence(path):
     room = path.relative_to(ROOT).parts[0].removesuffix(".py")
-    found = offences(path.read_text(encoding="utf-8"), may_print=path in MAY_PRINT, may_read=room not in ON_THE_DEVICE)
+    found = offences(
+        path.read_text(encoding="utf-8"),
+        may_print=path in MAY_PRINT,
+        may_read=room not in ON_THE_DEVICE,
+    )
     if room == "precision":  # all device types that autocast knows
         found = [offence for offence in found if offence[1] != "device literal"]
     assert found == []

@@ -17,7 +17,12 @@ _LOGITS_AT_ONCE = 2**24
 
 
 def perplexity(
-    model: nn.Module, tokens: Tensor, *, window: int = 1024, batch_size: int = 1, progress: bool | None = None
+    model: nn.Module,
+    tokens: Tensor,
+    *,
+    window: int = 1024,
+    batch_size: int = 1,
+    progress: bool | None = None,
 ) -> float:
     """Perplexity of a causal language model on a text: exp of the mean negative log likelihood.
 
@@ -52,7 +57,12 @@ def perplexity(
     batches = list(_batches(ids, window, batch_size))
     total, count = 0.0, 0
     with evaluating(model), torch.no_grad():
-        for batch in tqdm(batches, desc="perplexity", disable=None if progress is None else not progress, leave=False):
+        for batch in tqdm(
+            batches,
+            desc="perplexity",
+            disable=None if progress is None else not progress,
+            leave=False,
+        ):
             loss = _loss(_logits(model, batch.to(device)), batch.to(device))
             if math.isnan(loss):
                 raise LayerError(
@@ -82,7 +92,9 @@ def _checked(tokens: Tensor, window: int, batch_size: int) -> Tensor:
     if tokens.dim() != 1:
         raise ConfigError(f"tokens have shape {tuple(tokens.shape)}; give (T,) or (1, T)")
     if tokens.numel() < 2:
-        raise ConfigError(f"{tokens.numel()} tokens: perplexity needs at least 2, one to see and one to predict")
+        raise ConfigError(
+            f"{tokens.numel()} tokens: perplexity needs at least 2, one to see and one to predict"
+        )
     return tokens.long()
 
 
@@ -99,7 +111,11 @@ def _logits(model: nn.Module, batch: Tensor) -> Tensor:
     output = model(batch)
     logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[:2] != batch.shape:
-        got = f"a tensor of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+        got = (
+            f"a tensor of shape {tuple(logits.shape)}"
+            if isinstance(logits, Tensor)
+            else type(logits).__name__
+        )
         raise LayerError(
             f"the model returned {got}; perplexity needs logits of shape (B, T, V) with B, T = {tuple(batch.shape)}, or an object that has them as .logits"
         )
@@ -113,7 +129,9 @@ def _loss(logits: Tensor, batch: Tensor) -> float:
     losses = [
         F.cross_entropy(part.float(), target, reduction="none")
         for window_logits, window_ids in zip(logits, batch, strict=True)
-        for part, target in zip(torch.split(window_logits[:-1], rows), torch.split(window_ids[1:], rows), strict=True)
+        for part, target in zip(
+            torch.split(window_logits[:-1], rows), torch.split(window_ids[1:], rows), strict=True
+        )
     ]
     return float(torch.cat(losses).cpu().double().sum())
 

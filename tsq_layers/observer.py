@@ -15,7 +15,9 @@ from tsq_layers.passes.recording import first_tensor
 _PANEL = 128  # columns of H updated by one matrix product; narrower panels waste fewer flops on the half not kept
 _CHUNK_ELEMENTS = 2**20  # inputs that are rearranged by block at once: bounds the copy
 
-_Call = tuple[Tensor, Tensor | None, Tensor | None]  # inputs, those of the full-precision stream, where padding is
+_Call = tuple[
+    Tensor, Tensor | None, Tensor | None
+]  # inputs, those of the full-precision stream, where padding is
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,9 +55,11 @@ class Call:
             return [flat[:border], flat[border:]]
 
         given = (
-            parts(self.x, dims), parts(self.reference, dims), parts(self.mask, 0),
+            parts(self.x, dims),
+            parts(self.reference, dims),
+            parts(self.mask, 0),
             parts(None if self.weights is None else self.weights.reshape(count, -1), 1),
-        )  # fmt: skip
+        )
         return tuple(Call(*(part[index] for part in given)) for index in (0, 1))  # type: ignore[arg-type, return-value]
 
     def split_kept(self, last: Tensor, most: int, dims: int = 1) -> tuple["Call", "Call"]:
@@ -79,7 +83,11 @@ class Call:
         places = held.to(torch.uint8).argsort(stable=True)[len(held) - most :]
 
         def part(values: Tensor | None, dims: int) -> Tensor | None:
-            return None if values is None else values.reshape(len(kept), *values.shape[values.dim() - dims :])[places]
+            return (
+                None
+                if values is None
+                else values.reshape(len(kept), *values.shape[values.dim() - dims :])[places]
+            )
 
         weights = None if self.weights is None else self.weights.reshape(len(kept), -1)
         return (
@@ -122,18 +130,27 @@ class HessianObserver(nn.Module):
     deviation: Tensor | None
     count: Tensor
 
-    def __init__(self, columns: int, *, blocks: int = 1, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, columns: int, *, blocks: int = 1, dtype: torch.dtype = torch.float32
+    ) -> None:
         super().__init__()
         if dtype not in (torch.float32, torch.float64):
             raise CalibrationError(f"observer dtype {dtype}: give torch.float32 or torch.float64")
         if blocks < 1:
-            raise CalibrationError(f"observer of {blocks} blocks: give a positive number, 1 if all rows share inputs")
+            raise CalibrationError(
+                f"observer of {blocks} blocks: give a positive number, 1 if all rows share inputs"
+            )
         self.columns, self.blocks, self.dtype = columns, blocks, dtype
         self.register_buffer("hessian", None)
         self.register_buffer("deviation", None)
         self.register_buffer("count", None)
 
-    def forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002  (what torch gives a hook)
+    def forward(
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any] | None = None,  # noqa: ARG002
+    ) -> None:
         """The pre-hook: observe the layer's first tensor argument, change nothing.
 
         Raises:
@@ -181,7 +198,9 @@ class HessianObserver(nn.Module):
             for piece in (call,) if self.blocks == 1 else _pieces(call):
                 self._add(*piece)
 
-    def _observe_weighted(self, x: Tensor, reference: Tensor | None, mask: Tensor | None, weights: Tensor) -> None:
+    def _observe_weighted(
+        self, x: Tensor, reference: Tensor | None, mask: Tensor | None, weights: Tensor
+    ) -> None:
         """As if every block had seen inputs of its own, √w·x, but without making them."""
         self._check(x, reference, mask, 1)
         count = x.shape[:-1].numel()
@@ -189,7 +208,11 @@ class HessianObserver(nn.Module):
             raise CalibrationError(
                 f"x has shape {tuple(x.shape)} and its weights {tuple(weights.shape)}; they need one for each token and block, {count}×{self.blocks}"
             )
-        kept = torch.ones(count, dtype=torch.bool, device=x.device) if mask is None else mask.reshape(count) != 0
+        kept = (
+            torch.ones(count, dtype=torch.bool, device=x.device)
+            if mask is None
+            else mask.reshape(count) != 0
+        )
         self._allocate(x.device, reference is not None)
         self.count += kept.sum()
         rows, other = x.reshape(count, self.columns), None
@@ -203,13 +226,19 @@ class HessianObserver(nn.Module):
                 given = (rows[part], None if other is None else other[part])
                 self._add_weighted(*given, factors, kept[part])
 
-    def _add_weighted(self, x: Tensor, reference: Tensor | None, weights: Tensor, kept: Tensor) -> None:
+    def _add_weighted(
+        self, x: Tensor, reference: Tensor | None, weights: Tensor, kept: Tensor
+    ) -> None:
         tokens = x.to(self.dtype).masked_fill(~kept.unsqueeze(1), 0)
         weighted = tokens * weights.mT.unsqueeze(-1)
         hessian = self.hessian.view(self.blocks, self.columns, self.columns)
         for start in range(0, self.columns, _PANEL):
             right = tokens[:, start:].expand(self.blocks, -1, -1)
-            _add_product(hessian[..., start : start + _PANEL, start:], weighted[..., start : start + _PANEL], right)
+            _add_product(
+                hessian[..., start : start + _PANEL, start:],
+                weighted[..., start : start + _PANEL],
+                right,
+            )
         if reference is not None and self.deviation is not None:
             deviation = self.deviation.view(self.blocks, self.columns, self.columns)
             moved = tokens - reference.to(self.dtype).masked_fill(~kept.unsqueeze(1), 0)
@@ -219,7 +248,9 @@ class HessianObserver(nn.Module):
         tokens = self._tokens(x, padding)
         for start in range(0, self.columns, _PANEL):
             panel = tokens[..., start : start + _PANEL]
-            _add_product(self.hessian[..., start : start + _PANEL, start:], panel, tokens[..., start:])
+            _add_product(
+                self.hessian[..., start : start + _PANEL, start:], panel, tokens[..., start:]
+            )
         if reference is not None and self.deviation is not None:
             _add_product(self.deviation, tokens - self._tokens(reference, padding), tokens)
 
@@ -234,7 +265,9 @@ class HessianObserver(nn.Module):
             raise CalibrationError("the observer saw no input; run data through the layer first")
         upper = self.hessian.triu()
         return LayerStatistics(
-            upper + upper.triu(1).mT, self.count.clone(), None if self.deviation is None else self.deviation.clone()
+            upper + upper.triu(1).mT,
+            self.count.clone(),
+            None if self.deviation is None else self.deviation.clone(),
         )
 
     def reset(self) -> None:
@@ -262,7 +295,9 @@ class HessianObserver(nn.Module):
                 f"x has shape {tuple(x.shape)} and its mask {tuple(mask.shape)}; the mask has one entry a token"
             )
         if self.hessian is not None and (reference is None) != (self.deviation is None):
-            raise CalibrationError("calls with and without a reference were mixed; give one in every call or in none")
+            raise CalibrationError(
+                "calls with and without a reference were mixed; give one in every call or in none"
+            )
 
     def _tokens(self, x: Tensor, padding: Tensor | None) -> Tensor:
         """Inputs as rows (T, K), or (B, T, K); padding becomes 0, whatever stood there (NaN · 0 is not 0)."""
@@ -276,16 +311,26 @@ class HessianObserver(nn.Module):
     def _allocate(self, device: torch.device, paired: bool) -> None:
         if self.hessian is not None:
             return
-        square = (self.columns, self.columns) if self.blocks == 1 else (self.blocks, self.columns, self.columns)
-        with torch.inference_mode(False):  # an inference tensor could not be added to outside of inference mode
+        square = (
+            (self.columns, self.columns)
+            if self.blocks == 1
+            else (self.blocks, self.columns, self.columns)
+        )
+        with torch.inference_mode(
+            False
+        ):  # an inference tensor could not be added to outside of inference mode
             self.hessian = torch.zeros(square, dtype=self.dtype, device=device)
             self.count = torch.zeros((), dtype=torch.int64, device=device)
             if paired:
                 self.deviation = torch.zeros(square, dtype=self.dtype, device=device)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        if prefix + "hessian" in state_dict:  # buffers are made with the first input: make them for the stored ones
-            self._allocate(state_dict[prefix + "hessian"].device, prefix + "deviation" in state_dict)
+        if (
+            prefix + "hessian" in state_dict
+        ):  # buffers are made with the first input: make them for the stored ones
+            self._allocate(
+                state_dict[prefix + "hessian"].device, prefix + "deviation" in state_dict
+            )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -306,7 +351,11 @@ def _pieces(call: _Call) -> Iterator[_Call]:
 
 def _part(call: _Call, where: int | slice) -> _Call:
     x, reference, padding = call
-    return x[where], None if reference is None else reference[where], None if padding is None else padding[where]
+    return (
+        x[where],
+        None if reference is None else reference[where],
+        None if padding is None else padding[where],
+    )
 
 
 def _add_product(sums: Tensor, left: Tensor, right: Tensor) -> None:

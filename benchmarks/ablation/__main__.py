@@ -48,24 +48,38 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"{done.label}: {values}; {done.seconds:.0f} s", flush=True)
     runs = list(records.kept(options.out).values())
     print("\n".join(tables.lines(runs)))
-    where = {"bits": options.bits[0], "group_size": options.group_size[0], "tokens": options.tokens[0]}
+    where = {
+        "bits": options.bits[0],
+        "group_size": options.group_size[0],
+        "tokens": options.tokens[0],
+    }
     for draw, path in ((picture.draw, options.picture), (picture.draw_axes, options.axes)):
         if path is not None:
             draw(runs, path, **where)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.ablation", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.ablation", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=[*ROWS, *peers.PEERS])
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 3])
     parser.add_argument("--group-size", type=int, nargs="+", default=[64])
     parser.add_argument("--tokens", type=int, nargs="+", default=[16384], help="calibration tokens")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="each draws other calibration windows")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0], help="each draws other calibration windows"
+    )
     parser.add_argument("--threads", type=int, help="threads of torch; its own default otherwise")
     parser.add_argument("--python", type=Path, help="the interpreter that has the peers of --rows")
-    parser.add_argument("--tables", action="store_true", help="only print the tables of what is there")
-    parser.add_argument("--picture", type=Path, help="draw the table of the first of --bits, --group-size, --tokens")
-    parser.add_argument("--axes", type=Path, help="draw the headline rows around the first of these")
+    parser.add_argument(
+        "--tables", action="store_true", help="only print the tables of what is there"
+    )
+    parser.add_argument(
+        "--picture", type=Path, help="draw the table of the first of --bits, --group-size, --tokens"
+    )
+    parser.add_argument(
+        "--axes", type=Path, help="draw the headline rows around the first of these"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, help="file of JSON lines")
     return parser.parse_args(arguments)
 
@@ -74,8 +88,12 @@ def _measured(run: Run, cache: Path, options: argparse.Namespace) -> Run:
     directory = assets.smollm2(cache)
     if run.name in peers.PEERS:
         batches = texts.calibration(cache, run.tokens, run.seed)
-        model, seconds, cpu = peers.quantized(run, directory, batches, options.python, options.threads)
-        return dataclasses.replace(run, perplexity=_perplexities(model, cache), seconds=seconds, cpu_seconds=cpu)
+        model, seconds, cpu = peers.quantized(
+            run, directory, batches, options.python, options.threads
+        )
+        return dataclasses.replace(
+            run, perplexity=_perplexities(model, cache), seconds=seconds, cpu_seconds=cpu
+        )
     model = load_causal_lm(directory)
     if run == records.FLOAT:
         return dataclasses.replace(run, perplexity=_perplexities(model, cache))
@@ -93,7 +111,11 @@ def _measured(run: Run, cache: Path, options: argparse.Namespace) -> Run:
     layers = [layer for layer in report.layers if layer.status == "quantized" and layer.losses]
 
     def mean(values: list[dict[str, float]]) -> float | None:
-        return sum(list(steps.values())[-1] for steps in values) / len(values) if values and values[0] else None
+        return (
+            sum(list(steps.values())[-1] for steps in values) / len(values)
+            if values and values[0]
+            else None
+        )
 
     return dataclasses.replace(
         run,
@@ -115,7 +137,9 @@ def _settings(config: tsq.QuantConfig) -> dict[str, Any]:
 
 
 def _perplexities(model: nn.Module, cache: Path) -> dict[str, float]:
-    with torch.compiler.set_stance("force_eager"):  # compiling for so few calls would take longer than it saves
+    with torch.compiler.set_stance(
+        "force_eager"
+    ):  # compiling for so few calls would take longer than it saves
         return {
             name: tsq.perplexity(model, tokens, window=texts.WINDOW, progress=False)
             for name, tokens in texts.evaluation(cache).items()

@@ -18,11 +18,19 @@ from benchmarks.ablation.records import Run
 from tsq_layers.integrations.transformers import load_causal_lm
 
 _SCRIPTS = Path(__file__).with_name("peer_scripts")
-PEERS = {"GPTQModel GPTQ": "gptqmodel_gptq", "llm-compressor GPTQ": "llmcompressor_gptq", "AutoRound": "autoround"}
+PEERS = {
+    "GPTQModel GPTQ": "gptqmodel_gptq",
+    "llm-compressor GPTQ": "llmcompressor_gptq",
+    "AutoRound": "autoround",
+}
 
 
 def quantized(
-    run: Run, directory: Path, batches: list[dict[str, Tensor]], python: Path | None, threads: int | None
+    run: Run,
+    directory: Path,
+    batches: list[dict[str, Tensor]],
+    python: Path | None,
+    threads: int | None,
 ) -> tuple[nn.Module, float, float]:
     """The model with a peer's weights in it, the seconds that the peer took, and those of all its threads.
 
@@ -30,18 +38,34 @@ def quantized(
         SystemExit: no interpreter was named, or the peer failed.
     """
     if python is None:
-        raise SystemExit(f"{run.name}: name the interpreter that has it with --python; see {_SCRIPTS}")
+        raise SystemExit(
+            f"{run.name}: name the interpreter that has it with --python; see {_SCRIPTS}"
+        )
     with tempfile.TemporaryDirectory() as scratch:
         tokens, out = Path(scratch) / "tokens.safetensors", Path(scratch) / "out"
         out.mkdir()
         save_file({"input_ids": torch.cat([batch["input_ids"] for batch in batches])}, tokens)
-        command = [str(python), str(_SCRIPTS / f"{PEERS[run.name]}.py"), str(directory), str(tokens), str(out)]
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "GPTQMODEL_CPU_WORKERS": str(max(2, threads or 2))}
+        command = [
+            str(python),
+            str(_SCRIPTS / f"{PEERS[run.name]}.py"),
+            str(directory),
+            str(tokens),
+            str(out),
+        ]
+        environment = {
+            **os.environ,
+            "HF_HUB_OFFLINE": "1",
+            "GPTQMODEL_CPU_WORKERS": str(max(2, threads or 2)),
+        }
         environment.pop("PYTHONPATH", None)
         if threads:
             environment["OMP_NUM_THREADS"] = str(threads)
         result = subprocess.run(  # noqa: S603  (no shell, fixed arguments)
-            [*command, str(run.bits), str(run.group_size)], env=environment, check=False, capture_output=True, text=True
+            [*command, str(run.bits), str(run.group_size)],
+            env=environment,
+            check=False,
+            capture_output=True,
+            text=True,
         )
         if result.returncode:
             raise SystemExit(f"{run.name} failed: {result.stderr.strip()[-2000:]}")

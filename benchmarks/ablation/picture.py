@@ -21,24 +21,38 @@ def draw(runs: Sequence[Run], path: Path, *, bits: int, group_size: int, tokens:
     """Draw the rows of one table, means over seeds, into a PNG or SVG file."""
     base = next(run for run in runs if run.key == FLOAT.key)
     texts = list(base.perplexity)
-    means = _means([run for run in runs if (run.bits, run.group_size) == (bits, group_size) and run.tokens == tokens])
+    means = _means(
+        [
+            run
+            for run in runs
+            if (run.bits, run.group_size) == (bits, group_size) and run.tokens == tokens
+        ]
+    )
     names = sorted(
-        (name for name in means if means[name][texts[-1]] < _HIDDEN), key=lambda name: means[name][texts[-1]]
+        (name for name in means if means[name][texts[-1]] < _HIDDEN),
+        key=lambda name: means[name][texts[-1]],
     )
     figure = Figure(figsize=(8, 1.2 + 0.26 * len(names)), layout="constrained")
     axes = figure.subplots()
     places = range(len(names))
     for text, colour in zip(texts, _COLOURS, strict=True):
-        axes.scatter([means[name][text] for name in names], places, color=colour, label=text, zorder=3, s=28)
+        axes.scatter(
+            [means[name][text] for name in names], places, color=colour, label=text, zorder=3, s=28
+        )
         axes.axvline(base.perplexity[text], color=colour, linestyle=":", linewidth=1)
-    axes.set_yticks(places, [f"{name} (other library)" if name in PEERS else name for name in names], fontsize=8)
+    axes.set_yticks(
+        places, [f"{name} (other library)" if name in PEERS else name for name in names], fontsize=8
+    )
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.xaxis.set_minor_formatter(ScalarFormatter())
     axes.tick_params(axis="x", which="both", labelsize=8)
     axes.set_xlabel("perplexity (dotted: float)")
-    axes.set_title(f"SmolLM2-135M, {bits} bits, groups of {group_size}, {tokens} calibration tokens", fontsize=10)
+    axes.set_title(
+        f"SmolLM2-135M, {bits} bits, groups of {group_size}, {tokens} calibration tokens",
+        fontsize=10,
+    )
     axes.grid(axis="x", which="both", alpha=0.25)
     figure.legend(loc="outside lower right", ncols=len(texts), fontsize=8)
     figure.savefig(path, dpi=130)
@@ -51,10 +65,16 @@ def draw_axes(runs: Sequence[Run], path: Path, *, bits: int, group_size: int, to
     shown = [run for run in runs if run.name in HEADLINES and run.seed == 0]
     figure = Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    _curves(left, [(run, run.bits_per_weight or run.bits) for run in shown if run.tokens == tokens], text)
+    _curves(
+        left,
+        [(run, run.bits_per_weight or run.bits) for run in shown if run.tokens == tokens],
+        text,
+    )
     left.set_xlabel("bits a weight, with scales and zero points or offsets")
     sizes = sorted({run.group_size for run in shown if run.tokens == tokens})
-    left.set_title(f"{tokens} calibration tokens, groups of {', '.join(map(str, sizes))}", fontsize=10)
+    left.set_title(
+        f"{tokens} calibration tokens, groups of {', '.join(map(str, sizes))}", fontsize=10
+    )
     same = [run for run in shown if (run.bits, run.group_size) == (bits, group_size)]
     _curves(right, [(run, run.tokens) for run in same], text)
     right.set_xscale("log", base=2)
@@ -77,10 +97,18 @@ def _curves(axes: Axes, runs: Sequence[tuple[Run, float]], text: str) -> None:
     """A line for each row and width."""
     widths = sorted({run.bits for run, _ in runs})
     for (name, colour), bits in itertools.product(_HEADLINE_COLOURS.items(), widths):
-        points = sorted((x, run.perplexity[text]) for run, x in runs if (run.name, run.bits) == (name, bits))
+        points = sorted(
+            (x, run.perplexity[text]) for run, x in runs if (run.name, run.bits) == (name, bits)
+        )
         label = name if bits == widths[0] else None
         axes.plot(
-            [x for x, _ in points], [y for _, y in points], "o-", color=colour, label=label, markersize=4, linewidth=1.2
+            [x for x, _ in points],
+            [y for _, y in points],
+            "o-",
+            color=colour,
+            label=label,
+            markersize=4,
+            linewidth=1.2,
         )
 
 

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import tsq_layers as tsq
 from tsq_layers.config.quant_config import BEST
 
 PLAIN: dict[str, Any] = {"method": "two-stage", "deviation": "none"}
@@ -26,12 +25,25 @@ DESCENTS: dict[str, dict[str, Any]] = {
     "quantease, relaxed": {"method": "quantease", "deviation": "none", "descent_relax": True},
     "quantease, R in the target": {"method": "quantease"},
     "quantease, 1 % outliers": {"method": "quantease", "deviation": "none", "outliers": 0.01},
-    "quantease, 6 outlier columns": {"method": "quantease", "deviation": "none", "outlier_columns": 6},
+    "quantease, 6 outlier columns": {
+        "method": "quantease",
+        "deviation": "none",
+        "outlier_columns": 6,
+    },
     "cdquant": {"method": "cdquant", "deviation": "none"},
     "cdquant, pairs": {"method": "cdquant", "deviation": "none", "greedy_pairs": True},
     "lnq, tables of rows": {"method": "lnq", "deviation": "none"},
-    "lnq, tables of 192 columns": {"method": "lnq", "deviation": "none", "codebook": "group", "group_size": 192},
-    "lnq, tables of 192 columns, R in the target": {"method": "lnq", "codebook": "group", "group_size": 192},
+    "lnq, tables of 192 columns": {
+        "method": "lnq",
+        "deviation": "none",
+        "codebook": "group",
+        "group_size": 192,
+    },
+    "lnq, tables of 192 columns, R in the target": {
+        "method": "lnq",
+        "codebook": "group",
+        "group_size": 192,
+    },
 }
 
 # One change each to "two-stage" (or to the row that is named).
@@ -41,7 +53,10 @@ CHANGES: dict[str, dict[str, Any]] = {
     "lnq, tables of rows, guided": {"method": "lnq", "deviation": "none", "guidance": 4},
     "two-stage, strength chosen": {"deviation_strength": "auto"},
     "two-stage, strength and damping chosen": {"deviation_strength": "auto", "damping": "auto"},
-    "two-stage, deviation with its own damping": {"deviation_strength": 1.0, "deviation_damping": "auto"},
+    "two-stage, deviation with its own damping": {
+        "deviation_strength": 1.0,
+        "deviation_damping": "auto",
+    },
     "two-stage, float zero points": {"zero_points": "float"},
     "two-stage + joint, float zero points": {"zero_points": "float", "joint_rounds": 2},
     "two-stage, rotated": {"rotation": 64},

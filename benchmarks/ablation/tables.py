@@ -20,7 +20,9 @@ def lines(runs: Sequence[Run]) -> Iterator[str]:
         rows = sorted(group, key=lambda run: -list(run.perplexity.values())[-1])
         if not {run.name for run in rows} <= {*LADDER, *HEADLINES}:
             bits, group_size, tokens, seed = place
-            title = f"{bits} bits, groups of {group_size}, {tokens} calibration tokens, seed {seed}:"
+            title = (
+                f"{bits} bits, groups of {group_size}, {tokens} calibration tokens, seed {seed}:"
+            )
             yield from ("", title, "", *table([*base, *rows]))
     if any(run.name in _STEPS for run in rest):
         texts = " / ".join(rest[0].perplexity)
@@ -46,7 +48,10 @@ def ladder(runs: Sequence[Run]) -> list[str]:
             cells[run.name] = " / ".join(_number(value, 1) for value in run.perplexity.values())
     places = sorted(place for place, cells in found.items() if _STEPS & cells.keys())
     titles = [f"{bits} bits, {group_size}" for bits, group_size in places]
-    return markdown(["", *titles], [[name, *(found[place].get(name, BLANK) for place in places)] for name in steps])
+    return markdown(
+        ["", *titles],
+        [[name, *(found[place].get(name, BLANK) for place in places)] for name in steps],
+    )
 
 
 def axes(headlines: Sequence[Run]) -> list[str]:
@@ -72,4 +77,10 @@ def _cells(run: Run, texts: Sequence[str]) -> list[str]:
 
 
 def _number(value: float, digits: int = 2) -> str:
-    return f"{value:.{digits}f}" if value < 10 ** (digits + 1) else f"{value:.0f}" if math.isfinite(value) else "∞"
+    return (
+        f"{value:.{digits}f}"
+        if value < 10 ** (digits + 1)
+        else f"{value:.0f}"
+        if math.isfinite(value)
+        else "∞"
+    )

@@ -31,7 +31,11 @@ _STRING = 9  # the type of a string in R's serialisation, in the low byte of its
 def calibration(cache: Path, tokens: int, seed: int) -> list[dict[str, Tensor]]:
     """Windows drawn evenly from the addresses of 1946 to 1999; ``seed`` moves them."""
     text = _speeches(cache, 1946, 1999)
-    start = int(torch.randint(WINDOW, (1,), generator=torch.Generator().manual_seed(seed))) if seed else 0
+    start = (
+        int(torch.randint(WINDOW, (1,), generator=torch.Generator().manual_seed(seed)))
+        if seed
+        else 0
+    )
     return windows(text[start:], WINDOW, tokens // WINDOW, BATCH)
 
 
@@ -75,7 +79,9 @@ def _strings(entry: bytes) -> Iterator[str]:
 
 
 def _drawn(tokens: Tensor) -> Tensor:
-    return torch.cat([batch["input_ids"].flatten() for batch in windows(tokens, WINDOW, EVALUATION_WINDOWS)])
+    return torch.cat(
+        [batch["input_ids"].flatten() for batch in windows(tokens, WINDOW, EVALUATION_WINDOWS)]
+    )
 
 
 @remembered

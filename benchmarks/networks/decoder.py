@@ -8,7 +8,12 @@ from torch import Tensor, nn
 
 import tsq_layers as tsq
 from tsq_layers.cli.demonstration import assets
-from tsq_layers.integrations.transformers import load_causal_lm, load_tokenizer, read_tokens, windows
+from tsq_layers.integrations.transformers import (
+    load_causal_lm,
+    load_tokenizer,
+    read_tokens,
+    windows,
+)
 
 NAME = "SmolLM2-135M (decoder)"
 METRIC = "perplexity"

@@ -75,7 +75,9 @@ class EfficientNetLite0(nn.Module):
         blocks, channels = [], STEM
         for stage in STAGES:
             for repeat in range(stage.repeats):
-                blocks.append(Block(channels, stage.channels, stage, stage.stride if repeat == 0 else 1))
+                blocks.append(
+                    Block(channels, stage.channels, stage, stage.stride if repeat == 0 else 1)
+                )
                 channels = stage.channels
         self.blocks = nn.Sequential(*blocks)
         self.head = unit(channels, HEAD)
@@ -88,7 +90,13 @@ class EfficientNetLite0(nn.Module):
 
 
 def unit(
-    inputs: int, outputs: int, kernel: int = 1, stride: int = 1, groups: int = 1, *, activation: bool = True
+    inputs: int,
+    outputs: int,
+    kernel: int = 1,
+    stride: int = 1,
+    groups: int = 1,
+    *,
+    activation: bool = True,
 ) -> nn.Sequential:
     """A convolution, its normalisation, and ReLU6; the image becomes ``stride`` times smaller."""
     layers: list[tuple[str, nn.Module]] = []
@@ -97,7 +105,9 @@ def unit(
         after = kernel - stride - before
         layers.append(("pad", nn.ZeroPad2d((before, after, before, after))))
     padding = kernel // 2 if stride == 1 else 0
-    layers.append(("conv", nn.Conv2d(inputs, outputs, kernel, stride, padding, groups=groups, bias=False)))
+    layers.append(
+        ("conv", nn.Conv2d(inputs, outputs, kernel, stride, padding, groups=groups, bias=False))
+    )
     layers.append(("norm", nn.BatchNorm2d(outputs, eps=EPSILON)))
     if activation:
         layers.append(("activation", nn.ReLU6()))
@@ -116,7 +126,9 @@ def name_here(stored: str) -> str:
     """
     *where, layer, value = stored.split(".")
     names = _INSIDE if where else _OUTSIDE
-    return ".".join([part.removeprefix("_") for part in where] + [names[layer.removeprefix("_")], value])
+    return ".".join(
+        [part.removeprefix("_") for part in where] + [names[layer.removeprefix("_")], value]
+    )
 
 
 def build(stored: dict[str, Tensor]) -> EfficientNetLite0:
@@ -127,5 +139,7 @@ def build(stored: dict[str, Tensor]) -> EfficientNetLite0:
     """
     with torch.device("meta"):
         network = EfficientNetLite0()
-    network.load_state_dict({name_here(name): tensor for name, tensor in stored.items()}, assign=True)
+    network.load_state_dict(
+        {name_here(name): tensor for name, tensor in stored.items()}, assign=True
+    )
     return network.eval()

@@ -59,7 +59,9 @@ def evaluate(cache: Path, model: nn.Module, reference: nn.Module) -> dict[str, f
     for name, (first, last) in _PERIODS.items():
         texts = _texts(cache, first, last)
         vectors = _embeddings(tokenizer, model, texts)
-        metrics[name] = float(1 - (vectors * _expected(cache, reference, first, last)).sum(dim=1).mean())
+        metrics[name] = float(
+            1 - (vectors * _expected(cache, reference, first, last)).sum(dim=1).mean()
+        )
         halves.append((vectors[:_EVALUATION_TEXTS], vectors[_EVALUATION_TEXTS:]))
     queries, candidates = (torch.cat(parts) for parts in zip(*halves, strict=True))
     found = (queries @ candidates.T).argmax(dim=1) == torch.arange(len(queries))
@@ -82,7 +84,11 @@ def _expected(cache: Path, reference: nn.Module, first: int, last: int) -> Tenso
 def _paragraphs(cache: Path, first: int, last: int, words: int) -> list[str]:
     """Paragraphs of ``words`` to ten times as many words, of the years ``first`` to ``last``."""
     text = assets.text_of_years(assets.speeches(cache), first, last)
-    return [paragraph for paragraph in text.split("\n\n") if words <= len(paragraph.split()) <= 10 * words]
+    return [
+        paragraph
+        for paragraph in text.split("\n\n")
+        if words <= len(paragraph.split()) <= 10 * words
+    ]
 
 
 def _half(paragraph: str, part: int) -> str:
@@ -98,13 +104,18 @@ def _drawn(texts: list[str], count: int, seed: int) -> list[str]:
 
 def _batches(tokenizer: Any, texts: list[str]) -> list[dict[str, Tensor]]:
     options = {"padding": True, "truncation": True, "max_length": _LONGEST, "return_tensors": "pt"}
-    return [dict(tokenizer(texts[start : start + _BATCH], **options)) for start in range(0, len(texts), _BATCH)]
+    return [
+        dict(tokenizer(texts[start : start + _BATCH], **options))
+        for start in range(0, len(texts), _BATCH)
+    ]
 
 
 @torch.no_grad()
 def _embeddings(tokenizer: Any, model: nn.Module, texts: list[str]) -> Tensor:
     """Mean of the last hidden states over the tokens that are no padding, of length one, float64 (texts, 384)."""
-    order = sorted(range(len(texts)), key=lambda index: len(texts[index]))  # little padding: less to compute
+    order = sorted(
+        range(len(texts)), key=lambda index: len(texts[index])
+    )  # little padding: less to compute
     vectors = torch.empty(len(texts), 384, dtype=torch.float64)
     for number, batch in enumerate(_batches(tokenizer, [texts[index] for index in order])):
         mask = batch["attention_mask"].unsqueeze(-1).double()

@@ -50,11 +50,15 @@ def evaluate(cache: Path, model: nn.Module, reference: nn.Module) -> dict[str, f
     loss = divergence = 0.0
     count = 0
     samples = _samples(cache, _EVALUATION_SAMPLES, _EVALUATION_SEED)
-    by_length = samples[(samples != _PADDING).sum(dim=1).argsort(stable=True)]  # little padding: less to compute
+    by_length = samples[
+        (samples != _PADDING).sum(dim=1).argsort(stable=True)
+    ]  # little padding: less to compute
     for batch in _batches(by_length):
         counts = batch["attention_mask"][:, 1:] != 0
         targets = batch["input_ids"][:, 1:][counts]
-        found, expected = (_log_probabilities(network, batch, counts) for network in (model, reference))
+        found, expected = (
+            _log_probabilities(network, batch, counts) for network in (model, reference)
+        )
         loss += float(F.nll_loss(found, targets, reduction="sum"))
         divergence += float(F.kl_div(found, expected, reduction="sum", log_target=True))
         count += len(targets)
@@ -89,12 +93,21 @@ def _samples(cache: Path, count: int, seed: int) -> Tensor:
 def _sampled(model: nn.Module, count: int, seed: int) -> Tensor:
     """In batches: a batch takes as many steps as its longest sample has tokens."""
     parts = []
-    with quiet(importlib.import_module("transformers")), torch.random.fork_rng(devices=[]), torch.no_grad():
+    with (
+        quiet(importlib.import_module("transformers")),
+        torch.random.fork_rng(devices=[]),
+        torch.no_grad(),
+    ):
         torch.manual_seed(seed)
         for start in torch.full((count, 1), _BEGIN).split(_BATCH):
             samples = model.generate(  # type: ignore[operator]
-                start, attention_mask=torch.ones_like(start), do_sample=True, top_k=50,
-                max_length=_LONGEST, pad_token_id=_PADDING, eos_token_id=_END,
-            )  # fmt: skip
+                start,
+                attention_mask=torch.ones_like(start),
+                do_sample=True,
+                top_k=50,
+                max_length=_LONGEST,
+                pad_token_id=_PADDING,
+                eos_token_id=_END,
+            )
             parts.append(F.pad(samples, (0, _LONGEST - samples.shape[1]), value=_PADDING))
     return torch.cat(parts)

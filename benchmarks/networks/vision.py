@@ -38,9 +38,27 @@ _SCIKIT_UNSEEN = (
     *("hubble_deep_field.jpg", "ihc.png", "motorcycle_left.png", "page.png"),
 )
 _OPENCV_SEEN = (
-    *("alphamat/input_images/plant.jpg", "data/aero1.jpg", "data/aloeL.jpg", "data/apple.jpg", "data/basketball1.png"),
-    *("data/board.jpg", "data/box_in_scene.png", "data/chicky_512.png", "data/graf1.png", "data/home.jpg"),
-    *("data/left.jpg", "data/leuvenA.jpg", "data/messi5.jpg", "data/orange.jpg", "data/smarties.png"),
+    *(
+        "alphamat/input_images/plant.jpg",
+        "data/aero1.jpg",
+        "data/aloeL.jpg",
+        "data/apple.jpg",
+        "data/basketball1.png",
+    ),
+    *(
+        "data/board.jpg",
+        "data/box_in_scene.png",
+        "data/chicky_512.png",
+        "data/graf1.png",
+        "data/home.jpg",
+    ),
+    *(
+        "data/left.jpg",
+        "data/leuvenA.jpg",
+        "data/messi5.jpg",
+        "data/orange.jpg",
+        "data/smarties.png",
+    ),
     *("data/stuff.jpg", "data/sudoku.png", "hfs/data/001.jpg", "hfs/data/002.jpg", "reg/home.png"),
     *(f"text/scenetext0{number}.jpg" for number in range(2, 7)),
 )
@@ -87,10 +105,15 @@ def evaluate(cache: Path, model: nn.Module, reference: nn.Module) -> dict[str, f
     device = next(reference.parameters()).device
     divergence = agreement = 0.0
     for views in _views(cache, UNSEEN, _EVALUATION_VIEWS, _EVALUATION_SEED).split(_BATCH):
-        found, expected = (network(views.to(device)).double().log_softmax(dim=1) for network in (model, reference))
+        found, expected = (
+            network(views.to(device)).double().log_softmax(dim=1) for network in (model, reference)
+        )
         divergence += float(F.kl_div(found, expected, reduction="sum", log_target=True))
         agreement += float((found.argmax(dim=1) == expected.argmax(dim=1)).sum())
-    return {"KL to float": divergence / _EVALUATION_VIEWS, "same first class": agreement / _EVALUATION_VIEWS}
+    return {
+        "KL to float": divergence / _EVALUATION_VIEWS,
+        "same first class": agreement / _EVALUATION_VIEWS,
+    }
 
 
 def pixels(photograph: Image.Image) -> Tensor:
@@ -105,7 +128,10 @@ def crop(width: int, height: int, draw: np.random.Generator) -> tuple[int, int, 
     Where no such part is found in a few tries, the largest square in the middle.
     """
     for _ in range(10):
-        area, ratio = draw.uniform(0.25, 1) * width * height, np.exp(draw.uniform(np.log(3 / 4), np.log(4 / 3)))
+        area, ratio = (
+            draw.uniform(0.25, 1) * width * height,
+            np.exp(draw.uniform(np.log(3 / 4), np.log(4 / 3))),
+        )
         wide, high = round(float(np.sqrt(area * ratio))), round(float(np.sqrt(area / ratio)))
         if 0 < wide <= width and 0 < high <= height:
             left, top = int(draw.integers(width - wide + 1)), int(draw.integers(height - high + 1))
@@ -121,7 +147,9 @@ def view(photograph: Image.Image, draw: np.random.Generator) -> Tensor:
     return pixels(part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if draw.random() < 0.5 else part)
 
 
-def _views(cache: Path, names: Sequence[tuple[Archive, Sequence[str]]], count: int, seed: int) -> Tensor:
+def _views(
+    cache: Path, names: Sequence[tuple[Archive, Sequence[str]]], count: int, seed: int
+) -> Tensor:
     """``count`` views, the photographs in turn, (count, 3, 224, 224)."""
     paths = [files(cache, archive) / name for archive, kept in names for name in kept]
     photographs = [Image.open(path).convert("RGB") for path in paths]

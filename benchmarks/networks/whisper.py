@@ -41,7 +41,13 @@ _IN_LAYER = {  # projections of the same input are stored as one matrix
     "ffn/linear_1": ("fc2",),
     "ffn/layer_norm": ("final_layer_norm",),
 }
-_VALUES = {"weight": "weight", "bias": "bias", "gamma": "weight", "beta": "bias", "encodings": "weight"}
+_VALUES = {
+    "weight": "weight",
+    "bias": "bias",
+    "gamma": "weight",
+    "beta": "bias",
+    "encodings": "weight",
+}
 
 
 class Reader:
@@ -58,7 +64,9 @@ class Reader:
         """
         found = self.data[self.position : self.position + count]
         if len(found) < count:
-            raise CheckpointError(f"the file ends at byte {len(self.data)}, within a value of {count} bytes")
+            raise CheckpointError(
+                f"the file ends at byte {len(self.data)}, within a value of {count} bytes"
+            )
         self.position += count
         return found
 
@@ -151,7 +159,9 @@ def load(path: Path) -> nn.Module:
         decoder_start_token_id=START[0],
         **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), END),
         **{
-            f"{side}_{field}": value for side in ("encoder", "decoder") for field, value in _sizes(stored, side).items()
+            f"{side}_{field}": value
+            for side in ("encoder", "decoder")
+            for field, value in _sizes(stored, side).items()
         },
     )
     with quiet(transformers):
@@ -161,7 +171,10 @@ def load(path: Path) -> nn.Module:
 
 
 def _sizes(stored: Mapping[str, Array], side: str) -> dict[str, int]:
-    layers = sum(name.startswith(f"{side}/layer_") and name.endswith("/ffn/linear_0/weight") for name in stored)
+    layers = sum(
+        name.startswith(f"{side}/layer_") and name.endswith("/ffn/linear_0/weight")
+        for name in stored
+    )
     inner = len(stored[f"{side}/layer_0/ffn/linear_0/weight"])
     return {"layers": layers, "attention_heads": int(stored[f"{side}/num_heads"]), "ffn_dim": inner}
 
@@ -173,7 +186,9 @@ def features(windows: Sequence[np.ndarray[Any, np.dtype[np.float32]]]) -> Tensor
         windows: samples, 16,000 a second; they are filled up with silence to 30 seconds.
     """
     extractor = importlib.import_module("transformers").WhisperFeatureExtractor()
-    found: Tensor = extractor(list(windows), sampling_rate=extractor.sampling_rate, return_tensors="pt").input_features
+    found: Tensor = extractor(
+        list(windows), sampling_rate=extractor.sampling_rate, return_tensors="pt"
+    ).input_features
     return found
 
 
@@ -194,9 +209,15 @@ def transcribe(model: nn.Module, mel_features: Tensor, longest: int = 224) -> li
         memory = None
         while text.shape[1] < longest and not (text == END).any(dim=1).all():
             output = network(
-                encoder_outputs=(encoded,), decoder_input_ids=given, past_key_values=memory, use_cache=True
+                encoder_outputs=(encoded,),
+                decoder_input_ids=given,
+                past_key_values=memory,
+                use_cache=True,
             )
-            memory, given = output.past_key_values, output.logits[:, -1, : END + 1].argmax(dim=1, keepdim=True)
+            memory, given = (
+                output.past_key_values,
+                output.logits[:, -1, : END + 1].argmax(dim=1, keepdim=True),
+            )
             text = torch.cat([text, given], dim=1)
         texts += [[*row, END][: [*row, END].index(END) + 1] for row in text.tolist()]
     return texts

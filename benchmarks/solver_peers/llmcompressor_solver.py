@@ -9,12 +9,21 @@ from torch import Tensor
 
 def solve(weight: Tensor, hessian: Tensor, bits: int, group_size: int) -> Tensor:
     arguments = QuantizationArgs(
-        num_bits=bits, type="int", symmetric=False, strategy="group", group_size=group_size,
-        actorder="static", observer="mse",
-    )  # fmt: skip
-    grids = Observer.load_from_registry("mse", base_name="weight", args=arguments)(weight).get_qparams()
+        num_bits=bits,
+        type="int",
+        symmetric=False,
+        strategy="group",
+        group_size=group_size,
+        actorder="static",
+        observer="mse",
+    )
+    grids = Observer.load_from_registry("mse", base_name="weight", args=arguments)(
+        weight
+    ).get_qparams()
     scales, zeros = grids["scale"][None], grids["zero_point"][None]
-    return quantize_weight(weight[None], hessian[None], scales, zeros, None, arguments, percdamp=0.01)[0][0]
+    return quantize_weight(
+        weight[None], hessian[None], scales, zeros, None, arguments, percdamp=0.01
+    )[0][0]
 
 
 serve(solve)

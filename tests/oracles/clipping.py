@@ -18,9 +18,18 @@ def _row(codes: list[int], scales: list[float], zeros: list[int], g: int) -> Ten
 
 
 def factors(
-    codes: Tensor, W: Tensor, H: Tensor, scales: Tensor, zeros: Tensor, bits: int, g: int, tried: tuple[float, ...],
-    dtype: torch.dtype, nearest: bool, passes: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    codes: Tensor,
+    W: Tensor,
+    H: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    bits: int,
+    g: int,
+    tried: tuple[float, ...],
+    dtype: torch.dtype,
+    nearest: bool,
+    passes: int,
+) -> tuple[Tensor, Tensor]:
     """Each group in turn takes the factor of its scale with the least loss, codes of W or of the best values."""
     found, found_scales = codes.long().clone(), scales.double().clone()
     for r, w in enumerate(W.double()):
@@ -43,10 +52,21 @@ def factors(
 
 
 def zero_steps(
-    codes: Tensor, W: Tensor, H: Tensor, scales: Tensor, zeros: Tensor, bits: int, g: int, dtype: torch.dtype
+    codes: Tensor,
+    W: Tensor,
+    H: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    bits: int,
+    g: int,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Each group in turn takes z - 1, z or z + 1 with the least loss, codes of the best values, scale in closed form."""
-    found, found_scales, found_zeros = codes.long().clone(), scales.double().clone(), zeros.long().clone()
+    found, found_scales, found_zeros = (
+        codes.long().clone(),
+        scales.double().clone(),
+        zeros.long().clone(),
+    )
     for r, w in enumerate(W.double()):
         c, s, z = found[r].tolist(), found_scales[r].tolist(), found_zeros[r].tolist()
         for i, columns in enumerate(group_columns(len(w), g)):
@@ -62,8 +82,12 @@ def zero_steps(
                     rest[j], direction[j] = 0, new_c[j] - new_z[i]
                 curvature = float(direction @ H @ direction)
                 best = float(direction @ H @ (w - rest)) / curvature if curvature else -1.0
-                new_s[i] = float(torch.tensor(best, dtype=torch.float64).to(dtype)) if best > 0 else s[i]
-                states.append((row_loss(_row(new_c, new_s, new_z, g), w, H), step, new_c, new_s, new_z))
+                new_s[i] = (
+                    float(torch.tensor(best, dtype=torch.float64).to(dtype)) if best > 0 else s[i]
+                )
+                states.append(
+                    (row_loss(_row(new_c, new_s, new_z, g), w, H), step, new_c, new_s, new_z)
+                )
             _, _, c, s, z = min(states)
         found[r], found_zeros[r] = torch.tensor(c), torch.tensor(z)
         found_scales[r] = torch.tensor(s, dtype=torch.float64)

@@ -19,7 +19,9 @@ def loss(codes: Tensor, tables: Tensor, w: Tensor, H: Tensor, width: int) -> flo
     return row_loss(values(codes, tables, width), w, H)
 
 
-def fitted(codes: Tensor, tables: Tensor, w: Tensor, H: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+def fitted(
+    codes: Tensor, tables: Tensor, w: Tensor, H: Tensor, width: int, dtype: torch.dtype
+) -> Tensor:
     """Groups in turn: the least-squares levels of those that are used, rounded, if they lower the loss."""
     tables = tables.double().clone()
     for t in range(len(tables)):

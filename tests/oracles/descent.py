@@ -63,7 +63,16 @@ def cyclic(
     return found
 
 
-def greedy(codes: Tensor, W: Tensor, H: Tensor, scales: Tensor, zeros: Tensor, bits: int, g: int, steps: int) -> Tensor:
+def greedy(
+    codes: Tensor,
+    W: Tensor,
+    H: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    bits: int,
+    g: int,
+    steps: int,
+) -> Tensor:
     """CDQuant: of all levels of all columns the change of one code that lowers the loss most, until none does."""
     found = codes.long().clone()
     for r in range(len(W)):
@@ -93,22 +102,36 @@ def pairs(
     for r in range(len(W)):
         for step in range(steps):
             i = step % K
-            near = [c for c in levels if c != found[r, i] and (reach is None or abs(c - int(found[r, i])) <= reach)]
+            near = [
+                c
+                for c in levels
+                if c != found[r, i] and (reach is None or abs(c - int(found[r, i])) <= reach)
+            ]
             changes = [{i: c} for c in near]
-            changes += [{i: c, j: d} for c, j, d in itertools.product(near, range(K), levels) if j != i]
+            changes += [
+                {i: c, j: d} for c, j, d in itertools.product(near, range(K), levels) if j != i
+            ]
             take_best(found[r], changes, W[r], H, scales[r], zeros[r], g)
     return found
 
 
 def take_best(
-    c: Tensor, changes: list[dict[int, int]], w: Tensor, H: Tensor, scales: Tensor, zeros: Tensor, g: int
+    c: Tensor,
+    changes: list[dict[int, int]],
+    w: Tensor,
+    H: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    g: int,
 ) -> bool:
     """Make the change of codes (column -> code) of a row that lowers its loss most, in place; False if none does."""
     q = dequantize(c.unsqueeze(0), scales.unsqueeze(0), zeros.unsqueeze(0), g)[0]
     pulled = (q - w.double()) @ H
     gains = []
     for change in changes:
-        moves = {j: float(scales[group_of(j, g)]) * (code - int(c[j])) for j, code in change.items()}
+        moves = {
+            j: float(scales[group_of(j, g)]) * (code - int(c[j])) for j, code in change.items()
+        }
         gain = -2 * sum(move * float(pulled[j]) for j, move in moves.items())
         gain -= sum(float(H[i, j]) * moves[i] * moves[j] for i in moves for j in moves)
         gains.append(gain)

@@ -30,7 +30,9 @@ def gptq_weight(tensors: Mapping[str, Tensor], name: str, bits: int, version: in
     return weight
 
 
-def compressed_weight(tensors: Mapping[str, Tensor], name: str, bits: int, group_size: int | None) -> Tensor:
+def compressed_weight(
+    tensors: Mapping[str, Tensor], name: str, bits: int, group_size: int | None
+) -> Tensor:
     """float64 (N, K) of a layer in a compressed-tensors file: scale · (signed code − signed zero)."""
     rows, columns = tensors[f"{name}.weight_shape"].tolist()
     scales, half = tensors[f"{name}.weight_scale"].double(), 2 ** (bits - 1)
@@ -62,5 +64,7 @@ def gguf_row(content: bytes, bits: int) -> list[float]:
         high = int.from_bytes(block[2:6], "little") if bits == 5 else 0
         nibbles = block[-16:]
         low = [byte & 15 for byte in nibbles] + [byte >> 4 for byte in nibbles]
-        row += [scale * ((code | (high >> j & 1) << 4) - 2 ** (bits - 1)) for j, code in enumerate(low)]
+        row += [
+            scale * ((code | (high >> j & 1) << 4) - 2 ** (bits - 1)) for j, code in enumerate(low)
+        ]
     return row

@@ -10,7 +10,13 @@ from .grid import code_of, group_of
 
 
 def gptq(
-    W: Tensor, H_damped: Tensor, scales: Tensor, zeros: Tensor, bits: int, g: int, order: list[int] | Tensor
+    W: Tensor,
+    H_damped: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    bits: int,
+    g: int,
+    order: list[int] | Tensor,
 ) -> Tensor:
     """Codes (N, K), int64, in the original column order, on static grids, columns fixed in the order given.
 

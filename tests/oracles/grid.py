@@ -92,7 +92,9 @@ def symmetric_scale(lo: float, hi: float, bits: int) -> float:
     return max(hi / (half - 1), -lo / half)
 
 
-def minmax_group(w: list[float], bits: int, symmetric: bool, clip: float = 1.0) -> tuple[float, int]:
+def minmax_group(
+    w: list[float], bits: int, symmetric: bool, clip: float = 1.0
+) -> tuple[float, int]:
     """Min-max grid (s, z) of one group of weights, its range shrunk by the factor `clip`."""
     lo, hi = min(0.0, *w), max(0.0, *w)
     if not symmetric:

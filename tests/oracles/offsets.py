@@ -20,7 +20,14 @@ def dequantize(codes: Tensor, scales: Tensor, offsets: Tensor, g: int) -> Tensor
 
 
 def exact(
-    codes: Tensor, W: Tensor, H: Tensor, scales: Tensor, offsets: Tensor, bits: int, g: int, ridge: float
+    codes: Tensor,
+    W: Tensor,
+    H: Tensor,
+    scales: Tensor,
+    offsets: Tensor,
+    bits: int,
+    g: int,
+    ridge: float,
 ) -> tuple[Tensor, Tensor]:
     """Minimise the loss + ridge Σ D_i (x_i - x_i°)² over x = (s, p), D the diagonal of BᵀHB; B holds c - m and 1."""
     middle, groups = (2**bits - 1) / 2, group_columns(W.shape[1], g)

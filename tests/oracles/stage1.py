@@ -29,7 +29,9 @@ def round_group(w_g: Tensor, s: float, z: int, bits: int) -> Tensor:
     return torch.tensor([code_of(w, s, z, bits) - z for w in w_g.tolist()], dtype=torch.int64)
 
 
-def scan(w_g: Tensor, H_gg: Tensor, bits: int, symmetric: bool, clip_factors: list[float]) -> tuple[float, int, float]:
+def scan(
+    w_g: Tensor, H_gg: Tensor, bits: int, symmetric: bool, clip_factors: list[float]
+) -> tuple[float, int, float]:
     """Best (scale, zero, loss) over the clipping factors of the min-max range; the first of equals wins."""
     best = (math.nan, 0, math.inf)
     for clip in clip_factors:

@@ -15,13 +15,22 @@ def integers(codes: Tensor, zeros: Tensor, g: int) -> Tensor:
     return dequantize(codes, torch.ones(zeros.shape, dtype=torch.float64), zeros, g)
 
 
-def descent(codes: Tensor, zeros: Tensor, scales: Tensor, target: Tensor, H: Tensor, g: int, sweeps: int) -> Tensor:
+def descent(
+    codes: Tensor, zeros: Tensor, scales: Tensor, target: Tensor, H: Tensor, g: int, sweeps: int
+) -> Tensor:
     """Gauss-Seidel over groups 0..G-1 of each row: s_i <- s_i + n_i^T H_{i,:} (w' - q) / (n_i^T H_ii n_i)."""
     return descent_with_deviation(codes, zeros, scales, target, H, torch.zeros_like(H), g, sweeps)
 
 
 def descent_with_deviation(
-    codes: Tensor, zeros: Tensor, scales: Tensor, W: Tensor, H: Tensor, R: Tensor, g: int, sweeps: int
+    codes: Tensor,
+    zeros: Tensor,
+    scales: Tensor,
+    W: Tensor,
+    H: Tensor,
+    R: Tensor,
+    g: int,
+    sweeps: int,
 ) -> Tensor:
     """The same with the deviation term: s_i <- s_i + [n_i^T H_{i,:} (w - q) - (w^T R)_i n_i] / (n_i^T H_ii n_i).
 
@@ -74,5 +83,7 @@ def exact(
             continue
         right = B.T @ H @ w + ridge * D @ out[r]
         left = (A + ridge * D)[live][:, live]
-        out[r, live] = torch.linalg.lstsq(left, right[live].unsqueeze(1), driver="gelsd").solution[:, 0]
+        out[r, live] = torch.linalg.lstsq(left, right[live].unsqueeze(1), driver="gelsd").solution[
+            :, 0
+        ]
     return out

@@ -60,7 +60,14 @@ def ownership(model: nn.Module, modules: Mapping[str, nn.Module]) -> tuple[Owner
             for (_, offset, length), layers in weights[storage].items()
             if start <= offset and offset + length <= start + size
         ]
-        owned.append(Ownership(name, tuple(parameter.shape), str(parameter.dtype).removeprefix("torch."), tuple(parts)))
+        owned.append(
+            Ownership(
+                name,
+                tuple(parameter.shape),
+                str(parameter.dtype).removeprefix("torch."),
+                tuple(parts),
+            )
+        )
     return tuple(owned)
 
 
@@ -75,7 +82,9 @@ def is_matrix(name: str, parameter: nn.Parameter) -> bool:
     return parameter.dim() >= 2 and "bias" not in name
 
 
-def parameter_reports(owned: Iterable[Ownership], layers: Iterable[LayerReport]) -> tuple[ParameterReport, ...]:
+def parameter_reports(
+    owned: Iterable[Ownership], layers: Iterable[LayerReport]
+) -> tuple[ParameterReport, ...]:
     """What became of every parameter, from what became of the layers."""
     by_name = {layer.name: layer for layer in layers}
     return tuple(_report(owner, by_name) for owner in owned)
@@ -97,14 +106,19 @@ def check_coverage(parameters: Sequence[ParameterReport], wanted: float) -> None
     if share >= wanted:
         return
     total = sum(parameter.numel for parameter in parameters)
-    gaps = "; ".join(f"{item.kept / total:.1%} {item.name} ({item.reason})" for item in largest(parameters, _GAPS))
+    gaps = "; ".join(
+        f"{item.kept / total:.1%} {item.name} ({item.reason})"
+        for item in largest(parameters, _GAPS)
+    )
     raise CoverageError(
         f"{share:.1%} of the parameters would be quantised, min_coverage={wanted:g} asks for more; the largest gaps are {gaps}"
     )
 
 
 def _report(owner: Ownership, layers: Mapping[str, LayerReport]) -> ParameterReport:
-    quantized = [part for part in owner.parts if any(_is_quantized(layers.get(name)) for name in part.layers)]
+    quantized = [
+        part for part in owner.parts if any(_is_quantized(layers.get(name)) for name in part.layers)
+    ]
     kept = [part for part in owner.parts if part not in quantized]
     entries = sum(part.numel for part in quantized)
     return ParameterReport(
@@ -119,10 +133,20 @@ def _report(owner: Ownership, layers: Mapping[str, LayerReport]) -> ParameterRep
 
 def _reason(owner: Ownership, kept: list[Part], layers: Mapping[str, LayerReport]) -> str:
     if not owner.parts:
-        return "bias" if "bias" in owner.name.rpartition(".")[2] else "no matrix: a scale, or another vector"
-    reasons = dict.fromkeys(layers[name].reason for part in kept for name in part.layers if name in layers)
+        return (
+            "bias"
+            if "bias" in owner.name.rpartition(".")[2]
+            else "no matrix: a scale, or another vector"
+        )
+    reasons = dict.fromkeys(
+        layers[name].reason for part in kept for name in part.layers if name in layers
+    )
     text = "; ".join(filter(None, reasons)) or "not called"
-    return text if len(kept) == len(owner.parts) else f"{len(kept)} of {len(owner.parts)} parts: {text}"
+    return (
+        text
+        if len(kept) == len(owner.parts)
+        else f"{len(kept)} of {len(owner.parts)} parts: {text}"
+    )
 
 
 def _is_quantized(layer: LayerReport | None) -> bool:

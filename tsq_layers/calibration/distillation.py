@@ -92,7 +92,9 @@ def distil(
     optimiser = torch.optim.Adam(parameters, lr=rate, betas=_BETAS)
     measured, steps = [], epochs * len(batches)
     measure = distance or output_distance
-    show = tqdm(total=steps, desc="distil", unit="batch", disable=None if progress is None else not progress)
+    show = tqdm(
+        total=steps, desc="distil", unit="batch", disable=None if progress is None else not progress
+    )
     with _gradients_kept(model), show as bar:
         for epoch in range(epochs):
             distances = []
@@ -171,17 +173,23 @@ class _Grids:
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """The weight (N, K) that the present grids and the codes give; differentiable."""
-        now = [start + unit * delta for start, unit, delta in zip(self.start, self.units, self.deltas, strict=True)]
+        now = [
+            start + unit * delta
+            for start, unit, delta in zip(self.start, self.units, self.deltas, strict=True)
+        ]
         parts = self.matrix.parts
         shifts = now[1] if len(now) > 1 else parts.shifts
-        return running.dequantize(parts._replace(grids=now[0], shifts=shifts), self.matrix.form, torch.float32).to(
-            dtype
-        )
+        return running.dequantize(
+            parts._replace(grids=now[0], shifts=shifts), self.matrix.form, torch.float32
+        ).to(dtype)
 
     @torch.no_grad()
     def store(self) -> None:
         """Write the grids into the matrix. Scales stay positive."""
-        now = [start + unit * delta for start, unit, delta in zip(self.start, self.units, self.deltas, strict=True)]
+        now = [
+            start + unit * delta
+            for start, unit, delta in zip(self.start, self.units, self.deltas, strict=True)
+        ]
         if now[0].dim() == 2:  # scales
             positive = torch.where(now[0] > 0, now[0], self.start[0])
             now[0] = grid.storable(positive, self.matrix.scale_dtype)
@@ -250,7 +258,9 @@ def output_distance(quantised: object, wanted: object, batch: Batch) -> Tensor:
     """
     if getattr(wanted, "logits", None) is not None:
         logits, targets = (value.logits.float() for value in (quantised, wanted))  # type: ignore[attr-defined]
-        divergence = F.kl_div(logits.log_softmax(-1), targets.log_softmax(-1), reduction="none", log_target=True)
+        divergence = F.kl_div(
+            logits.log_softmax(-1), targets.log_softmax(-1), reduction="none", log_target=True
+        )
         mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
         per_token = divergence.sum(-1)
         if isinstance(mask, Tensor) and mask.shape == per_token.shape:

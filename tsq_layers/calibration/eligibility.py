@@ -12,7 +12,12 @@ from tsq_layers.calibration.coverage import is_matrix
 from tsq_layers.calibration.targets import Target
 from tsq_layers.config.patterns import matches
 from tsq_layers.config.quant_config import QuantConfig, explicit_patterns
-from tsq_layers.errors import LayerError, LostZerosWarning, SkippedLayerWarning, UnmatchedPatternWarning
+from tsq_layers.errors import (
+    LayerError,
+    LostZerosWarning,
+    SkippedLayerWarning,
+    UnmatchedPatternWarning,
+)
 from tsq_layers.layers import LayerKind, rows_of, unsupported, why_not
 from tsq_layers.layers.offloading import is_offloaded, present
 from tsq_layers.numerics.memory import memory_extent
@@ -27,7 +32,9 @@ def reasons_to_skip(
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Why layers are left alone, and which layers share the weight of another one and go with it."""
     reasons = {
-        name: reason for name, kind in candidates.items() if (reason := _own_reason(name, kind, modules, config))
+        name: reason
+        for name, kind in candidates.items()
+        if (reason := _own_reason(name, kind, modules, config))
     }
     holders: dict[object, list[str]] = defaultdict(list)
     for name, module in modules.items():
@@ -53,7 +60,9 @@ def reasons_to_skip(
     return reasons, tied
 
 
-def _own_reason(name: str, kind: LayerKind, modules: Mapping[str, nn.Module], config: QuantConfig) -> str | None:
+def _own_reason(
+    name: str, kind: LayerKind, modules: Mapping[str, nn.Module], config: QuantConfig
+) -> str | None:
     if config.skips(name):
         return "skip in the configuration"
     if kind.inputs is None and not config.embeddings:
@@ -64,7 +73,11 @@ def _own_reason(name: str, kind: LayerKind, modules: Mapping[str, nn.Module], co
     parts = name.split(".")
     for end in range(len(parts)):
         parent = modules.get(".".join(parts[:end]))
-        if parent is not None and "base_layer" in parent._modules and _is_adapter(parent, parts[end]):
+        if (
+            parent is not None
+            and "base_layer" in parent._modules
+            and _is_adapter(parent, parts[end])
+        ):
             return f"part of an adapter on {'.'.join([*parts[:end], 'base_layer'])}"
     return None
 
@@ -83,15 +96,23 @@ def _one_weight(
     """The layer that stands for all that hold one parameter, or why there is none."""
     others = [name for name in names if name not in candidates]
     if others:
-        return "", f"its weight is tied to {others[0] or 'the model itself'}, a {type(modules[others[0]]).__name__}"
+        return (
+            "",
+            f"its weight is tied to {others[0] or 'the model itself'}, a {type(modules[others[0]]).__name__}",
+        )
     skipped = [name for name in names if name in reasons]
     if skipped:
         return "", f"its weight is tied to {skipped[0]}, which stays ({reasons[skipped[0]]})"
     matrices = [candidates[name].weight(modules[name]) for name in names]
-    if any(matrix.shape != matrices[0].shape or matrix.stride() != matrices[0].stride() for matrix in matrices):
+    if any(
+        matrix.shape != matrices[0].shape or matrix.stride() != matrices[0].stride()
+        for matrix in matrices
+    ):
         return "", f"its weight is tied to {names[0]}, which uses it in another way"
     multiplied = [name for name in names if candidates[name].inputs is not None]
-    if len(multiplied) > 1 and any(getattr(modules[name], "bias", None) is not None for name in multiplied):
+    if len(multiplied) > 1 and any(
+        getattr(modules[name], "bias", None) is not None for name in multiplied
+    ):
         return "", f"the weight of {' and '.join(multiplied)} is tied, their biases are not"
     return next((name for name in names if candidates[name].inputs is not None), names[0]), ""
 
@@ -165,11 +186,15 @@ def check_weights(targets: Mapping[str, Target]) -> set[str]:
             )
         with present(target.module):
             weight = target.weight
-            found[weight.device].append((target, torch.isfinite(weight).all(), weight.count_nonzero() / weight.numel()))
+            found[weight.device].append(
+                (target, torch.isfinite(weight).all(), weight.count_nonzero() / weight.numel())
+            )
     pruned: set[str] = set()
     for group in found.values():
         values = to_host(*(flag for _, flag, _ in group), *(share for _, _, share in group))
-        for (target, _, _), all_finite, share in zip(group, values, values[len(group) :], strict=False):
+        for (target, _, _), all_finite, share in zip(
+            group, values, values[len(group) :], strict=False
+        ):
             if not all_finite:
                 raise LayerError(
                     f"{target.name}: its weight holds NaN or inf; repair the checkpoint, or add the layer to skip"
@@ -181,7 +206,9 @@ def check_weights(targets: Mapping[str, Target]) -> set[str]:
 
 def warn_lost_zeros(targets: Mapping[str, Target], pruned: Collection[str]) -> None:
     """Warn of pruned layers whose zeros will be filled."""
-    lost = [name for name in targets if name in pruned and targets[name].config.keep_zeros is not False]
+    lost = [
+        name for name in targets if name in pruned and targets[name].config.keep_zeros is not False
+    ]
     lost = [name for name in lost if not targets[name].config.holds_zero]
     if lost:
         warnings.warn(

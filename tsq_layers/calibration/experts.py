@@ -24,10 +24,14 @@ class Experts:
     """
 
     def __init__(self, targets: Mapping[str, Target], recorded: Sequence[str]) -> None:
-        self._targets = {name: target for name, target in targets.items() if target.pool and target.observed}
+        self._targets = {
+            name: target for name, target in targets.items() if target.pool and target.observed
+        }
         self._members: dict[str, list[str]] = defaultdict(list)  # pool → layers
         self._families: dict[str, list[str]] = defaultdict(list)  # family → layers
-        self._waiting: dict[str, dict[str, int]] = defaultdict(dict)  # pool → layer → tokens of its own
+        self._waiting: dict[str, dict[str, int]] = defaultdict(
+            dict
+        )  # pool → layer → tokens of its own
         self._sums: dict[str, LayerStatistics] = {}  # pool → statistics of all its layers so far
         for name, target in self._targets.items():
             pool = pool_of(target)
@@ -37,7 +41,8 @@ class Experts:
         self.order = self._completed(recorded)
         self._place = {name: index for index, name in enumerate(self.order)}
         self._last = {
-            family: max(self._place.get(name, -1) for name in names) for family, names in self._families.items()
+            family: max(self._place.get(name, -1) for name in names)
+            for family, names in self._families.items()
         }
 
     def calls(self, target: Target, recorded: Mapping[str, int]) -> int | None:
@@ -48,7 +53,10 @@ class Experts:
         """
         if target.pool is None or target.name in recorded or not target.pool.in_order:
             return recorded.get(target.name)
-        return max((recorded[name] for name in self._members[target.pool.name] if name in recorded), default=None)
+        return max(
+            (recorded[name] for name in self._members[target.pool.name] if name in recorded),
+            default=None,
+        )
 
     def lend(self, target: Target, statistics: LayerStatistics) -> bool:
         """Add an expert's statistics to its pool; whether it saw so few tokens that it must wait for the pool's."""
@@ -98,8 +106,14 @@ class Experts:
                 roles.setdefault(pool_of(self._targets[name]).name, len(roles))
         completed: dict[str, None] = {}
         for name in recorded:
-            members = self._families[pool_of(self._targets[name]).family] if name in self._targets else [name]
-            completed.update(dict.fromkeys(sorted(members, key=lambda member: self._turn(member, roles))))
+            members = (
+                self._families[pool_of(self._targets[name]).family]
+                if name in self._targets
+                else [name]
+            )
+            completed.update(
+                dict.fromkeys(sorted(members, key=lambda member: self._turn(member, roles)))
+            )
         return list(completed)
 
     def _family(self, pool: str) -> str:
@@ -115,4 +129,6 @@ class Experts:
 def pool_of(target: Target) -> Pool:
     """The pool of an expert's layer; experts of other widths have statistics of other shapes, and another pool."""
     assert target.pool is not None
-    return dataclasses.replace(target.pool, name=f"{target.pool.name}, {target.blocks}×{target.shape[1]}")
+    return dataclasses.replace(
+        target.pool, name=f"{target.pool.name}, {target.blocks}×{target.shape[1]}"
+    )

@@ -120,7 +120,9 @@ def token_weights(
                 f"guidance: the loss of batch {index} is {number}; leave that batch out, or look at its labels (a mean over none is NaN)"
             )
     if not calls:
-        raise CalibrationError("guidance: no layer's output has a gradient; check that the loss depends on the model")
+        raise CalibrationError(
+            "guidance: no layer's output has a gradient; check that the loss depends on the model"
+        )
     if without:
         shown = ", ".join([*without][:5]) + (", …" if len(without) > 5 else "")
         warnings.warn(
@@ -134,8 +136,14 @@ def token_weights(
 
 def _tokens_of(squares: Mapping[str, Sequence[Tensor | None]]) -> Tensor:
     """How many tokens a batch has that the loss depends on: as many as any call of a layer saw (others see a part of them)."""
-    counts = [_reached(part).sum() for parts in squares.values() for part in parts if part is not None]
-    return torch.stack([count.to(counts[0].device) for count in counts]).max() if counts else torch.ones(())
+    counts = [
+        _reached(part).sum() for parts in squares.values() for part in parts if part is not None
+    ]
+    return (
+        torch.stack([count.to(counts[0].device) for count in counts]).max()
+        if counts
+        else torch.ones(())
+    )
 
 
 def _reached(squares: Tensor) -> Tensor:
@@ -149,7 +157,10 @@ def _tempered(found: Mapping[int, Sequence[Tensor]]) -> dict[int, list[Tensor]]:
     reached = _reached(every).unsqueeze(-1)
     count = reached.sum().clamp(min=1)
     mean = every.sum(0) / count
-    relative = {batch: [torch.where(mean > 0, part / mean, 1) for part in parts] for batch, parts in found.items()}
+    relative = {
+        batch: [torch.where(mean > 0, part / mean, 1) for part in parts]
+        for batch, parts in found.items()
+    }
     every = torch.cat([part for parts in relative.values() for part in parts])
     variance = ((every - 1).square() * reached).sum(0) / count
     share = (_LARGEST_VARIANCE / variance).sqrt().clamp(max=1)  # of what is above or below 1
@@ -174,7 +185,9 @@ def _squares_of_batch(
 
 def _described(value: object) -> str:
     if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}" + ("" if value.requires_grad else " without gradient")
+        return f"a tensor of shape {tuple(value.shape)}" + (
+            "" if value.requires_grad else " without gradient"
+        )
     return f"a {type(value).__name__}"
 
 
@@ -208,7 +221,9 @@ class _Watch:
     def over(self, layers: Mapping[str, Watched]) -> Iterator[None]:
         """Inside, the outputs of the layers are watched."""
         handles = [
-            watched.module.register_forward_hook(functools.partial(self._called, name, watched.groups))
+            watched.module.register_forward_hook(
+                functools.partial(self._called, name, watched.groups)
+            )
             for name, watched in layers.items()
         ]
         try:
@@ -217,7 +232,14 @@ class _Watch:
             for handle in handles:
                 handle.remove()
 
-    def _called(self, name: str, groups: int, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:  # noqa: ARG002
+    def _called(
+        self,
+        name: str,
+        groups: int,
+        module: nn.Module,
+        args: Any,
+        output: Tensor,  # noqa: ARG002
+    ) -> Tensor | None:
         place, calls = len(self.found[name]), self.found[name]
         if self.forward:
             calls.append(None)
@@ -227,7 +249,14 @@ class _Watch:
         output = output if output.requires_grad else output.detach().requires_grad_().clone()
 
         def arrived(gradient: Tensor) -> None:
-            squares = gradient.detach().float().square().unflatten(-1, (groups, -1)).mean(-1).reshape(-1, groups)
+            squares = (
+                gradient.detach()
+                .float()
+                .square()
+                .unflatten(-1, (groups, -1))
+                .mean(-1)
+                .reshape(-1, groups)
+            )
             before = calls[place]
             calls[place] = squares if before is None else before + squares
 
@@ -245,10 +274,17 @@ def model_loss(model: nn.Module, batch: Batch, forward: Forward) -> Tensor:
     Raises:
         CalibrationError: its output has no loss.
     """
-    if isinstance(batch, Mapping) and "labels" not in batch and _is_causal(model) and "input_ids" in batch:
+    if (
+        isinstance(batch, Mapping)
+        and "labels" not in batch
+        and _is_causal(model)
+        and "input_ids" in batch
+    ):
         labels = batch["input_ids"]
         mask = batch.get("attention_mask")
-        batch = with_items(batch, {"labels": labels if mask is None else labels.masked_fill(mask == 0, _IGNORED)})
+        batch = with_items(
+            batch, {"labels": labels if mask is None else labels.masked_fill(mask == 0, _IGNORED)}
+        )
     output = forward(model, batch)
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if loss is None:

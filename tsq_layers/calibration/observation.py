@@ -71,7 +71,9 @@ class Observation:
         """What only the loss is reported of; ``None`` without such batches."""
         return _taken(self._held_out, name)
 
-    def add(self, stage: Sequence[Target], arrivals: Sequence[lockstep.Arrival], *, known: bool) -> None:
+    def add(
+        self, stage: Sequence[Target], arrivals: Sequence[lockstep.Arrival], *, known: bool
+    ) -> None:
         """See the calls that wait at a stage.
 
         Args:
@@ -79,7 +81,9 @@ class Observation:
             arrivals: calls of the first of them.
             known: their statistics are not needed: it is only noted that they were reached.
         """
-        references = {self.roles[a.pass_index].index: a for a in arrivals if self._stream(a) == "reference"}
+        references = {
+            self.roles[a.pass_index].index: a for a in arrivals if self._stream(a) == "reference"
+        }
         for arrival in arrivals:
             role = self.roles[arrival.pass_index]
             if self._stream(arrival) == "reference" or not arrival.input.numel():
@@ -90,18 +94,26 @@ class Observation:
                 self._observe_call(stage, role, arrival, references.get(role.index))
 
     def _observe_call(
-        self, stage: Sequence[Target], role: Role, arrival: lockstep.Arrival, other: lockstep.Arrival | None
+        self,
+        stage: Sequence[Target],
+        role: Role,
+        arrival: lockstep.Arrival,
+        other: lockstep.Arrival | None,
     ) -> None:
         """Add a call on the quantised stream, beside the same batch's call on the other one."""
         first = stage[0]
-        paired = self.paired and not role.held_out and any(target.uses_deviation for target in stage)
+        paired = (
+            self.paired and not role.held_out and any(target.uses_deviation for target in stage)
+        )
         with self._present(arrival), self._present(other):
             x = first.rows(arrival.input)
             reference = None
             if paired:
                 reference = x if other is None else first.rows(other.input)
                 if reference.shape != x.shape:
-                    reference = x  # the streams took different ways: no deviation here but that of rounding
+                    reference = (
+                        x  # the streams took different ways: no deviation here but that of rounding
+                    )
             mask = self.padding_mask(role.batch, first.name, x)
             if first.pool is not None:
                 mask = _routed(x, mask)

@@ -76,13 +76,19 @@ class Preparation:
 
 
 def _observe_call(
-    target: Target, observer: HessianObserver, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    target: Target,
+    observer: HessianObserver,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> None:
     # The layers have one argument, by position or by name.
     observer(module, (target.rounded(target.rows((args or tuple(kwargs.values()))[0])),))
 
 
-def inspect(model: nn.Module, config: QuantConfig, only: Collection[str] | None = None) -> Preparation:
+def inspect(
+    model: nn.Module, config: QuantConfig, only: Collection[str] | None = None
+) -> Preparation:
     """Sort the layers of a model into targets and those left alone. Nothing is attached.
 
     With ``only`` no other layers than those of these names are looked at.
@@ -95,17 +101,23 @@ def inspect(model: nn.Module, config: QuantConfig, only: Collection[str] | None 
     if not isinstance(config, QuantConfig):
         raise ConfigError(f"config is a {type(config).__name__}; give a QuantConfig")
     if is_prepared(model):
-        raise StateError("the model is already prepared; call convert(model), or unprepare(model) to start again")
+        raise StateError(
+            "the model is already prepared; call convert(model), or unprepare(model) to start again"
+        )
     if any(packed(model)):
         raise StateError(
             "the model is already converted: it holds QuantLinear layers; start from the full-precision model"
         )
     modules, splits = _split(model)
-    parameters = ownership(model, modules)  # before any offloaded weight is brought, and is another object from then on
+    parameters = ownership(
+        model, modules
+    )  # before any offloaded weight is brought, and is another object from then on
     candidates = {
         name: kind
         for name, module in modules.items()
-        if (only is None or name in only) and (kind := kind_of(module)) is not None and kind.weight(module).numel()
+        if (only is None or name in only)
+        and (kind := kind_of(module)) is not None
+        and kind.weight(module).numel()
     }
     reasons, tied = reasons_to_skip(modules, candidates, config)
     targets: dict[str, Target] = {}
@@ -116,12 +128,25 @@ def inspect(model: nn.Module, config: QuantConfig, only: Collection[str] | None 
         if name in tied:
             pass  # quantised as part of another layer, or named with it
         elif name in reasons:
-            entry = LayerReport(name=name, kind=kind.name, rows=rows, columns=columns, status="skipped", reason=reasons[name])  # fmt: skip
+            entry = LayerReport(
+                name=name,
+                kind=kind.name,
+                rows=rows,
+                columns=columns,
+                status="skipped",
+                reason=reasons[name],
+            )
             left_alone.append(entry)
         else:
             partners = tuple(other for other, first in tied.items() if first == name)
             targets[name] = Target(
-                name, module, kind, config.for_layer(name), (rows, columns), partners, expert_pool(name, modules)
+                name,
+                module,
+                kind,
+                config.for_layer(name),
+                (rows, columns),
+                partners,
+                expert_pool(name, modules),
             )
     left_alone += not_supported(modules)
     warn_unmatched(config, list(candidates))
@@ -132,7 +157,9 @@ def inspect(model: nn.Module, config: QuantConfig, only: Collection[str] | None 
     targets = _keeping_zeros(targets, check_weights(targets))
     check_inputs(targets)
     chosen = {target.module for target in targets.values()}
-    used = {original: split for original, split in splits.items() if _is_used(original, split, chosen)}
+    used = {
+        original: split for original, split in splits.items() if _is_used(original, split, chosen)
+    }
     if model in used:
         raise LayerError(
             f"the model is itself a {type(model).__name__}, whose parts cannot be replaced in place; wrap it, for example in nn.Sequential(model)"
@@ -143,7 +170,9 @@ def inspect(model: nn.Module, config: QuantConfig, only: Collection[str] | None 
 def store(model: nn.Module, preparation: Preparation) -> None:
     """Leave ``preparation`` on the model, with its composites split."""
     replace(model, preparation.splits)
-    vars(model)[_ATTRIBUTE] = preparation  # not by setattr: a compiled model would pass it on to the one inside
+    vars(model)[_ATTRIBUTE] = (
+        preparation  # not by setattr: a compiled model would pass it on to the one inside
+    )
 
 
 def is_prepared(model: nn.Module) -> bool:
@@ -176,7 +205,9 @@ def finish(model: nn.Module, converted: Collection[nn.Module]) -> None:
     preparation = fetch(model, "convert")
     preparation.detach()
     unused = {
-        original: split for original, split in preparation.splits.items() if not _is_used(original, split, converted)
+        original: split
+        for original, split in preparation.splits.items()
+        if not _is_used(original, split, converted)
     }
     replace(model, _originals(unused))
     del vars(model)[_ATTRIBUTE]
@@ -185,7 +216,9 @@ def finish(model: nn.Module, converted: Collection[nn.Module]) -> None:
 def guided_layers(preparation: Preparation) -> dict[str, Watched]:
     """The layers whose tokens are weighted by gradients of the loss."""
     targets = preparation.targets.items()
-    return {name: Watched(target.module, target.guidance) for name, target in targets if target.guidance}
+    return {
+        name: Watched(target.module, target.guidance) for name, target in targets if target.guidance
+    }
 
 
 def _originals(splits: Mapping[nn.Module, nn.Module]) -> dict[nn.Module, nn.Module]:
@@ -204,7 +237,9 @@ def _keeping_zeros(targets: Mapping[str, Target], pruned: Collection[str]) -> di
     settled: dict[str, Target] = {}
     for name, target in targets.items():
         config = target.config
-        keep = config.holds_zero and (name in pruned if config.keep_zeros is None else config.keep_zeros)
+        keep = config.holds_zero and (
+            name in pruned if config.keep_zeros is None else config.keep_zeros
+        )
         settled[name] = replace_fields(target, config=replace_fields(config, keep_zeros=keep))
     return settled
 
@@ -230,4 +265,6 @@ def _split(model: nn.Module) -> tuple[dict[str, nn.Module], dict[nn.Module, nn.M
 def _is_used(original: nn.Module, split: nn.Module, layers: Collection[nn.Module]) -> bool:
     """Whether a split module must stay in the place of its original, given the layers that are quantised."""
     composite = composite_of(original)
-    return (composite is not None and composite.always) or any(module in layers for module in split.modules())
+    return (composite is not None and composite.always) or any(
+        module in layers for module in split.modules()
+    )

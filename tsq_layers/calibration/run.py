@@ -78,10 +78,16 @@ class Calibration:
     def run(self) -> dict[str, Solved]:
         """Run all passes; returns the solved layers by name."""
         targets = self.preparation.targets
-        callers = {name: target for target in targets.values() for name in callers_of(target, self.preparation)}
+        callers = {
+            name: target
+            for target in targets.values()
+            for name in callers_of(target, self.preparation)
+        }
         modules = {name: self.preparation.modules[name] for name in callers}
         self._targets = callers
-        self._observation = Observation(self._roles, self.paired, self.padding_mask, self.parking, self.guidance)
+        self._observation = Observation(
+            self._roles, self.paired, self.padding_mask, self.parking, self.guidance
+        )
         with ExitStack() as self._swaps, evaluating(self.model), torch.no_grad():
             for name, target in callers.items():
                 self._wrap(name, target)
@@ -97,7 +103,9 @@ class Calibration:
                 disable=None if self.progress is None else not self.progress,
             ) as self._bar:
                 order = self._experts.order
-                lockstep.run(self._passes(batches), modules, self._visit, order=order, suspend=self._suspend)
+                lockstep.run(
+                    self._passes(batches), modules, self._visit, order=order, suspend=self._suspend
+                )
                 self._solve_the_rest()
         return self.solved
 
@@ -133,7 +141,9 @@ class Calibration:
         self._changes_batches = versions(given) != before
 
     def _pass(self, role: Role) -> None:
-        given = (copied_to if self._changes_batches else moved_to)(role.batch, entry_device(self.model))
+        given = (copied_to if self._changes_batches else moved_to)(
+            role.batch, entry_device(self.model)
+        )
         with self._state.own(role.index):
             self.forward(self.model, given)
 
@@ -163,10 +173,16 @@ class Calibration:
             if stage[0].name not in self._observation.reached:
                 return ()  # so far only the full-precision stream, or a held-out batch, came here
         expected = self._experts.calls(stage[0], self._recording.calls)
-        if expected is None or stage[0].tied or any(arrival.ordinal + 1 < expected for arrival in arrivals):
+        if (
+            expected is None
+            or stage[0].tied
+            or any(arrival.ordinal + 1 < expected for arrival in arrivals)
+        ):
             return ()  # passes may yet come here, at different times: it is solved when all have ended
         for follower in stage[1:]:
-            self._expected_inputs[follower.name] = {a.pass_index: TensorWeakRef(a.input) for a in arrivals}
+            self._expected_inputs[follower.name] = {
+                a.pass_index: TensorWeakRef(a.input) for a in arrivals
+            }
         self._solve(stage)
         return [target.name for target in stage]
 
@@ -174,17 +190,30 @@ class Calibration:
         """The layers that the recording pass fed with the same tensor as ``name``, itself first."""
         first = self._targets[name]
         group = next((group for group in self._recording.groups if name in group), (name,))
-        others = [self._targets[other] for other in group if other != name and other not in self.solved]
+        others = [
+            self._targets[other] for other in group if other != name and other not in self.solved
+        ]
         return [first, *(other for other in others if share_rows(first, other))]
 
     def _solve(self, stage: Sequence[Target]) -> None:
         name = stage[0].name
         statistics = self._observation.take_fitted(name)
-        if statistics is not None and stage[0].pool is not None and self._experts.lend(stage[0], statistics):
+        if (
+            statistics is not None
+            and stage[0].pool is not None
+            and self._experts.lend(stage[0], statistics)
+        ):
             return  # too few tokens of its own: it waits for what its fellows see
-        if statistics is None and (known := self._restored(stage)) and known[name].report.status == "fallback":
+        if (
+            statistics is None
+            and (known := self._restored(stage))
+            and known[name].report.status == "fallback"
+        ):
             return  # as in the run that solved it
-        held_out, validation = self._observation.take_held_out(name), self._observation.take_validated(name)
+        held_out, validation = (
+            self._observation.take_held_out(name),
+            self._observation.take_validated(name),
+        )
         self._keep(stage, statistics, held_out, validation=validation)
 
     def _solve_pool(self, name: str) -> None:
@@ -201,7 +230,9 @@ class Calibration:
         for pool in self._experts.open():
             self._solve_pool(pool)
         for name, target in self.preparation.targets.items():
-            if name not in self.solved and (name in self._observation.reached or not target.observed):
+            if name not in self.solved and (
+                name in self._observation.reached or not target.observed
+            ):
                 self._solve(self._stage(name) if name in self._targets else [target])
 
     def _keep(
@@ -217,14 +248,18 @@ class Calibration:
         if solved is None:
             solved = solve(stage, statistics, held_out, shortfall, validation)
             if self.journal is not None:
-                self.journal.write({name: (layer.matrix, layer.report) for name, layer in solved.items()})
+                self.journal.write(
+                    {name: (layer.matrix, layer.report) for name, layer in solved.items()}
+                )
         self.solved.update(solved)
         self._bar.update(len(stage))
 
     @torch.inference_mode(False)
     def _restored(self, stage: Sequence[Target]) -> dict[str, Solved] | None:
         """Layers as an earlier run solved them; ``None`` unless it solved them all."""
-        if self.journal is None or not all(target.name in self._known(self.journal) for target in stage):
+        if self.journal is None or not all(
+            target.name in self._known(self.journal) for target in stage
+        ):
             return None
         found = {}
         for target in stage:
@@ -276,7 +311,9 @@ class Calibration:
         """The quantised weight as the layer's own kind holds it; kept until the next layer is visited."""
         if target.name not in self._dense:
             matrix = self.solved[target.name].matrix.weight
-            self._dense[target.name] = nn.Parameter(target.kind.from_matrix(target.module, matrix), requires_grad=False)
+            self._dense[target.name] = nn.Parameter(
+                target.kind.from_matrix(target.module, matrix), requires_grad=False
+            )
         return self._dense[target.name]
 
     def _check_input(self, name: str, index: int, args: tuple[Any, ...]) -> None:
@@ -302,5 +339,7 @@ def share_rows(first: Target, other: Target) -> bool:
     plain = first.kind.inputs is rows_of and other.kind.inputs is rows_of
     alone = first.pool or other.pool or first.tied or other.tied or first.guidance or other.guidance
     alone = alone or first.observed != other.observed
-    roundings = [target.config.activation_bits and (8, target.config.rotation) for target in (first, other)]
+    roundings = [
+        target.config.activation_bits and (8, target.config.rotation) for target in (first, other)
+    ]
     return first is other or (plain and not alone and roundings[0] == roundings[1])

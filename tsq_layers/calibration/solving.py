@@ -22,7 +22,9 @@ from tsq_layers.runtime.linear import QuantLinear
 from tsq_layers.solver import SolverResult, TwoStageGroupQuantizer, selection
 from tsq_layers.solver.basis_change import rebase
 
-TOKENS_PER_COLUMN = 16  # fewer tokens than this many times K: H is noisy, and refinement fits the noise
+TOKENS_PER_COLUMN = (
+    16  # fewer tokens than this many times K: H is noisy, and refinement fits the noise
+)
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,9 @@ def solve(
             stack.enter_context(present(target.module))
         while remaining:
             first = remaining[0]
-            alike = [target for target in remaining if target is first or _rows_may_stack(target, first)]
+            alike = [
+                target for target in remaining if target is first or _rows_may_stack(target, first)
+            ]
             remaining = [target for target in remaining if target not in alike]
             solved |= _solve_alike(alike, statistics, held_out, shortfall, validation)
     return {target.name: solved[target.name] for target in targets}
@@ -76,7 +80,11 @@ def solve(
 def _rows_may_stack(target: Target, other: Target) -> bool:
     """Whether each layer is solved as by itself. Outliers are those of one layer: they are not chosen row by row."""
     sparse = target.additions.keys() & {"outliers", "outlier_columns"}
-    return not sparse and target.config == other.config and (target.given is None) == (other.given is None)
+    return (
+        not sparse
+        and target.config == other.config
+        and (target.given is None) == (other.given is None)
+    )
 
 
 def _solve_alike(
@@ -88,16 +96,27 @@ def _solve_alike(
 ) -> dict[str, Solved]:
     name, config = ", ".join(target.name for target in targets), targets[0].config
     weights = [target.weight for target in targets]
-    weight = torch.cat([part.to(torch.float32) for part in weights]) if len(weights) > 1 else weights[0]
+    weight = (
+        torch.cat([part.to(torch.float32) for part in weights]) if len(weights) > 1 else weights[0]
+    )
     if targets[0].kind.inputs is None:
         statistics, held_out, validation = _no_information(weight), None, None
     seen = [part.count for part in (statistics, validation) if part is not None]
     needed = statistics if config.needs_calibration else None
     if needed is None:
         held_out = validation = None
-    changed = rebase(weight, needed, held_out, config, validation) if targets[0].kind.inputs is not None else None
+    changed = (
+        rebase(weight, needed, held_out, config, validation)
+        if targets[0].kind.inputs is not None
+        else None
+    )
     if changed is not None:
-        weight, needed, held_out, validation = changed.weight, changed.statistics, changed.held_out, changed.validation
+        weight, needed, held_out, validation = (
+            changed.weight,
+            changed.statistics,
+            changed.held_out,
+            changed.validation,
+        )
     if needed is not None:
         config = selection.settle(config, weight, needed, validation, name)
         needed = needed if validation is None else needed + validation
@@ -105,7 +124,9 @@ def _solve_alike(
     start = stacked(given).to(weight.device) if given else None
     result = TwoStageGroupQuantizer(weight, needed, config, name=name).run(held_out, start)
     if changed is not None:
-        result = dataclasses.replace(result, weight=dataclasses.replace(result.weight, basis=changed.basis))
+        result = dataclasses.replace(
+            result, weight=dataclasses.replace(result.weight, basis=changed.basis)
+        )
     beyond = out_of_range(result.weight, weight)
     tokens = int(sum(to_host(*seen))) if seen and targets[0].kind.inputs is not None else None
     return _split(targets, result, tokens, shortfall, config, beyond)
@@ -114,7 +135,8 @@ def _solve_alike(
 def _no_information(weight: Tensor) -> LayerStatistics:
     """H = I: every column matters alike."""
     return LayerStatistics(
-        torch.eye(weight.shape[1], device=weight.device), torch.ones((), dtype=torch.int64, device=weight.device)
+        torch.eye(weight.shape[1], device=weight.device),
+        torch.ones((), dtype=torch.int64, device=weight.device),
     )
 
 
@@ -124,7 +146,9 @@ def warn_few_tokens(solved: Mapping[str, Solved]) -> None:
     few = [
         (entry.name, entry.tokens, entry.columns)
         for entry in reports
-        if entry.status == "quantized" and entry.tokens and entry.tokens < TOKENS_PER_COLUMN * entry.columns
+        if entry.status == "quantized"
+        and entry.tokens
+        and entry.tokens < TOKENS_PER_COLUMN * entry.columns
     ]
     if few:
         name, tokens, columns = max(few, key=lambda entry: entry[2] / entry[1])
@@ -155,18 +179,32 @@ def _split(
 ) -> dict[str, Solved]:
     rows = [target.shape[0] for target in stack]
     weights = result.weight.split(rows)
-    tables = {"losses": result.losses, "held_out_losses": result.held_out_losses, "objective": result.objective}
-    numbers = [(table, step, values) for table, steps in tables.items() for step, values in steps.items()]
-    known = {"losses": result.signal, "held_out_losses": result.held_out_signal, "objective": result.signal}
+    tables = {
+        "losses": result.losses,
+        "held_out_losses": result.held_out_losses,
+        "objective": result.objective,
+    }
+    numbers = [
+        (table, step, values) for table, steps in tables.items() for step, values in steps.items()
+    ]
+    known = {
+        "losses": result.signal,
+        "held_out_losses": result.held_out_signal,
+        "objective": result.signal,
+    }
     signals = {table: values for table, values in known.items() if values is not None}
     *sums, lost = _sums([*(values for _, _, values in numbers), *signals.values(), beyond], rows)
     signal = dict(zip(signals, sums[len(numbers) :], strict=True))
     _warn_of_range(stack, lost)
     solved: dict[str, Solved] = {}
     for index, (target, weight) in enumerate(zip(stack, weights, strict=True)):
-        found: dict[str, dict[str, float]] = {table: {} for table in tables}  # what each step did to this layer
+        found: dict[str, dict[str, float]] = {
+            table: {} for table in tables
+        }  # what each step did to this layer
         for (table, step, _), layer_sums in zip(numbers, sums[: len(numbers)], strict=True):
-            found[table][step] = layer_sums[index] / signal[table][index] if signal[table][index] > 0 else 0.0
+            found[table][step] = (
+                layer_sums[index] / signal[table][index] if signal[table][index] > 0 else 0.0
+            )
         _, strength, ridge = settled.settled() if target.uses_deviation else (None, None, None)
         report = dataclasses.replace(
             _entry(target),
@@ -181,10 +219,13 @@ def _split(
         )
         others = tuple(other.name for other in stack if other is not target)
         matrix = QuantLinear.from_quantized(
-            weight, dtype=target.weight.dtype, activation_bits=target.additions.get("activation_bits")
+            weight,
+            dtype=target.weight.dtype,
+            activation_bits=target.additions.get("activation_bits"),
         )
         solved[target.name] = Solved(
-            matrix, dataclasses.replace(report, bits_per_weight=matrix.bits_per_weight, shared_with=others)
+            matrix,
+            dataclasses.replace(report, bits_per_weight=matrix.bits_per_weight, shared_with=others),
         )
     return solved
 

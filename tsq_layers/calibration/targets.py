@@ -72,8 +72,12 @@ class Target:
 
         Only layers that are called once for each token, with an output (…, N), are guided.
         """
-        plain = self.observed and self.kind.inputs is rows_of and self.pool is None and not self.tied
-        return groups_of(self.shape[0], self.config.guidance) if plain and self.config.guidance else 0
+        plain = (
+            self.observed and self.kind.inputs is rows_of and self.pool is None and not self.tied
+        )
+        return (
+            groups_of(self.shape[0], self.config.guidance) if plain and self.config.guidance else 0
+        )
 
     @property
     def additions(self) -> dict[str, Any]:
@@ -118,7 +122,9 @@ class Target:
 
     def observer(self, *, guided: bool = False) -> HessianObserver:
         """An empty observer of the layer's inputs."""
-        return HessianObserver(self.shape[1], blocks=self.guidance or self.blocks if guided else self.blocks)
+        return HessianObserver(
+            self.shape[1], blocks=self.guidance or self.blocks if guided else self.blocks
+        )
 
 
 @dataclass(frozen=True, eq=False)

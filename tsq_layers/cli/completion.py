@@ -62,7 +62,9 @@ def script(parser: Parser, shell: str) -> str:
     if shell == "fish":
         return "\n".join(_fish(parser.prog, found))
     lines = list(_bash(parser.prog, found))
-    return "\n".join(["autoload -U +X bashcompinit && bashcompinit", *lines] if shell == "zsh" else lines)
+    return "\n".join(
+        ["autoload -U +X bashcompinit && bashcompinit", *lines] if shell == "zsh" else lines
+    )
 
 
 def commands(parser: Parser) -> Iterator[Command]:
@@ -71,7 +73,9 @@ def commands(parser: Parser) -> Iterator[Command]:
         if isinstance(action, argparse._SubParsersAction):
             texts = {choice.dest: choice.help or "" for choice in action._choices_actions}
             for name, inner in action.choices.items():
-                yield Command(name, texts.get(name, ""), tuple(_options(inner)), tuple(_words(inner)))
+                yield Command(
+                    name, texts.get(name, ""), tuple(_options(inner)), tuple(_words(inner))
+                )
 
 
 def _options(parser: Parser) -> Iterator[Option]:
@@ -125,7 +129,10 @@ def _fish(prog: str, found: Sequence[Command]) -> Iterator[str]:
         if command.words:
             yield f"{seen} -f -a {shlex.quote(' '.join(command.words))}"
         for option in command.options:
-            flags = [f"-l {name[2:]}" if name.startswith("--") else f"-s {name[1:]}" for name in option.names]
+            flags = [
+                f"-l {name[2:]}" if name.startswith("--") else f"-s {name[1:]}"
+                for name in option.names
+            ]
             takes = (
                 ""
                 if option.takes is None

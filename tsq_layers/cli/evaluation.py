@@ -20,16 +20,24 @@ from tsq_layers.integrations.transformers import texts
 def add(command: argparse.ArgumentParser) -> None:
     """Its arguments."""
     command.add_argument(
-        "model", metavar="DIR", help="directory of a float model, or of one that tsq or another tool has quantised"
+        "model",
+        metavar="DIR",
+        help="directory of a float model, or of one that tsq or another tool has quantised",
     )
     source = command.add_mutually_exclusive_group(required=True)
     source.add_argument("--text", metavar="FILE", help="evaluation text, UTF-8")
     source.add_argument("--token-file", metavar="FILE", help=argparse.SUPPRESS)
     command.add_argument(
-        "--tokens", type=int, help="use only so many, in windows spread evenly over the text (default: the whole text)"
+        "--tokens",
+        type=int,
+        help="use only so many, in windows spread evenly over the text (default: the whole text)",
     )
-    command.add_argument("--window", type=int, default=1024, help="tokens in a window (default: %(default)s)")
-    command.add_argument("--batch-size", type=int, default=1, help="windows that run at once (default: %(default)s)")
+    command.add_argument(
+        "--window", type=int, default=1024, help="tokens in a window (default: %(default)s)"
+    )
+    command.add_argument(
+        "--batch-size", type=int, default=1, help="windows that run at once (default: %(default)s)"
+    )
     options.add_json(command, "the result, with all digits,")
     options.add_placement(command)
     command.set_defaults(run=run)
@@ -39,7 +47,9 @@ def run(arguments: argparse.Namespace) -> None:
     """Measure, and write the number."""
     window = arguments.window
     if window < 2:
-        raise ConfigError(f"--window {window}: give at least 2 tokens, of which all but the first are predicted")
+        raise ConfigError(
+            f"--window {window}: give at least 2 tokens, of which all but the first are predicted"
+        )
     if arguments.tokens is not None and arguments.tokens < window:
         raise ConfigError(
             f"--tokens {arguments.tokens} is less than one window of --window {window}: give more, or a smaller window"

@@ -7,10 +7,16 @@ from tsq_layers.cli import models, options
 
 def add(command: argparse.ArgumentParser) -> None:
     """Its arguments."""
-    command.add_argument("model", metavar="DIR", help="directory of a quantised model, of tsq or of another tool")
-    command.add_argument("--out", metavar="DIR", required=True, help="where to write it; a new or empty directory")
+    command.add_argument(
+        "model", metavar="DIR", help="directory of a quantised model, of tsq or of another tool"
+    )
+    command.add_argument(
+        "--out", metavar="DIR", required=True, help="where to write it; a new or empty directory"
+    )
     options.add_format(command, own=False)
-    command.add_argument("--max-shard-size", metavar="SIZE", default="5GB", help="of a file (default: %(default)s)")
+    command.add_argument(
+        "--max-shard-size", metavar="SIZE", default="5GB", help="of a file (default: %(default)s)"
+    )
     options.add_json(command, "what was written")
     command.set_defaults(run=run)
 

@@ -9,7 +9,9 @@ from tsq_layers.errors import ConfigError
 
 def add(command: argparse.ArgumentParser) -> None:
     """Its arguments."""
-    command.add_argument("model", metavar="DIR", help="directory of a GPTQ or compressed-tensors checkpoint")
+    command.add_argument(
+        "model", metavar="DIR", help="directory of a GPTQ or compressed-tensors checkpoint"
+    )
     command.add_argument("--out", metavar="DIR", required=True, help="where to save it")
     options.add_json(command, "what was written")
     command.set_defaults(run=run, format=options.OWN_FORMAT, engine=None)

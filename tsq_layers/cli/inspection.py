@@ -21,11 +21,19 @@ _OBJECTIVES = ("assign", "descent", "exact")
 def add(command: argparse.ArgumentParser) -> None:
     """Its arguments."""
     command.add_argument(
-        "model", metavar="DIR", help="directory that tsq quantize wrote, or a GPTQ or compressed-tensors one"
+        "model",
+        metavar="DIR",
+        help="directory that tsq quantize wrote, or a GPTQ or compressed-tensors one",
     )
     options.add_json(command, "the whole report")
-    command.add_argument("--html", metavar="FILE.html", help="write the report as a page for a browser")
-    command.add_argument("--plot", metavar="FILE.png", help="draw loss, bits and seconds of every layer; or .svg, .pdf")
+    command.add_argument(
+        "--html", metavar="FILE.html", help="write the report as a page for a browser"
+    )
+    command.add_argument(
+        "--plot",
+        metavar="FILE.png",
+        help="draw loss, bits and seconds of every layer; or .svg, .pdf",
+    )
     command.set_defaults(run=run)
 
 
@@ -58,7 +66,9 @@ def _report(directory: Path) -> Report:
     else:
         report = description_from_headers(directory, outline).report
     if report is None:
-        raise ConfigError(f"{path} holds no report: the model was not made by tsq.quantize or tsq.convert")
+        raise ConfigError(
+            f"{path} holds no report: the model was not made by tsq.quantize or tsq.convert"
+        )
     return report
 
 
@@ -83,13 +93,46 @@ def _report_files(report: Report, arguments: argparse.Namespace) -> list[str]:
 def _layer_table(layers: Sequence[LayerReport]) -> list[str]:
     """One aligned line a layer: bits, size, loss after each step that was taken, and the objective of stage 2 by either solver."""
     steps = [step for step in STEPS if any(step in layer.losses for layer in layers)]
-    solvers = [solver for solver in _OBJECTIVES if any(solver in layer.objective for layer in layers)]
-    losses, objectives = [f"{step} loss" for step in steps], [f"{solver} objective" for solver in solvers]
-    rows = [["layer", "shape", "method", "bits", "group", "bits/weight", "size", *losses, *objectives, "status"]]
+    solvers = [
+        solver for solver in _OBJECTIVES if any(solver in layer.objective for layer in layers)
+    ]
+    losses, objectives = (
+        [f"{step} loss" for step in steps],
+        [f"{solver} objective" for solver in solvers],
+    )
+    rows = [
+        [
+            "layer",
+            "shape",
+            "method",
+            "bits",
+            "group",
+            "bits/weight",
+            "size",
+            *losses,
+            *objectives,
+            "status",
+        ]
+    ]
     for layer in layers:
-        size = None if layer.bits_per_weight is None else format_bytes(round(layer.weights * layer.bits_per_weight / 8))
-        plain = [layer.name or "(model)", f"{layer.rows}×{layer.columns}", layer.method, layer.bits, layer.group_size]
-        numbers = [layer.bits_per_weight, size, *map(layer.losses.get, steps), *map(layer.objective.get, solvers)]
+        size = (
+            None
+            if layer.bits_per_weight is None
+            else format_bytes(round(layer.weights * layer.bits_per_weight / 8))
+        )
+        plain = [
+            layer.name or "(model)",
+            f"{layer.rows}×{layer.columns}",
+            layer.method,
+            layer.bits,
+            layer.group_size,
+        ]
+        numbers = [
+            layer.bits_per_weight,
+            size,
+            *map(layer.losses.get, steps),
+            *map(layer.objective.get, solvers),
+        ]
         status = f"{layer.status}: {layer.reason}" if layer.reason else layer.status
         rows.append([*map(_cell, plain), *map(_cell, numbers), status])
     return aligned(list(zip(*rows, strict=True)), ("layer", "status"))

@@ -32,14 +32,18 @@ def is_foreign(directory: str | Path) -> bool:
     except (OSError, ValueError):
         return False  # whoever reads it says what is the matter
     described = config.get("quantization_config") if isinstance(config, dict) else None
-    return described is not None and not (isinstance(described, dict) and described.get("quant_method") == QUANT_METHOD)
+    return described is not None and not (
+        isinstance(described, dict) and described.get("quant_method") == QUANT_METHOD
+    )
 
 
 def load(directory: str | Path, dtype: str | None = None) -> nn.Module:
     """The model of a directory of any kind; without ``dtype`` a quantised one has that of its files."""
     if is_foreign(directory):
         with bridge.quiet(bridge._transformers()):
-            return tsq.import_checkpoint(directory, dtype=None if dtype is None else getattr(torch, dtype))
+            return tsq.import_checkpoint(
+                directory, dtype=None if dtype is None else getattr(torch, dtype)
+            )
     return bridge.load_causal_lm(directory, dtype or "float32")
 
 
@@ -51,7 +55,9 @@ def load_quantised(directory: str | Path) -> nn.Module:
     """
     path = Path(directory)
     if (path / "config.json").exists() and not bridge.is_quantised(path) and not is_foreign(path):
-        raise ConfigError(f"{path} holds a float model: quantise it first, with tsq quantize {path} --out …")
+        raise ConfigError(
+            f"{path} holds a float model: quantise it first, with tsq quantize {path} --out …"
+        )
     return load(directory)
 
 
@@ -79,7 +85,9 @@ def check_out(arguments: argparse.Namespace, sources: Mapping[str, str]) -> None
             raise ConfigError(f"--out {arguments.out} is the directory of {what}: give another one")
     if arguments.format != OWN_FORMAT:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise ConfigError(f"--out {arguments.out} exists and is no empty directory: give another one, or remove it")
+            raise ConfigError(
+                f"--out {arguments.out} exists and is no empty directory: give another one, or remove it"
+            )
         kept = getattr(arguments, "checkpoint_dir", None)
         if kept is not None and Path(kept).resolve().is_relative_to(out.resolve()):
             raise ConfigError(
@@ -96,15 +104,26 @@ def check_out(arguments: argparse.Namespace, sources: Mapping[str, str]) -> None
 
 
 def check_format(
-    model: nn.Module, tokenizer: Any, arguments: argparse.Namespace, config: QuantConfig | None = None
+    model: nn.Module,
+    tokenizer: Any,
+    arguments: argparse.Namespace,
+    config: QuantConfig | None = None,
 ) -> None:
     """Refuse what ``--format`` cannot hold of a model before it is calibrated with ``config``, or refined."""
     if arguments.format != OWN_FORMAT:
         others = arguments.dequantize_others
-        checked(model, format=arguments.format, tokenizer=tokenizer, dequantize_others=others, config=config)
+        checked(
+            model,
+            format=arguments.format,
+            tokenizer=tokenizer,
+            dequantize_others=others,
+            config=config,
+        )
 
 
-def save(model: nn.Module, tokenizer: Any, arguments: argparse.Namespace, *, fresh: bool = False) -> None:
+def save(
+    model: nn.Module, tokenizer: Any, arguments: argparse.Namespace, *, fresh: bool = False
+) -> None:
     """Write a model in ``--format`` to ``--out``, and what it is to stdout.
 
     Args:
@@ -120,9 +139,14 @@ def save(model: nn.Module, tokenizer: Any, arguments: argparse.Namespace, *, fre
     else:
         try:
             out = tsq.export(
-                model, out, format=arguments.format, tokenizer=tokenizer, engine=arguments.engine,
-                dequantize_others=arguments.dequantize_others, max_shard_size=getattr(arguments, "max_shard_size", "5GB"),
-            )  # fmt: skip
+                model,
+                out,
+                format=arguments.format,
+                tokenizer=tokenizer,
+                engine=arguments.engine,
+                dequantize_others=arguments.dequantize_others,
+                max_shard_size=getattr(arguments, "max_shard_size", "5GB"),
+            )
         except Exception as error:
             if not fresh:
                 raise

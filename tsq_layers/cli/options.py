@@ -21,7 +21,9 @@ def add_configuration(command: argparse.ArgumentParser) -> None:
     """How to quantise."""
     default = QuantConfig()
     unset: Any = argparse.SUPPRESS
-    command.add_argument("--bits", type=int, default=unset, help=f"width of a code, 1 to 8 (default: {default.bits})")
+    command.add_argument(
+        "--bits", type=int, default=unset, help=f"width of a code, 1 to 8 (default: {default.bits})"
+    )
     command.add_argument(
         "--group-size",
         type=_group_size,
@@ -29,9 +31,11 @@ def add_configuration(command: argparse.ArgumentParser) -> None:
         help=f"columns that share a scale, or none for whole rows (default: {default.group_size})",
     )
     command.add_argument(
-        "--method", choices=get_args(Method), default=unset,
+        "--method",
+        choices=get_args(Method),
+        default=unset,
         help=f"(default: {default.method}); best in another --format is without float zero points and rotation",
-    )  # fmt: skip
+    )
     command.add_argument(
         "--symmetric",
         action=argparse.BooleanOptionalAction,
@@ -44,12 +48,16 @@ def add_configuration(command: argparse.ArgumentParser) -> None:
         default=unset,
         help="quantise the tables of embeddings too (default: no)",
     )
-    command.add_argument("--config", metavar="FILE.json", help="a QuantConfig as JSON; the options above change it")
+    command.add_argument(
+        "--config", metavar="FILE.json", help="a QuantConfig as JSON; the options above change it"
+    )
 
 
 def _group_size(text: str) -> int | None:
     if text != "none" and not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r}: give a positive integer, or none for one group per row")
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: give a positive integer, or none for one group per row"
+        )
     return None if text == "none" else int(text)
 
 
@@ -76,9 +84,14 @@ def add_amounts(command: argparse.ArgumentParser) -> None:
         help="calibration tokens, in sequences spread evenly over the text (default: %(default)s)",
     )
     command.add_argument(
-        "--sequence-length", type=int, default=1024, help="tokens in a sequence (default: %(default)s)"
+        "--sequence-length",
+        type=int,
+        default=1024,
+        help="tokens in a sequence (default: %(default)s)",
     )
-    command.add_argument("--batch-size", type=int, default=4, help="sequences in a batch (default: %(default)s)")
+    command.add_argument(
+        "--batch-size", type=int, default=4, help="sequences in a batch (default: %(default)s)"
+    )
 
 
 def sequences(arguments: argparse.Namespace) -> int:
@@ -94,12 +107,18 @@ def sequences(arguments: argparse.Namespace) -> int:
 def calibration(arguments: argparse.Namespace, tokenizer: Any) -> list[dict[str, Tensor]]:
     """The batches of ``--text``."""
     tokens = texts.read_tokens(Path(arguments.text), tokenizer)
-    return texts.windows(tokens, arguments.sequence_length, sequences(arguments), arguments.batch_size)
+    return texts.windows(
+        tokens, arguments.sequence_length, sequences(arguments), arguments.batch_size
+    )
 
 
 def add_offload(command: argparse.ArgumentParser) -> None:
     """Where activations wait."""
-    command.add_argument("--offload", metavar="DEVICE", help="where activations wait, for example cpu (default: there)")
+    command.add_argument(
+        "--offload",
+        metavar="DEVICE",
+        help="where activations wait, for example cpu (default: there)",
+    )
 
 
 def offload(arguments: argparse.Namespace, *, planned: bool = False) -> torch.device | None:
@@ -118,7 +137,9 @@ def offload(arguments: argparse.Namespace, *, planned: bool = False) -> torch.de
 def add_checkpoint_dir(command: argparse.ArgumentParser) -> None:
     """Where a run that may be killed keeps what it has."""
     command.add_argument(
-        "--checkpoint-dir", metavar="DIR", help="keep every solved layer here; the same command goes on from there"
+        "--checkpoint-dir",
+        metavar="DIR",
+        help="keep every solved layer here; the same command goes on from there",
     )
 
 
@@ -126,7 +147,9 @@ def add_placement(command: argparse.ArgumentParser) -> None:
     """Where a model runs, and in which dtype."""
     add_dtype(command)
     command.add_argument(
-        "--device", default="cpu", help="where the model runs, for example cuda (default: %(default)s)"
+        "--device",
+        default="cpu",
+        help="where the model runs, for example cuda (default: %(default)s)",
     )
 
 
@@ -152,10 +175,14 @@ def add_format(command: argparse.ArgumentParser, *, own: bool) -> None:
         help=f"of the files that are written{default}",
     )
     command.add_argument(
-        "--dequantize-others", action="store_true", help="write layers that the format cannot hold as floats"
+        "--dequantize-others",
+        action="store_true",
+        help="write layers that the format cannot hold as floats",
     )
     command.add_argument(
-        "--engine", choices=tuple(SERVICES), help="warn if it is known not to serve what is written in that format"
+        "--engine",
+        choices=tuple(SERVICES),
+        help="warn if it is known not to serve what is written in that format",
     )
 
 

@@ -17,7 +17,9 @@ from tsq_layers.planning import plan
 def add(command: argparse.ArgumentParser) -> None:
     """Its arguments."""
     command.add_argument(
-        "model", metavar="MODEL_DIR", help="directory of the float model; only its config.json is read"
+        "model",
+        metavar="MODEL_DIR",
+        help="directory of the float model; only its config.json is read",
     )
     options.add_configuration(command)
     options.add_amounts(command)

@@ -6,7 +6,16 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from tsq_layers.cli import completion, evaluation, export, importing, inspection, plan, quantize, refine
+from tsq_layers.cli import (
+    completion,
+    evaluation,
+    export,
+    importing,
+    inspection,
+    plan,
+    quantize,
+    refine,
+)
 from tsq_layers.cli.completion import Parser
 from tsq_layers.cli.demonstration import command as demonstration
 from tsq_layers.config.versions import library_versions
@@ -18,7 +27,10 @@ COMMANDS = {
     "eval": (evaluation, "perplexity of a float or quantised model on a text"),
     "inspect": (inspection, "what happened to every layer of a quantised model"),
     "export": (export, "write a quantised model for transformers, GPTQModel, vLLM or llama.cpp"),
-    "import": (importing, "take over a GPTQ or compressed-tensors checkpoint, codes and scales as they are"),
+    "import": (
+        importing,
+        "take over a GPTQ or compressed-tensors checkpoint, codes and scales as they are",
+    ),
     "refine": (refine, "better scales for a quantised model of any maker, codes as they are"),
     "demo": (demonstration, "quantise SmolLM2-135M-Instruct in several ways and compare them"),
 }
@@ -57,10 +69,17 @@ def parser() -> Parser:
         prog="tsq",
         description="Quantise language models, measure and inspect the result, exchange it with other tools.",
     )
-    top.add_argument("--version", action="version", version=f"tsq_layers {library_versions()['tsq_layers']}")
+    top.add_argument(
+        "--version", action="version", version=f"tsq_layers {library_versions()['tsq_layers']}"
+    )
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     for name, (module, text) in COMMANDS.items():
-        module.add(commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}."))
+        module.add(
+            commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        )
     text = "print what lets a shell complete the options of tsq"
-    completion.add(commands.add_parser("completion", help=text, description=f"{text[0].upper()}{text[1:]}."), parser)
+    completion.add(
+        commands.add_parser("completion", help=text, description=f"{text[0].upper()}{text[1:]}."),
+        parser,
+    )
     return top

@@ -11,8 +11,12 @@ from tsq_layers.integrations.transformers import causal_lm as bridge
 
 def add(command: argparse.ArgumentParser) -> None:
     """Its arguments."""
-    command.add_argument("model", metavar="MODEL_DIR", help="directory of the float model and its tokenizer")
-    command.add_argument("--out", metavar="DIR", required=True, help="where to save the quantised model")
+    command.add_argument(
+        "model", metavar="MODEL_DIR", help="directory of the float model and its tokenizer"
+    )
+    command.add_argument(
+        "--out", metavar="DIR", required=True, help="where to save the quantised model"
+    )
     options.add_configuration(command)
     options.add_format(command, own=True)
     command.add_argument("--text", metavar="FILE", help="calibration text, UTF-8")
@@ -34,7 +38,9 @@ def add(command: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Load, quantise, write."""
     config, offload = options.configuration(arguments), options.offload(arguments)
-    if arguments.format != options.OWN_FORMAT:  # before the model is read; its shapes are looked at then
+    if (
+        arguments.format != options.OWN_FORMAT
+    ):  # before the model is read; its shapes are looked at then
         check_configuration(config, arguments.format)
     models.check_out(arguments, {"the float model": arguments.model})
     if models.is_foreign(arguments.model):
@@ -51,7 +57,9 @@ def run(arguments: argparse.Namespace) -> None:
         raise ConfigError(
             f"{field}={getattr(config, field)!r} needs calibration text: give --text FILE, or a configuration that needs none (--method rtn)"
         )
-    model = options.placed(bridge.load_causal_lm(arguments.model, arguments.dtype), arguments.device)
+    model = options.placed(
+        bridge.load_causal_lm(arguments.model, arguments.dtype), arguments.device
+    )
     if batches is not None:
         bridge.check_length(model, arguments.sequence_length, "--sequence-length")
     models.check_format(model, tokenizer, arguments, config)

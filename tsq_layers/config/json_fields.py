@@ -51,10 +51,16 @@ def checked_fields(record: type, values: object, where: str) -> dict[str, Any]:
     hints = {f.name: get_type_hints(record)[f.name] for f in dataclasses.fields(record)}
     for key, value in values.items():
         if key not in hints:
-            raise CheckpointError(f"{where} has unknown key {key!r}; allowed are {', '.join(hints)}")
+            raise CheckpointError(
+                f"{where} has unknown key {key!r}; allowed are {', '.join(hints)}"
+            )
         if not _fits(value, hints[key]):
             raise CheckpointError(f"{where}: {key}={value!r} is not {_named(hints[key])}")
-    required = [f.name for f in dataclasses.fields(record) if f.default is f.default_factory is dataclasses.MISSING]
+    required = [
+        f.name
+        for f in dataclasses.fields(record)
+        if f.default is f.default_factory is dataclasses.MISSING
+    ]
     missing = [name for name in required if name not in values]
     if missing:
         raise CheckpointError(f"{where} lacks key {missing[0]!r}")
@@ -62,7 +68,11 @@ def checked_fields(record: type, values: object, where: str) -> dict[str, Any]:
 
 
 def _named(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "").replace("collections.abc.", "")
+    return (
+        hint.__name__
+        if isinstance(hint, type)
+        else str(hint).replace("typing.", "").replace("collections.abc.", "")
+    )
 
 
 def _fits(value: object, hint: Any) -> bool:
@@ -73,7 +83,12 @@ def _fits(value: object, hint: Any) -> bool:
         return value in get_args(hint)
     if isinstance(value, bool):
         return hint is bool
-    accepted: dict[Any, type | tuple[type, ...]] = {float: (int, float), tuple: list, Mapping: dict, QuantConfig: dict}
+    accepted: dict[Any, type | tuple[type, ...]] = {
+        float: (int, float),
+        tuple: list,
+        Mapping: dict,
+        QuantConfig: dict,
+    }
     plain = get_origin(hint) or hint
     return isinstance(value, accepted.get(plain, plain))
 

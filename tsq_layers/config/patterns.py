@@ -40,7 +40,9 @@ def check_pattern(pattern: object) -> None:
         ConfigError: not a string, an empty one, or a regular expression with a mistake.
     """
     if not isinstance(pattern, str) or not pattern:
-        raise ConfigError(f"pattern {pattern!r}: give a glob such as '*.down_proj', or 're:' and a regular expression")
+        raise ConfigError(
+            f"pattern {pattern!r}: give a glob such as '*.down_proj', or 're:' and a regular expression"
+        )
     if pattern.startswith("re:"):
         try:
             re.compile(pattern[3:])

@@ -201,12 +201,16 @@ class QuantConfig:
 
     def _checked_overrides(self) -> dict[str, dict[str, Any]]:
         if not isinstance(self.overrides, Mapping):
-            raise ConfigError(f"overrides={self.overrides!r}: give a mapping of pattern to changed fields")
+            raise ConfigError(
+                f"overrides={self.overrides!r}: give a mapping of pattern to changed fields"
+            )
         checked: dict[str, dict[str, Any]] = {}
         for pattern, changes in self.overrides.items():
             check_pattern(pattern)
             if not isinstance(changes, Mapping):
-                raise ConfigError(f"overrides[{pattern!r}]={changes!r}: give a mapping of field to value")
+                raise ConfigError(
+                    f"overrides[{pattern!r}]={changes!r}: give a mapping of field to value"
+                )
             allowed = [f.name for f in dataclasses.fields(self) if f.name not in _MODEL_WIDE]
             unknown = [key for key in changes if key not in allowed]
             if unknown:
@@ -249,13 +253,19 @@ class QuantConfig:
     def _preset(self) -> dict[str, Any]:
         """What "best" makes of the fields that are at their defaults."""
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
-        found = {name: value for name, value in BEST.items() if getattr(self, name) == defaults[name]}
+        found = {
+            name: value for name, value in BEST.items() if getattr(self, name) == defaults[name]
+        }
         return {**found, "method": "two-stage"}
 
     @property
     def uses_deviation(self) -> bool:
         """Whether the method of this configuration makes use of R, that is of paired passes."""
-        return self.method not in ("rtn", "gptq") and self.deviation != "none" and self.deviation_strength != 0
+        return (
+            self.method not in ("rtn", "gptq")
+            and self.deviation != "none"
+            and self.deviation_strength != 0
+        )
 
     @property
     def is_settled(self) -> bool:
@@ -306,7 +316,9 @@ class QuantConfig:
         """The configuration as plain JSON values, with a ``schema_version``."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         values["skip"] = list(self.skip)
-        values["overrides"] = {pattern: dict(changes) for pattern, changes in self.overrides.items()}
+        values["overrides"] = {
+            pattern: dict(changes) for pattern, changes in self.overrides.items()
+        }
         return {"schema_version": SCHEMA_VERSION, **values}
 
     @classmethod
@@ -315,7 +327,9 @@ class QuantConfig:
         values = dict(values)
         version = values.pop("schema_version", None)
         if version != SCHEMA_VERSION:
-            raise ConfigError(f"schema_version={version!r}: this version of tsq_layers reads {SCHEMA_VERSION}")
+            raise ConfigError(
+                f"schema_version={version!r}: this version of tsq_layers reads {SCHEMA_VERSION}"
+            )
         allowed = [f.name for f in dataclasses.fields(cls)]
         unknown = [key for key in values if key not in allowed]
         if unknown:
@@ -357,4 +371,6 @@ QuantConfig.__init__ = _with_preset(QuantConfig.__init__)  # type: ignore[method
 
 def explicit_patterns(config: QuantConfig) -> list[str]:
     """The patterns that the user gave: every override, and every skip but the default ones."""
-    return [pattern for pattern in config.skip if pattern not in _DEFAULT_SKIP] + list(config.overrides)
+    return [pattern for pattern in config.skip if pattern not in _DEFAULT_SKIP] + list(
+        config.overrides
+    )

@@ -25,15 +25,21 @@ def empty_model(directory: Path) -> nn.Module:
     try:
         transformers: Any = importlib.import_module("transformers")
     except ImportError as error:
-        raise MissingExtraError('this needs transformers: pip install "tsq_layers[hf]", or give a model') from error
+        raise MissingExtraError(
+            'this needs transformers: pip install "tsq_layers[hf]", or give a model'
+        ) from error
     try:
         config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"config.json in {directory} is not one that transformers knows: {error}") from error
+        raise CheckpointError(
+            f"config.json in {directory} is not one that transformers knows: {error}"
+        ) from error
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     names = getattr(config, "architectures", None) or ()
-    kind = next((found for name in names if (found := getattr(transformers, name, None)) is not None), None)
+    kind = next(
+        (found for name in names if (found := getattr(transformers, name, None)) is not None), None
+    )
     if kind is None:
         raise CheckpointError(
             f"transformers knows no architecture {', '.join(names) or 'of this config.json'}: build the model and give it as the second argument"
@@ -47,13 +53,19 @@ def empty_model(directory: Path) -> nn.Module:
 def _make_buffers(model: Any, directory: Path) -> None:
     """Give buffers that are not saved the values that transformers starts them with."""
     for name, module in model.named_modules():
-        local = {key: buffer for key, buffer in module.named_buffers(recurse=False) if _is_derived(module, key, buffer)}
+        local = {
+            key: buffer
+            for key, buffer in module.named_buffers(recurse=False)
+            if _is_derived(module, key, buffer)
+        }
         if not local:
             continue
         for key, buffer in local.items():
             empty = torch.empty_like(buffer, device="cpu")
             setattr(module, key, empty.fill_(torch.nan) if buffer.is_floating_point() else empty)
-            for attribute, value in list(vars(module).items()):  # some keep the first value beside the buffer
+            for attribute, value in list(
+                vars(module).items()
+            ):  # some keep the first value beside the buffer
                 if value is buffer:
                     setattr(module, attribute, getattr(module, key))
         with torch.no_grad():

@@ -35,12 +35,16 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         ['88fac688', 'c688fac6', 'fac688fa']
     """
     if codes.dim() != 2 or codes.dtype != torch.uint8:
-        raise LayerError(f"codes are {codes.dtype} of shape {tuple(codes.shape)}; give uint8 (R, C)")
+        raise LayerError(
+            f"codes are {codes.dtype} of shape {tuple(codes.shape)}; give uint8 (R, C)"
+        )
     if not 1 <= bits <= 8:
         raise LayerError(f"bits={bits}: give 1 to 8")
     rows, columns = codes.shape
     blocks_RB32 = F.pad(codes, (0, -columns % WORD_BITS)).view(rows, -1, WORD_BITS)
-    words_RBb = torch.zeros(rows, blocks_RB32.shape[1], bits, dtype=torch.int32, device=codes.device)
+    words_RBb = torch.zeros(
+        rows, blocks_RB32.shape[1], bits, dtype=torch.int32, device=codes.device
+    )
     for i in range(WORD_BITS):
         word, offset = divmod(i * bits, WORD_BITS)
         code_RB = blocks_RB32.select(2, i).to(torch.int32)

@@ -31,7 +31,10 @@ def check_configuration(config: QuantConfig, format_name: str) -> None:
         ...
         tsq_layers.errors.ExportError: zero_points='float', rotation=64: gptq files hold plain codes and scales; give zero_points='integer', rotation=None
     """
-    layers = [config, *(config.changed(overrides={}, **changes) for changes in config.overrides.values())]
+    layers = [
+        config,
+        *(config.changed(overrides={}, **changes) for changes in config.overrides.values()),
+    ]
     for layer in layers:
         _check_additions(layer, format_name)
         _check_grids(layer, LIMITS[format_name])
@@ -45,7 +48,10 @@ def _check_additions(config: QuantConfig, form: str) -> None:
         "outliers": (0, config.outliers > 0),
         "outlier_columns": (0, config.outlier_columns > 0),
         "activation_bits": (None, config.activation_bits is not None),
-        "channel_scaling": (False, config.channel_scaling),  # a directory has no place for what folds them
+        "channel_scaling": (
+            False,
+            config.channel_scaling,
+        ),  # a directory has no place for what folds them
     }
     found = [field for field, (_, there) in wanted.items() if there]
     if found:
@@ -64,7 +70,9 @@ def _check_grids(config: QuantConfig, limits: Limits) -> None:
     }
     for field, holds in fits.items():
         if not holds:
-            raise ExportError(f"{field}={getattr(config, field)!r}: {limits.format_name} holds {limits}; change it")
+            raise ExportError(
+                f"{field}={getattr(config, field)!r}: {limits.format_name} holds {limits}; change it"
+            )
     wanted = limits.scale_dtype
     if wanted is not None and config.torch_scale_dtype.itemsize > wanted.itemsize:
         raise ExportError(

@@ -92,7 +92,9 @@ def read(
             "(skip=…), or write them as floats with dequantize_others=True (--dequantize-others)"
         )
     if not held:
-        raise ExportError(f"{format_name} can hold no quantised layer of this {type(model).__name__} packed")
+        raise ExportError(
+            f"{format_name} can hold no quantised layer of this {type(model).__name__} packed"
+        )
     if planned is None:
         _check_values(layers)
     check_additions(held, format_name)
@@ -100,7 +102,11 @@ def read(
     linear = [layer.name for layer in others if layer.kind in ("Linear", "Conv1D")]
     unquantised = dict.fromkeys([*_unquantised(model), *linear])
     return Contents(
-        model, config, held, float_tensors(model, held, turned), [name for name in unquantised if name not in held]
+        model,
+        config,
+        held,
+        float_tensors(model, held, turned),
+        [name for name in unquantised if name not in held],
     )
 
 
@@ -125,7 +131,9 @@ def layers_of(model: nn.Module) -> list[Layer]:
     return layers
 
 
-def composite_around(model: nn.Module, name: str, of: Callable[[nn.Module], str | None]) -> str | None:
+def composite_around(
+    model: nn.Module, name: str, of: Callable[[nn.Module], str | None]
+) -> str | None:
     """What the module is that is split into layers, one of which is called ``name``; ``None`` if there is none.
 
     Args:
@@ -141,7 +149,9 @@ def composite_around(model: nn.Module, name: str, of: Callable[[nn.Module], str 
     return None
 
 
-def _divided(layers: Sequence[Layer], takes: Callable[[Layer], bool]) -> tuple[dict[str, QuantLinear], list[Layer]]:
+def _divided(
+    layers: Sequence[Layer], takes: Callable[[Layer], bool]
+) -> tuple[dict[str, QuantLinear], list[Layer]]:
     """What is held, and what not. A matrix that is not held in one place (a tied table) is held nowhere."""
     elsewhere = {id(layer.matrix) for layer in layers if not takes(layer)}
     held = {layer.name: layer.matrix for layer in layers if id(layer.matrix) not in elsewhere}
@@ -175,7 +185,9 @@ def check_additions(held: Mapping[str, QuantLinear], format_name: str) -> None:
         additions = layer.additions()
         found = next((cure for addition, cure in cures.items() if additions[addition]), None)
         if found is not None:
-            raise ExportError(f"layer {name!r} has {found}; {format_name} holds only codes, scales and zero points")
+            raise ExportError(
+                f"layer {name!r} has {found}; {format_name} holds only codes, scales and zero points"
+            )
 
 
 def _check_values(layers: Sequence[Layer]) -> None:

@@ -49,7 +49,9 @@ def new_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
             f"{target} exists and is no empty directory: an export replaces nothing, give another one, or remove it"
         )
     try:
-        inside = target if target.exists() else target.parent  # an empty directory may be a mounted one, and stays
+        inside = (
+            target if target.exists() else target.parent
+        )  # an empty directory may be a mounted one, and stays
         inside.mkdir(parents=True, exist_ok=True)
         temporary = inside / f".{target.name}-{secrets.token_hex(4)}"
         temporary.mkdir()
@@ -109,7 +111,9 @@ def byte_count(size: int | str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B|)\s*", str(size), re.IGNORECASE)
     count = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
     if count < 1:
-        raise ExportError(f"max_shard_size={size!r}: give bytes, or a text such as '5GB' or '500MiB'")
+        raise ExportError(
+            f"max_shard_size={size!r}: give bytes, or a text such as '5GB' or '500MiB'"
+        )
     return count
 
 
@@ -121,8 +125,12 @@ def write_tensors(folder: Path, tensors: Sequence[Stored], limit: int) -> None:
     shards = _shards(tensors, limit)
     names = ["model.safetensors"]
     if len(shards) > 1:
-        names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-        places = {stored.key: name for name, shard in zip(names, shards, strict=True) for stored in shard}
+        names = [
+            f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)
+        ]
+        places = {
+            stored.key: name for name, shard in zip(names, shards, strict=True) for stored in shard
+        }
         total = {"total_size": sum(stored.size for stored in tensors)}
         index = {"metadata": total, "weight_map": dict(sorted(places.items()))}
         write_json(folder / "model.safetensors.index.json", index)
@@ -160,7 +168,9 @@ def _made(shard: Sequence[Stored]) -> dict[str, Tensor]:
     return tensors
 
 
-def write_description(folder: Path, model: nn.Module, quantization: Mapping[str, Any], dtype: Any) -> None:
+def write_description(
+    folder: Path, model: nn.Module, quantization: Mapping[str, Any], dtype: Any
+) -> None:
     """``config.json`` with a ``quantization_config``, and ``generation_config.json`` if the model has one."""
     config: Any = model.config
     values = json.loads(config.to_json_string())

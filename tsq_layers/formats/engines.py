@@ -44,7 +44,9 @@ SERVICES: Mapping[str, Mapping[str, Service]] = {
         "gptq-v1": Service(symmetric=_GPTQ, how="format='gptq' is served"),
     },
     "vllm": {
-        "gptq-v1": Service(symmetric=(4,), how="format='compressed-tensors' is served with 4 bits, asymmetric too"),
+        "gptq-v1": Service(
+            symmetric=(4,), how="format='compressed-tensors' is served with 4 bits, asymmetric too"
+        ),
         "compressed-tensors": Service(symmetric=(4,), asymmetric=(4,)),
     },
     "llama.cpp": {"gguf": Service(symmetric=(4, 5, 8))},
@@ -59,7 +61,9 @@ def check_engine(engine: str) -> None:
         ExportError: its name, and those that are known.
     """
     if engine not in SERVICES:
-        raise ExportError(f"engine={engine!r}: give one of {', '.join(map(repr, SERVICES))}, or None")
+        raise ExportError(
+            f"engine={engine!r}: give one of {', '.join(map(repr, SERVICES))}, or None"
+        )
 
 
 def warn_unserved(engine: str, format_name: str, layers: Mapping[str, QuantLinear]) -> None:

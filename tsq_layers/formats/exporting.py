@@ -113,7 +113,9 @@ def export(
     if engine is not None:
         check_engine(engine)
     limit = byte_count(max_shard_size)
-    contents = checked(model, format=format, tokenizer=tokenizer, dequantize_others=dequantize_others)
+    contents = checked(
+        model, format=format, tokenizer=tokenizer, dequantize_others=dequantize_others
+    )
     chosen = FORMATS[format]
     if chosen.in_model_dtype:
         _warn_rounded_scales(contents)
@@ -153,14 +155,21 @@ def checked(
         check_configuration(config, format)
         planned = planned_layers(model, config)
     contents = read(
-        model, chosen.takes, format_name=format, holds=chosen.holds, dequantize_others=dequantize_others, planned=planned
-    )  # fmt: skip
+        model,
+        chosen.takes,
+        format_name=format,
+        holds=chosen.holds,
+        dequantize_others=dequantize_others,
+        planned=planned,
+    )
     chosen.check(contents, tokenizer)
     return contents
 
 
 def _warn_rounded_scales(contents: Contents) -> None:
-    inexact = [name for name, layer in contents.held.items() if not is_exact(layer.scales, layer.dtype)]
+    inexact = [
+        name for name, layer in contents.held.items() if not is_exact(layer.scales, layer.dtype)
+    ]
     if inexact:
         layer = contents.held[inexact[0]]
         warnings.warn(
@@ -210,7 +219,9 @@ FORMATS: dict[str, Format] = {
         takes=compressed_tensors.takes,
         holds="linear layers",
         check=lambda contents, _: compressed_tensors.check_contents(contents),
-        write=functools.partial(_write_checkpoint, compressed_tensors.tensors, compressed_tensors.description),
+        write=functools.partial(
+            _write_checkpoint, compressed_tensors.tensors, compressed_tensors.description
+        ),
     ),
     "gguf": Format(
         takes=gguf.takes,

@@ -50,7 +50,9 @@ class TensorFiles:
             CheckpointError: there is none of that name.
         """
         if key not in self._places:
-            raise CheckpointError(f"tensor {key!r} is missing in {self._directory}; copy the whole directory again")
+            raise CheckpointError(
+                f"tensor {key!r} is missing in {self._directory}; copy the whole directory again"
+            )
         tensor: Tensor = self._open(self._places[key]).get_tensor(key)
         return tensor
 
@@ -58,12 +60,18 @@ class TensorFiles:
         index = self._directory / _INDEX
         if index.exists():
             places = json_object(index).get("weight_map")
-            if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
-                raise CheckpointError(f"{index} has no weight_map of tensors and files; copy the whole directory again")
+            if not isinstance(places, dict) or not all(
+                isinstance(file, str) for file in places.values()
+            ):
+                raise CheckpointError(
+                    f"{index} has no weight_map of tensors and files; copy the whole directory again"
+                )
             return sorted(set(places.values()))
         files = sorted(file.name for file in self._directory.glob("*.safetensors"))
         if not files:
-            raise CheckpointError(f"{self._directory} holds no safetensors files: give the directory of a checkpoint")
+            raise CheckpointError(
+                f"{self._directory} holds no safetensors files: give the directory of a checkpoint"
+            )
         return ["model.safetensors"] if "model.safetensors" in files else files
 
     def _open(self, file: str) -> Any:
@@ -86,7 +94,9 @@ def json_object(path: Path) -> Mapping[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}; give the directory of a checkpoint") from error
+        raise CheckpointError(
+            f"{path} cannot be read: {error}; give the directory of a checkpoint"
+        ) from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} holds no JSON object; give the directory of a checkpoint")
     return found

@@ -58,7 +58,9 @@ class Stored:
         return Stored(key, tensor.dtype, tuple(tensor.shape), tensor.detach, identity)
 
 
-def float_tensors(model: nn.Module, held: Mapping[str, QuantLinear], others: Mapping[str, bool]) -> list[Stored]:
+def float_tensors(
+    model: nn.Module, held: Mapping[str, QuantLinear], others: Mapping[str, bool]
+) -> list[Stored]:
     """Parameters and persistent buffers of a model, without those of the layers in ``held``.
 
     Args:
@@ -88,7 +90,11 @@ def float_tensors(model: nn.Module, held: Mapping[str, QuantLinear], others: Map
         if whole:
             done.add(name)
     ties = getattr(model, "all_tied_weights_keys", None) or {}
-    return [stored for key, stored in found.items() if not _is_tied(stored, found.get(ties.get(key, "")))]
+    return [
+        stored
+        for key, stored in found.items()
+        if not _is_tied(stored, found.get(ties.get(key, "")))
+    ]
 
 
 def _is_tied(stored: Stored, source: Stored | None) -> bool:
@@ -98,7 +104,9 @@ def _is_tied(stored: Stored, source: Stored | None) -> bool:
 def _of_module(name: str, dot: str, module: nn.Module) -> tuple[Iterator[Stored], bool]:
     """The tensors of a module that is not quantised, and whether those of its children are among them."""
     composite = composite_behind(module)
-    if composite is not None and not any(known.name == composite and known in COMPOSITES for known in _KNOWN):
+    if composite is not None and not any(
+        known.name == composite and known in COMPOSITES for known in _KNOWN
+    ):
         raise ExportError(
             f"module {name!r} ({type(module).__name__}) was split into layers by a composite of your own, so the names of "
             "its tensors in the float model are not known; add it to skip"
@@ -133,8 +141,14 @@ def _dequantised(dot: str, module: nn.Module, *, turned: bool) -> Iterator[Store
         return (tensor.T if turned else tensor).contiguous()
 
     table = isinstance(layer, nn.Embedding)
-    shape = (matrix.out_features, matrix.in_features) if table or layer is matrix else tuple(layer.weight.shape)
-    yield Stored(f"{dot}weight", matrix.dtype, shape[::-1] if turned else shape, weight, (id(matrix), turned))
+    shape = (
+        (matrix.out_features, matrix.in_features)
+        if table or layer is matrix
+        else tuple(layer.weight.shape)
+    )
+    yield Stored(
+        f"{dot}weight", matrix.dtype, shape[::-1] if turned else shape, weight, (id(matrix), turned)
+    )
     # A table may share the matrix of an output layer, whose bias is not its own.
     if matrix.bias is not None and not table:
         yield Stored.of(f"{dot}bias", matrix.bias)

@@ -30,7 +30,11 @@ FORMATS: Mapping[str, Callable[[TensorFiles, Mapping[str, Any]], list[PackedLaye
 }
 """``quant_method`` → the layers that such a checkpoint holds packed."""
 
-_DERIVED = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # buffers that old files hold and nobody reads
+_DERIVED = (
+    ".rotary_emb.inv_freq",
+    ".attn.bias",
+    ".attn.masked_bias",
+)  # buffers that old files hold and nobody reads
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +48,10 @@ class _Place:
 
 
 def import_checkpoint(
-    directory: str | os.PathLike[str], model: nn.Module | None = None, *, dtype: torch.dtype | None = None
+    directory: str | os.PathLike[str],
+    model: nn.Module | None = None,
+    *,
+    dtype: torch.dtype | None = None,
 ) -> nn.Module:
     """A quantised checkpoint of another library as a model of :class:`~tsq_layers.QuantLinear`. The inverse of ``tsq.export``.
 
@@ -101,14 +108,20 @@ def import_checkpoint(
 
 def _read_description(path: Path) -> tuple[list[PackedLayer], TensorFiles]:
     if not (path / "config.json").exists():
-        raise CheckpointError(f"{path} holds no config.json: give the directory of a quantised transformers model")
+        raise CheckpointError(
+            f"{path} holds no config.json: give the directory of a quantised transformers model"
+        )
     config = json_object(path / "config.json").get("quantization_config")
     if config is None and (path / "quantize_config.json").exists():
         config = {"quant_method": "gptq", **json_object(path / "quantize_config.json")}
     if config is None:
-        raise CheckpointError(f"config.json in {path} has no quantization_config: the model is not quantised")
+        raise CheckpointError(
+            f"config.json in {path} has no quantization_config: the model is not quantised"
+        )
     if not isinstance(config, dict):
-        raise CheckpointError(f"quantization_config of {path} is a {type(config).__name__}, and an object was expected")
+        raise CheckpointError(
+            f"quantization_config of {path} is a {type(config).__name__}, and an object was expected"
+        )
     method = config.get("quant_method")
     if not isinstance(method, str) or method not in FORMATS:
         raise CheckpointError(
@@ -117,7 +130,9 @@ def _read_description(path: Path) -> tuple[list[PackedLayer], TensorFiles]:
     files = TensorFiles(path)
     layers = FORMATS[method](files, config)
     if not layers:
-        raise CheckpointError(f"the files in {path} hold no packed layers, against what config.json says")
+        raise CheckpointError(
+            f"the files in {path} hold no packed layers, against what config.json says"
+        )
     return layers, files
 
 
@@ -125,10 +140,15 @@ def _place(model: nn.Module, layer: PackedLayer) -> _Place:
     try:
         module = model.get_submodule(layer.name)
     except AttributeError:
-        refuse(layer.name, f"it is not in this {type(model).__name__}; build the model with the config.json beside it")
+        refuse(
+            layer.name,
+            f"it is not in this {type(model).__name__}; build the model with the config.json beside it",
+        )
     kind = kind_of(module)
     if kind is None or kind.inputs is None:
-        refuse(layer.name, f"it is a {type(module).__name__} in the model, and linear layers are read")
+        refuse(
+            layer.name, f"it is a {type(module).__name__} in the model, and linear layers are read"
+        )
     rows, columns = kind.weight(module).shape
     return _Place(module, kind, (rows, columns), layer)
 
@@ -136,26 +156,42 @@ def _place(model: nn.Module, layer: PackedLayer) -> _Place:
 def _twin(place: _Place, bias: Tensor | None, dtype: torch.dtype) -> nn.Module:
     try:
         weight = place.layer.read()
-    except (LayerError, ValueError, TypeError, LookupError, RuntimeError, ZeroDivisionError) as error:
+    except (
+        LayerError,
+        ValueError,
+        TypeError,
+        LookupError,
+        RuntimeError,
+        ZeroDivisionError,
+    ) as error:
         if isinstance(error, CheckpointError):
             raise
         refuse(
-            place.layer.name, f"its tensors do not fit together or its description ({error}); copy the directory again"
+            place.layer.name,
+            f"its tensors do not fit together or its description ({error}); copy the directory again",
         )
     if not bool(torch.isfinite(weight.scales).all()):
         refuse(place.layer.name, "its scales are not finite; quantise it again")
     if tuple(weight.codes.shape) != place.shape:
-        refuse(place.layer.name, f"it is {tuple(weight.codes.shape)} in the files and {place.shape} in the model")
+        refuse(
+            place.layer.name,
+            f"it is {tuple(weight.codes.shape)} in the files and {place.shape} in the model",
+        )
     return place.kind.twin(place.module, QuantLinear.from_quantized(weight, bias, dtype=dtype))
 
 
-def _float_tensors(model: nn.Module, places: Sequence[_Place], files: TensorFiles) -> dict[str, Tensor]:
+def _float_tensors(
+    model: nn.Module, places: Sequence[_Place], files: TensorFiles
+) -> dict[str, Tensor]:
     """Every other tensor of the files; none may be missing in either, but those that are tied to another one."""
     held = frozenset[str]().union(*(place.layer.keys for place in places))
     found = {key for key in files.keys - held if not key.endswith(_DERIVED)}
     packed = {f"{place.layer.name}.weight" for place in places}
     names: dict[int, list[str]] = {}
-    for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
+    for name, tensor in [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]:
         owner, _, local = name.rpartition(".")
         derived = local in model.get_submodule(owner)._non_persistent_buffers_set
         if name not in packed and not derived:
@@ -183,7 +219,9 @@ def _common_dtype(floats: Any) -> torch.dtype:
 
 def _fill(model: nn.Module, values: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:
     """Give tensors their values; those that were one tensor stay one."""
-    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(
+        model.named_buffers(remove_duplicate=False)
+    )
     shared: dict[int, list[str]] = {}
     for name, tensor in tensors.items():
         shared.setdefault(id(tensor), []).append(name)
@@ -201,9 +239,15 @@ def _fill(model: nn.Module, values: Mapping[str, Tensor], dtype: torch.dtype | N
             raise CheckpointError(
                 f"tensor {group[0]!r} has shape {tuple(given[0].shape)} in the checkpoint and {tuple(old.shape)} in the model"
             )
-        value = given[0].to(dtype) if dtype is not None and given[0].is_floating_point() else given[0]
+        value = (
+            given[0].to(dtype) if dtype is not None and given[0].is_floating_point() else given[0]
+        )
         value = value.clone()  # what was read is the file itself, which may be written again
-        kept = nn.Parameter(value, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else value
+        kept = (
+            nn.Parameter(value, requires_grad=old.requires_grad)
+            if isinstance(old, nn.Parameter)
+            else value
+        )
         new |= dict.fromkeys(group, kept)
     for name, value in new.items():
         owner, _, local = name.rpartition(".")
@@ -223,21 +267,39 @@ def _report(
     model: nn.Module,
 ) -> Report:
     """What is in the model. How well it was solved, the files do not say."""
-    matrices = {place.layer.name: getattr(twins[place.module], "matrix", twins[place.module]) for place in places}
+    matrices = {
+        place.layer.name: getattr(twins[place.module], "matrix", twins[place.module])
+        for place in places
+    }
     layers = tuple(
         LayerReport(
-            name=place.layer.name, kind=place.kind.name, rows=place.shape[0], columns=place.shape[1],
-            status="quantized", bits=matrix.bits, group_size=matrix.group_size,
-            symmetric=matrix.symmetric, bits_per_weight=matrix.bits_per_weight,
+            name=place.layer.name,
+            kind=place.kind.name,
+            rows=place.shape[0],
+            columns=place.shape[1],
+            status="quantized",
+            bits=matrix.bits,
+            group_size=matrix.group_size,
+            symmetric=matrix.symmetric,
+            bits_per_weight=matrix.bits_per_weight,
         )
-        for place in places if isinstance(matrix := matrices[place.layer.name], QuantLinear)
-    )  # fmt: skip
-    usual = Counter((layer.bits, layer.group_size, layer.symmetric) for layer in layers).most_common(1)[0][0]
+        for place in places
+        if isinstance(matrix := matrices[place.layer.name], QuantLinear)
+    )
+    usual = Counter(
+        (layer.bits, layer.group_size, layer.symmetric) for layer in layers
+    ).most_common(1)[0][0]
     bits, size, symmetric = usual
     assert bits is not None
     assert symmetric is not None
     config = QuantConfig(bits=bits, group_size=size, symmetric=symmetric, method="gptq")
     return Report(
-        layers=layers, config=config, size_before=before, size_after=model_bytes(model), paired=False, seconds=0.0,
-        versions=library_versions(), parameters=parameter_reports(owned, layers),
-    )  # fmt: skip
+        layers=layers,
+        config=config,
+        size_before=before,
+        size_after=model_bytes(model),
+        paired=False,
+        seconds=0.0,
+        versions=library_versions(),
+        parameters=parameter_reports(owned, layers),
+    )

@@ -88,7 +88,10 @@ def _fits(layer: QuantLinear, limits: Limits) -> bool:
         and (limits.asymmetric or layer.symmetric)
         and layer.in_features % limits.columns == 0
         and layer.out_features % limits.rows == 0
-        and (layer.group_size >= layer.in_features or _group_fits(layer.group_size, layer.in_features, limits))
+        and (
+            layer.group_size >= layer.in_features
+            or _group_fits(layer.group_size, layer.in_features, limits)
+        )
     )
 
 
@@ -142,7 +145,11 @@ def described(layer: QuantLinear) -> str:
         '3 bits, symmetric, one group a row'
     """
     symmetry = "symmetric" if layer.symmetric else "asymmetric"
-    groups = "one group a row" if layer.group_size >= layer.in_features else f"groups of {layer.group_size}"
+    groups = (
+        "one group a row"
+        if layer.group_size >= layer.in_features
+        else f"groups of {layer.group_size}"
+    )
     return f"{layer.bits} bits, {symmetry}, {groups}"
 
 

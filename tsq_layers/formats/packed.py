@@ -45,7 +45,10 @@ def group_size_of(name: str, columns: int, groups: int, given: int | None) -> in
     if groups == 1 and (given is None or given <= 0 or given >= columns):
         return columns
     if given is None or given <= 0 or group_count(columns, given) != groups:
-        refuse(name, f"{groups} groups of {columns} columns do not fit the group size {given} of its configuration")
+        refuse(
+            name,
+            f"{groups} groups of {columns} columns do not fit the group size {given} of its configuration",
+        )
     return given
 
 
@@ -62,10 +65,17 @@ def check_order(name: str, groups_K: Tensor | None, group_size: int, cure: str) 
         return
     expected = torch.arange(groups_K.numel(), device=groups_K.device) // group_size
     if not torch.equal(groups_K.to(torch.int64), expected):
-        refuse(name, f"its columns are in groups by activation order, and groups here are neighbouring columns: {cure}")
+        refuse(
+            name,
+            f"its columns are in groups by activation order, and groups here are neighbouring columns: {cure}",
+        )
 
 
-def weight_of(codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, group_size: int) -> QuantizedWeight:
+def weight_of(
+    codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, group_size: int
+) -> QuantizedWeight:
     """Codes and grids, symmetric if all zero points are 2^(b−1)."""
     symmetric = bool((zeros == 1 << (bits - 1)).all())
-    return QuantizedWeight(codes, scales.contiguous(), zeros.contiguous(), bits, group_size, symmetric)
+    return QuantizedWeight(
+        codes, scales.contiguous(), zeros.contiguous(), bits, group_size, symmetric
+    )

@@ -61,7 +61,11 @@ def unpack_padded(words: Tensor, bits: int, columns: int) -> Tensor:
         >>> unpack_padded(torch.tensor([[0b010_001, 0b111]], dtype=torch.int32), bits=3, columns=11)[0].tolist()
         [1, 2, 0, 0, 0, 0, 0, 0, 0, 0, 7]
     """
-    _check(words, padded_word_count(columns, bits), f"{columns} codes of {bits} bits in words of their own")
+    _check(
+        words,
+        padded_word_count(columns, bits),
+        f"{columns} codes of {bits} bits in words of their own",
+    )
     shifts = torch.arange(WORD_BITS // bits, device=words.device) * bits
     codes = (words.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
     return codes.flatten(1).narrow(1, 0, columns).to(torch.uint8)
@@ -74,4 +78,6 @@ def padded_word_count(columns: int, bits: int) -> int:
 
 def _check(words: Tensor, count: int, what: str) -> None:
     if words.dim() != 2 or words.dtype != torch.int32 or words.shape[1] != count:
-        raise LayerError(f"words are {words.dtype} of shape {tuple(words.shape)}; {what} are int32 (R, {count})")
+        raise LayerError(
+            f"words are {words.dtype} of shape {tuple(words.shape)}; {what} are int32 (R, {count})"
+        )

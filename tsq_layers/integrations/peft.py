@@ -77,13 +77,17 @@ def knowing_packed_layers(config: PeftConfig) -> LoraConfig:
         tsq_layers.errors.ConfigError: init_lora_weights='pissa' changes the weights below an adapter, which are packed: ...
     """
     if not isinstance(config, LoraConfig):
-        raise ConfigError(f"{type(config).__name__}: packed layers take LoRA adapters, give a LoraConfig")
+        raise ConfigError(
+            f"{type(config).__name__}: packed layers take LoRA adapters, give a LoraConfig"
+        )
     if config.init_lora_weights not in _INITIALISERS:
         raise ConfigError(
             f"init_lora_weights={config.init_lora_weights!r} changes the weights below an adapter, which are packed: give True or 'gaussian'"
         )
     config = copy.deepcopy(config)
-    config._register_custom_module({QuantLinear: LoraQuantLinear, QuantEmbedding: LoraQuantEmbedding})
+    config._register_custom_module(
+        {QuantLinear: LoraQuantLinear, QuantEmbedding: LoraQuantEmbedding}
+    )
     return config
 
 
@@ -105,7 +109,9 @@ def _check_targets(model: nn.Module, config: LoraConfig) -> None:
                 f"{config.modules_to_save!r}: quantise the model with it in skip"
             )
         first = seen[id(module)]
-        if first != name and (config.trainable_token_indices or check_target_module_exists(config, name)):
+        if first != name and (
+            config.trainable_token_indices or check_target_module_exists(config, name)
+        ):
             raise ConfigError(
                 f"{name!r} is the very packed matrix of {first.removesuffix('.matrix')!r}, and PEFT would adapt only one of them: leave it "
                 "out of target_modules (and trainable_token_indices), or quantise the model with both in skip"
@@ -115,7 +121,9 @@ def _check_targets(model: nn.Module, config: LoraConfig) -> None:
 def _unmergeable(adapted: PeftModel) -> PeftModel:
     """Let merging be refused before any layer is merged: afterwards the float ones would have lost their adapters."""
     if any(isinstance(module, _Unmergeable) for module in adapted.modules()):
-        vars(adapted.base_model).update(merge_adapter=_refuse_merging, merge_and_unload=_refuse_merging)
+        vars(adapted.base_model).update(
+            merge_adapter=_refuse_merging, merge_and_unload=_refuse_merging
+        )
     return adapted
 
 
@@ -142,7 +150,9 @@ class _Unmergeable:
 class LoraQuantLinear(_Unmergeable, Linear):
     """An adapter on a :class:`~tsq_layers.runtime.linear.QuantLinear`; gradients go to the adapter and to the input."""
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **options: Any) -> None:
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **options: Any
+    ) -> None:
         super().__init__(base_layer, adapter_name, config, **options)
         self.fan_in_fan_out = False  # also where it took the place of a Conv1D
 

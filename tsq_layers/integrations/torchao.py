@@ -56,7 +56,9 @@ class TSQConfig(AOBaseConfig):  # type: ignore[misc]  # torchao is not annotated
 
     def __post_init__(self) -> None:
         if self.step is not None and self.step not in get_args(Step):
-            raise ConfigError(f"step={self.step!r}: give 'prepare', 'convert', or None for both at once")
+            raise ConfigError(
+                f"step={self.step!r}: give 'prepare', 'convert', or None for both at once"
+            )
         if self.config is None and self.step != "convert":
             raise ConfigError("TSQConfig needs a QuantConfig, but for step='convert'")
         if self.config is not None:

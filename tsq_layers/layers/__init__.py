@@ -5,7 +5,15 @@ Everything else in the library sees only :class:`LayerKind` and :class:`Composit
 
 from tsq_layers.layers.composites import Composite, composite_behind, replace, split_of
 from tsq_layers.layers.kinds import LayerKind, kind_behind, rows_of
-from tsq_layers.layers.registry import composite_of, kind_of, packed, register, unregister, unsupported, why_not
+from tsq_layers.layers.registry import (
+    composite_of,
+    kind_of,
+    packed,
+    register,
+    unregister,
+    unsupported,
+    why_not,
+)
 
 __all__ = [
     "Composite",

@@ -16,7 +16,12 @@ from tsq_layers.errors import LayerError
 from tsq_layers.layers.composites import Composite
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
-_PARAMETERS = {f"{name}_weight" for name in _PROJECTIONS} | {"in_proj_weight", "in_proj_bias", "bias_k", "bias_v"}
+_PARAMETERS = {f"{name}_weight" for name in _PROJECTIONS} | {
+    "in_proj_weight",
+    "in_proj_bias",
+    "bias_k",
+    "bias_v",
+}
 
 
 class SplitAttention(nn.Module):
@@ -113,9 +118,13 @@ class SplitAttention(nn.Module):
         _check(query, key, value)
         if is_causal and attn_mask is None:
             raise LayerError("is_causal without attn_mask: give the causal mask too")
-        q, k, v = (self._by_batch(y) for y in (self.q_proj(query), self.k_proj(key), self.v_proj(value)))
+        q, k, v = (
+            self._by_batch(y) for y in (self.q_proj(query), self.k_proj(key), self.v_proj(value))
+        )
         _check_batches(q, k, v)
-        causal = is_causal and key_padding_mask is None and not need_weights  # then the hint is enough
+        causal = (
+            is_causal and key_padding_mask is None and not need_weights
+        )  # then the hint is enough
         mask = None if causal else self._mask(attn_mask, key_padding_mask, q, k.shape[1])
         k, v = _with_extra(k, self.bias_k), _with_extra(v, self.bias_v)
         q, k, v = self._heads(q), self._heads(k), self._heads(v)
@@ -123,7 +132,9 @@ class SplitAttention(nn.Module):
             k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
         dropout = self.dropout if self.training else 0.0
         if not need_weights:
-            return self._output(F.scaled_dot_product_attention(q, k, v, mask, dropout, causal), query), None
+            return self._output(
+                F.scaled_dot_product_attention(q, k, v, mask, dropout, causal), query
+            ), None
         weights = _attention_weights(q, k, mask)
         weights = F.dropout(weights, dropout) if dropout else weights
         output = self._output(weights @ v, query)
@@ -149,11 +160,15 @@ class SplitAttention(nn.Module):
         if query.dim() == 2:
             rows = attended.squeeze(0).transpose(0, 1)
         else:
-            rows = attended.permute(0, 2, 1, 3) if self.batch_first else attended.permute(2, 0, 1, 3)
+            rows = (
+                attended.permute(0, 2, 1, 3) if self.batch_first else attended.permute(2, 0, 1, 3)
+            )
         output: Tensor = self.out_proj(rows.flatten(-2))
         return output
 
-    def _mask(self, attn: Tensor | None, padding: Tensor | None, q: Tensor, sources: int) -> Tensor | None:
+    def _mask(
+        self, attn: Tensor | None, padding: Tensor | None, q: Tensor, sources: int
+    ) -> Tensor | None:
         """Both masks in one to be added to the scores, broadcastable to (N, H, L, S')."""
         batch, targets, heads = q.shape[0], q.shape[1], self.num_heads
         mask = None
@@ -162,7 +177,12 @@ class SplitAttention(nn.Module):
             own_heads = (1, 1) if attn.dim() == 2 else (batch, heads)
             mask = _additive(attn, q.dtype).view(*own_heads, targets, sources)
         if padding is not None:
-            _check_mask("key_padding_mask", padding, (batch, sources), (sources,) if batch == 1 else (batch, sources))
+            _check_mask(
+                "key_padding_mask",
+                padding,
+                (batch, sources),
+                (sources,) if batch == 1 else (batch, sources),
+            )
             keys = _additive(padding, q.dtype).view(batch, 1, 1, sources)
             mask = keys if mask is None else mask + keys
         extra = (self.bias_k is not None) + self.add_zero_attn
@@ -224,21 +244,32 @@ def _is_attention(module: nn.Module) -> bool:
     )
 
 
-ATTENTION = Composite(name="MultiheadAttention", matches=_is_attention, split=split_attention, always=True)
+ATTENTION = Composite(
+    name="MultiheadAttention", matches=_is_attention, split=split_attention, always=True
+)
 
 
 def _is_state(name: str) -> bool:
-    return name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set") or "state_dict" in name
+    return (
+        name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+        or "state_dict" in name
+    )
 
 
 def _thirds(packed: Tensor | None) -> list[nn.Parameter | None]:
     """The parameters of query, key and value, views of the packed one; none if there is none."""
-    return [nn.Parameter(part, packed.requires_grad) for part in packed.detach().chunk(3)] if packed is not None else []
+    return (
+        [nn.Parameter(part, packed.requires_grad) for part in packed.detach().chunk(3)]
+        if packed is not None
+        else []
+    )
 
 
 def _linear(weight: nn.Parameter | None, bias: nn.Parameter | None) -> nn.Linear:
     assert weight is not None
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")  # made without memory
+    linear = nn.Linear(
+        weight.shape[1], weight.shape[0], bias=False, device="meta"
+    )  # made without memory
     linear.weight = weight
     linear.register_parameter("bias", bias)
     return linear
@@ -256,15 +287,23 @@ def _attention_weights(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, -math.inf) if mask.dtype == torch.bool else mask
+    return (
+        torch.zeros_like(mask, dtype=dtype).masked_fill(mask, -math.inf)
+        if mask.dtype == torch.bool
+        else mask
+    )
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
     tensors = (query, key, value)
     if any(tensor.is_nested for tensor in tensors):
-        raise LayerError("attention of nested tensors: give padded tensors, with a key_padding_mask")
+        raise LayerError(
+            "attention of nested tensors: give padded tensors, with a key_padding_mask"
+        )
     if query.dim() not in (2, 3) or {key.dim(), value.dim()} != {query.dim()}:
-        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)  # only here: it cannot be compiled
+        shapes = ", ".join(
+            str(tuple(tensor.shape)) for tensor in tensors
+        )  # only here: it cannot be compiled
         raise LayerError(
             f"query, key, value have shapes {shapes}; give all three dimensions, or all two without a batch"
         )
@@ -279,7 +318,9 @@ def _check_batches(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def _check_mask(name: str, mask: Tensor, *allowed: tuple[int, ...]) -> None:
-    if not any(mask.shape == torch.Size(shape) for shape in allowed):  # "in" cannot be compiled for sizes that vary
+    if not any(
+        mask.shape == torch.Size(shape) for shape in allowed
+    ):  # "in" cannot be compiled for sizes that vary
         raise LayerError(
             f"{name} has shape {tuple(mask.shape)}; give one of {' or '.join(map(str, dict.fromkeys(allowed)))}"
         )

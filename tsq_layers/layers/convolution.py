@@ -64,7 +64,9 @@ class QuantConv(nn.Module):
     ) -> None:
         super().__init__()
         ones = (1,) * len(kernel_size)
-        self.kernel_size, self.stride, self.dilation = (tuple(v or ones) for v in (kernel_size, stride, dilation))
+        self.kernel_size, self.stride, self.dilation = (
+            tuple(v or ones) for v in (kernel_size, stride, dilation)
+        )
         self.padding = padding if isinstance(padding, str) else tuple(padding)
         self.groups, self.padding_mode = groups, padding_mode
         _check(self, matrix)
@@ -90,7 +92,11 @@ class QuantConv(nn.Module):
             LayerError: ``input`` is not floating point, or of another shape.
         """
         x, n = input, len(self.kernel_size)
-        if not x.is_floating_point() or x.dim() - n not in (1, 2) or x.shape[-n - 1] != self.in_channels:
+        if (
+            not x.is_floating_point()
+            or x.dim() - n not in (1, 2)
+            or x.shape[-n - 1] != self.in_channels
+        ):
             raise LayerError(
                 f"the input is {x.dtype} of shape {tuple(x.shape)}; this layer takes floating point of shape "
                 f"(batch, {self.in_channels}, …) or ({self.in_channels}, …) with {n} spatial dimensions"
@@ -113,13 +119,23 @@ def _check(layer: QuantConv, matrix: QuantLinear) -> None:
         raise LayerError(
             f"kernel_size={kernel}, stride={layer.stride}, dilation={layer.dilation}: give 1, 2 or 3 numbers, as many for each"
         )
-    if layer.padding not in ("same", "valid") and (isinstance(layer.padding, str) or len(layer.padding) != n):
+    if layer.padding not in ("same", "valid") and (
+        isinstance(layer.padding, str) or len(layer.padding) != n
+    ):
         raise LayerError(f"padding={layer.padding!r}: give {n} numbers, 'same' or 'valid'")
     if layer.padding == "same" and set(layer.stride) != {1}:
-        raise LayerError(f"padding='same' and stride={layer.stride}: only strides of 1 keep the size; give numbers")
+        raise LayerError(
+            f"padding='same' and stride={layer.stride}: only strides of 1 keep the size; give numbers"
+        )
     if layer.padding_mode not in _PADDING_MODES:
-        raise LayerError(f"padding_mode={layer.padding_mode!r}: give one of {', '.join(_PADDING_MODES)}")
-    if layer.groups < 1 or matrix.out_features % layer.groups or matrix.in_features % math.prod(kernel):
+        raise LayerError(
+            f"padding_mode={layer.padding_mode!r}: give one of {', '.join(_PADDING_MODES)}"
+        )
+    if (
+        layer.groups < 1
+        or matrix.out_features % layer.groups
+        or matrix.in_features % math.prod(kernel)
+    ):
         raise LayerError(
             f"a matrix of {matrix.out_features}×{matrix.in_features} with kernel_size={kernel} and groups={layer.groups}: "
             "groups must divide its rows, and the size of the kernel its columns"
@@ -150,7 +166,10 @@ def patches(module: nn.Module, x: Tensor) -> Tensor:
     axes = list(zip(sizes, kernel, stride, dilation, to_next, strict=True))
     positions = [(size - d * (k - 1) - 1) // step + 1 for size, k, step, d, _ in axes]
     # Every patch where it lies in the input, (B, *positions, groups, channels, *kernel); only flatten copies.
-    to_position, to_entry = (step * to for _, _, step, _, to in axes), (d * to for _, _, _, d, to in axes)
+    to_position, to_entry = (
+        (step * to for _, _, step, _, to in axes),
+        (d * to for _, _, _, d, to in axes),
+    )
     view = padded.as_strided(
         (batch, *positions, groups, channels // groups, *kernel),
         (to_image, *to_position, channels // groups * to_channel, to_channel, *to_entry),
@@ -185,7 +204,9 @@ def _groups(module: nn.Module) -> int:
     return Geometry.of(module).groups
 
 
-def packed_conv(module: nn.Module, matrix: QuantLinear, *, form: type[QuantConv] = QuantConv) -> nn.Module:
+def packed_conv(
+    module: nn.Module, matrix: QuantLinear, *, form: type[QuantConv] = QuantConv
+) -> nn.Module:
     """The twin of a convolution, of the same geometry."""
     layer: Any = module
     twin = form(
@@ -212,5 +233,7 @@ def _kind(base: type[nn.Module]) -> LayerKind:
     )
 
 
-CONVOLUTIONS: tuple[LayerKind, ...] = tuple(_kind(base) for base in (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+CONVOLUTIONS: tuple[LayerKind, ...] = tuple(
+    _kind(base) for base in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+)
 """The kinds of ``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d``; subclasses only if they compute the same."""

@@ -48,7 +48,14 @@ class Geometry(NamedTuple):
             padding = tuple((total // 2, total - total // 2) for total in totals)
         else:
             padding = tuple((p, p) for p in layer.padding)
-        return Geometry(layer.kernel_size, layer.stride, padding, layer.dilation, layer.groups, layer.padding_mode)
+        return Geometry(
+            layer.kernel_size,
+            layer.stride,
+            padding,
+            layer.dilation,
+            layer.groups,
+            layer.padding_mode,
+        )
 
     @property
     def own_padding(self) -> tuple[int, ...]:
@@ -58,10 +65,14 @@ class Geometry(NamedTuple):
     def pad(self, batch: Tensor, done: Sequence[int] | None = None) -> Tensor:
         """Pad the input (B, C, …); ``done`` numbers less on both sides."""
         done = done or (0,) * len(self.padding)
-        margins = [(before - d, after - d) for (before, after), d in zip(self.padding, done, strict=True)]
+        margins = [
+            (before - d, after - d) for (before, after), d in zip(self.padding, done, strict=True)
+        ]
         if not any(before or after for before, after in margins):
             return batch
-        flat = [side for margin in reversed(margins) for side in margin]  # F.pad begins with the last dimension
+        flat = [
+            side for margin in reversed(margins) for side in margin
+        ]  # F.pad begins with the last dimension
         return F.pad(batch, flat, mode="constant" if self.mode == "zeros" else self.mode)
 
 
@@ -86,20 +97,32 @@ def convolve(x: Tensor, matrix: QuantLinear, geometry: Geometry) -> Tensor:
     padded = geometry.pad(kernels.autocast(x), done=geometry.own_padding)
     bias = None if matrix.bias is None else matrix.bias.to(padded.dtype)
     arguments = (padded, bias, matrix.form, geometry, *matrix.parts)
-    differentiable = torch.is_grad_enabled() and (padded.requires_grad or (bias is not None and bias.requires_grad))
-    if differentiable and not torch.compiler.is_exporting() and not torch._C._are_functorch_transforms_active():
+    differentiable = torch.is_grad_enabled() and (
+        padded.requires_grad or (bias is not None and bias.requires_grad)
+    )
+    if (
+        differentiable
+        and not torch.compiler.is_exporting()
+        and not torch._C._are_functorch_transforms_active()
+    ):
         output: Tensor = _Convolution.apply(*arguments)
         return output
     return _forward(*arguments)
 
 
-def _forward(x: Tensor, bias: Tensor | None, form: Form, geometry: Geometry, *parts: Tensor | None) -> Tensor:
+def _forward(
+    x: Tensor, bias: Tensor | None, form: Form, geometry: Geometry, *parts: Tensor | None
+) -> Tensor:
     weight = _weight(parts, form, geometry, x.dtype)
     convolution = CONVOLUTIONS[len(geometry.kernel_size)]
-    return convolution(x, weight, bias, geometry.stride, geometry.own_padding, geometry.dilation, geometry.groups)
+    return convolution(
+        x, weight, bias, geometry.stride, geometry.own_padding, geometry.dilation, geometry.groups
+    )
 
 
-def _weight(parts: Sequence[Tensor | None], form: Form, geometry: Geometry, dtype: torch.dtype) -> Tensor:
+def _weight(
+    parts: Sequence[Tensor | None], form: Form, geometry: Geometry, dtype: torch.dtype
+) -> Tensor:
     weight_NK = running.dequantize(Parts(*parts), form, dtype)  # type: ignore[arg-type]
     return weight_NK.view(weight_NK.shape[0], -1, *geometry.kernel_size)
 
@@ -108,7 +131,9 @@ class _Convolution(torch.autograd.Function):
     """Keeps the packed weight, neither the dequantised one nor the input, for the gradient of the input."""
 
     @staticmethod
-    def forward(x: Tensor, bias: Tensor | None, form: Form, geometry: Geometry, *parts: Tensor | None) -> Tensor:
+    def forward(
+        x: Tensor, bias: Tensor | None, form: Form, geometry: Geometry, *parts: Tensor | None
+    ) -> Tensor:
         return _forward(x, bias, form, geometry, *parts)
 
     @staticmethod
@@ -125,9 +150,18 @@ class _Convolution(torch.autograd.Function):
             weight = _weight(ctx.saved_tensors, ctx.form, geometry, gradient.dtype)
             x = gradient.new_empty(1).expand(ctx.shape)  # only its shape is used
             to_x, _, _ = torch.ops.aten.convolution_backward(
-                gradient, x, weight, None, geometry.stride, geometry.own_padding, geometry.dilation,
-                False, (0,) * len(geometry.stride), geometry.groups, (True, False, False),
-            )  # fmt: skip
+                gradient,
+                x,
+                weight,
+                None,
+                geometry.stride,
+                geometry.own_padding,
+                geometry.dilation,
+                False,
+                (0,) * len(geometry.stride),
+                geometry.groups,
+                (True, False, False),
+            )
         if ctx.needs_input_grad[1]:
             to_bias = gradient.sum((0, *range(2, gradient.dim())))
         return to_x, to_bias, None, None, *(None for _ in ctx.saved_tensors)

@@ -43,7 +43,12 @@ class QuantEmbedding(nn.Embedding):
         nn.Module.__init__(self)  # not that of nn.Embedding: it would make a weight
         self.num_embeddings, self.embedding_dim = matrix.out_features, matrix.in_features
         self.padding_idx = padding_idx
-        self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
+        self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = (
+            None,
+            2.0,
+            False,
+            False,
+        )
         self.matrix = matrix
         mark_twin(self)
 
@@ -81,7 +86,9 @@ class _Table(Tensor):
     @staticmethod
     def of(matrix: QuantLinear) -> "_Table":
         shape = (matrix.out_features, matrix.in_features)
-        table = Tensor._make_wrapper_subclass(_Table, shape, dtype=matrix.dtype, device=matrix.words.device)
+        table = Tensor._make_wrapper_subclass(
+            _Table, shape, dtype=matrix.dtype, device=matrix.words.device
+        )
         table.matrix = matrix
         return table
 
@@ -89,7 +96,9 @@ class _Table(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, function: Callable[..., Any], kinds: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        args, kwargs = pytree.tree_map_only(cls, lambda table: table.matrix.weight, (args, kwargs or {}))
+        args, kwargs = pytree.tree_map_only(
+            cls, lambda table: table.matrix.weight, (args, kwargs or {})
+        )
         return function(*args, **kwargs)
 
 
@@ -126,14 +135,20 @@ def _empty(kind: type[nn.Embedding]) -> QuantEmbedding:
 
 # --- the kind ----------------------------------------------------------------------------------
 
-_MACHINERY = {"forward", "_old_forward", "_hf_hook"}  # what others put on a module to catch its calls
+_MACHINERY = {
+    "forward",
+    "_old_forward",
+    "_hf_hook",
+}  # what others put on a module to catch its calls
 
 
 def _matches(module: nn.Module) -> bool:
     if not isinstance(module, nn.Embedding) or isinstance(module, QuantEmbedding):
         return False
     alone = module._parameters.keys() == {"weight"} and not module._modules
-    return alone and not is_patched(module) and module.max_norm is None  # which changes rows when they are looked up
+    return (
+        alone and not is_patched(module) and module.max_norm is None
+    )  # which changes rows when they are looked up
 
 
 def _twin(module: nn.Module, matrix: QuantLinear) -> nn.Module:

@@ -39,7 +39,8 @@ class ExpertWeights(nn.ModuleList):
 
     def __init__(self, weight: nn.Parameter, *, transposed: bool) -> None:
         super().__init__(
-            _linear(matrix.T if transposed else matrix, weight.requires_grad) for matrix in weight.detach().unbind(0)
+            _linear(matrix.T if transposed else matrix, weight.requires_grad)
+            for matrix in weight.detach().unbind(0)
         )
         self.transposed = transposed
 
@@ -47,7 +48,9 @@ class ExpertWeights(nn.ModuleList):
         """One weight: something to multiply by. The layer itself is ``get_submodule(str(index))``."""
         if isinstance(index, Tensor):
             if index.dim():
-                raise LayerError(f"experts are called one by one: index with one number, not with {tuple(index.shape)}")
+                raise LayerError(
+                    f"experts are called one by one: index with one number, not with {tuple(index.shape)}"
+                )
             index = int(to_host(index)[0])
         layer = self.get_submodule(str(range(len(self))[index]))
         return Operand(layer, BY_ONE, transposed=self.transposed, dtype=self.dtype)
@@ -59,7 +62,9 @@ class ExpertWeights(nn.ModuleList):
             LayerError: another shape.
         """
         if x.dim() != 3 or len(x) != len(self):
-            raise LayerError(f"{len(self)} experts were given {tuple(x.shape)}: give (experts, tokens, features)")
+            raise LayerError(
+                f"{len(self)} experts were given {tuple(x.shape)}: give (experts, tokens, features)"
+            )
         return torch.stack([linear(own) for linear, own in zip(self, x.unbind(0), strict=True)])
 
     @property
@@ -93,7 +98,11 @@ class ExpertWeights(nn.ModuleList):
 
     @classmethod
     def __torch_function__(
-        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """A product with all weights, such as ``torch.bmm(x, weights)``."""
         return Operand.__torch_function__(func, types, tuple(map(_operand, args)), kwargs)
@@ -111,7 +120,12 @@ class Operand:
     """
 
     def __init__(
-        self, layer: Callable[[Tensor], Tensor], products: Mapping[Any, bool], *, transposed: bool, dtype: torch.dtype
+        self,
+        layer: Callable[[Tensor], Tensor],
+        products: Mapping[Any, bool],
+        *,
+        transposed: bool,
+        dtype: torch.dtype,
     ) -> None:
         self.layer, self.products, self.transposed, self.dtype = layer, products, transposed, dtype
 
@@ -138,12 +152,18 @@ class Operand:
             LayerError: it is not.
         """
         if self.dtype != torch.float32:
-            raise LayerError(f"the forward takes the weights of experts to float32, but they are {self.dtype}")
+            raise LayerError(
+                f"the forward takes the weights of experts to float32, but they are {self.dtype}"
+            )
         return self
 
     @classmethod
     def __torch_function__(
-        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """The product that ``func`` is.
 
@@ -154,7 +174,9 @@ class Operand:
 
 
 def _linear(matrix: Tensor, requires_grad: bool) -> nn.Linear:
-    linear = nn.Linear(matrix.shape[1], matrix.shape[0], bias=False, device="meta")  # made without memory
+    linear = nn.Linear(
+        matrix.shape[1], matrix.shape[0], bias=False, device="meta"
+    )  # made without memory
     linear.weight = nn.Parameter(matrix, requires_grad)
     return linear
 

@@ -66,7 +66,11 @@ def split_experts(module: nn.Module) -> nn.Module:
 
 def _weights(module: nn.Module) -> dict[str, bool]:
     """The 3-D parameters that the forward only multiplies by → whether they are (E, in, out)."""
-    own = {name: weight for name, weight in module._parameters.items() if weight is not None and _is_stack(weight)}
+    own = {
+        name: weight
+        for name, weight in module._parameters.items()
+        if weight is not None and _is_stack(weight)
+    }
     forward = _eager_forward(module)
     if not own or forward is None or "forward" in vars(module):
         return {}
@@ -100,7 +104,13 @@ def _has_implementations(module: nn.Module) -> bool:
     """Whether ``use_experts_implementation`` of transformers chooses its forward, by ``config``."""
     forward = type(module).forward
     known = getattr(forward, "__globals__", {}).get("__name__", "").startswith("transformers.")
-    return known and hasattr(forward, "__wrapped__") and {"config", "is_transposed"} <= vars(module).keys()
+    return (
+        known
+        and hasattr(forward, "__wrapped__")
+        and {"config", "is_transposed"} <= vars(module).keys()
+    )
 
 
-EXPERTS = Composite(name="Experts", matches=lambda module: bool(_weights(module)), split=split_experts)
+EXPERTS = Composite(
+    name="Experts", matches=lambda module: bool(_weights(module)), split=split_experts
+)

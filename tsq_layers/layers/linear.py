@@ -22,7 +22,9 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _is_transformers_conv1d(module: nn.Module) -> bool:
-    return is_class(module, "transformers.pytorch_utils", "Conv1D") and is_plain(module, type(module))
+    return is_class(module, "transformers.pytorch_utils", "Conv1D") and is_plain(
+        module, type(module)
+    )
 
 
 def _transposed(module: nn.Module, weight: Tensor) -> Tensor:  # noqa: ARG001

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 def is_offloaded(module: nn.Module) -> bool:
     """Whether a module's own parameters are on the meta device, with a hook of accelerate that can bring them."""
-    return hasattr(module, "_hf_hook") and any(parameter.is_meta for parameter in module.parameters(recurse=False))
+    return hasattr(module, "_hf_hook") and any(
+        parameter.is_meta for parameter in module.parameters(recurse=False)
+    )
 
 
 @contextmanager
@@ -64,7 +66,9 @@ def pass_on_hook(module: nn.Module, twin: nn.Module) -> None:
     hook: Any = getattr(module, "_hf_hook", None)
     if getattr(hook, "execution_device", None) is not None:
         moving = type(hook)(
-            execution_device=hook.execution_device, io_same_device=hook.io_same_device, skip_keys=hook.skip_keys
+            execution_device=hook.execution_device,
+            io_same_device=hook.io_same_device,
+            skip_keys=hook.skip_keys,
         )
         sys.modules[type(hook).__module__].add_hook_to_module(twin, moving)
 
@@ -74,7 +78,9 @@ def entry_device(module: nn.Module) -> torch.device | None:
     device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
     if device is not None:
         return torch.device(device)
-    return next((parameter.device for parameter in module.parameters() if not parameter.is_meta), None)
+    return next(
+        (parameter.device for parameter in module.parameters() if not parameter.is_meta), None
+    )
 
 
 def with_weight(

@@ -46,7 +46,9 @@ def expert_pool(name: str, modules: Mapping[str, nn.Module]) -> Pool | None:
         module = modules.get(holder)
         if not parts[place].isdecimal() or not isinstance(module, nn.ModuleList):
             continue
-        of_one_weight = isinstance(module, ExpertWeights)  # a fused parameter, split: one such list for each weight
+        of_one_weight = isinstance(
+            module, ExpertWeights
+        )  # a fused parameter, split: one such list for each weight
         family = holder.rpartition(".")[0] if of_one_weight else holder
         if "expert" in f"{family.rpartition('.')[2]} {type(modules[family]).__name__}".lower():
             pattern = ".".join([*parts[:place], "*", *parts[place + 1 :]])

@@ -65,7 +65,9 @@ def unregister(name: str) -> None:
     """
     if _remove(KINDS, name) or _remove(COMPOSITES, name):
         return
-    names = ", ".join([repr(kind.name) for kind in KINDS] + [repr(composite.name) for composite in COMPOSITES])
+    names = ", ".join(
+        [repr(kind.name) for kind in KINDS] + [repr(composite.name) for composite in COMPOSITES]
+    )
     raise ConfigError(f"unregister({name!r}): there is no such kind of layer; known are {names}")
 
 
@@ -86,9 +88,9 @@ def composite_of(module: nn.Module) -> Composite | None:
 def why_not(module: nn.Module) -> str:
     """Why a module with parameters of its own is no layer that can be quantised, and what can be done."""
     name = type(module).__name__
-    return next((reason for applies, reason in _reasons(module) if applies), "").format(name=name) or (
-        f"{name} is no layer that is known; tsq_layers.register can teach it"
-    )
+    return next((reason for applies, reason in _reasons(module) if applies), "").format(
+        name=name
+    ) or (f"{name} is no layer that is known; tsq_layers.register can teach it")
 
 
 def _reasons(module: nn.Module) -> Iterator[tuple[bool, str]]:

@@ -42,16 +42,26 @@ def pad_same(layer: nn.Module, x: Tensor) -> Tensor:
     geometry = Geometry.of(layer)
     sides: list[int] = []
     axes = zip(
-        x.shape[-len(geometry.kernel_size) :], geometry.kernel_size, geometry.stride, geometry.dilation, strict=True
+        x.shape[-len(geometry.kernel_size) :],
+        geometry.kernel_size,
+        geometry.stride,
+        geometry.dilation,
+        strict=True,
     )
     for size, kernel, stride, dilation in axes:
         missing = max((-(-size // stride) - 1) * stride + dilation * (kernel - 1) + 1 - size, 0)
-        sides = [missing // 2, missing - missing // 2, *sides]  # F.pad begins with the last dimension
+        sides = [
+            missing // 2,
+            missing - missing // 2,
+            *sides,
+        ]  # F.pad begins with the last dimension
     return F.pad(x, sides)
 
 
 def _matches(module: nn.Module) -> bool:
-    return is_class(module, "timm.layers.conv2d_same", "Conv2dSame") and is_plain(module, type(module))
+    return is_class(module, "timm.layers.conv2d_same", "Conv2dSame") and is_plain(
+        module, type(module)
+    )
 
 
 def _inputs(module: nn.Module, x: Tensor) -> Tensor:

@@ -73,7 +73,9 @@ def products(function: FunctionType, owner: type[nn.Module]) -> dict[str, frozen
     methods, seen = [function], {function}
     while methods:
         reads = _reads(methods.pop())
-        if reads is None or any(hasattr(nn.Module, name) or name in ("__dict__", "_parameters") for name in reads):
+        if reads is None or any(
+            hasattr(nn.Module, name) or name in ("__dict__", "_parameters") for name in reads
+        ):
             return {}  # by the methods of nn.Module, every parameter can be reached
         for name, uses in reads.items():
             found.setdefault(name, set()).update(uses - {_TOLD})
@@ -118,7 +120,9 @@ def _use(weight: ast.expr, parents: Mapping[ast.AST, ast.AST], names: Mapping[st
     node, parent = weight, parents[weight]
     if isinstance(parent, ast.Attribute) and parent.attr in READABLE:
         return _TOLD
-    if isinstance(parent, ast.Compare) and all(isinstance(sign, (ast.Is, ast.IsNot)) for sign in parent.ops):
+    if isinstance(parent, ast.Compare) and all(
+        isinstance(sign, (ast.Is, ast.IsNot)) for sign in parent.ops
+    ):
         return _TOLD
     index = parent.slice if isinstance(parent, ast.Subscript) and parent.value is weight else None
     one = index is not None and not isinstance(index, (ast.Slice, ast.Tuple))
@@ -133,7 +137,9 @@ def _use(weight: ast.expr, parents: Mapping[ast.AST, ast.AST], names: Mapping[st
     return None if takes_transposed is None else Product(takes_transposed != flipped, as_float)
 
 
-def _through_views(node: ast.expr, parents: Mapping[ast.AST, ast.AST], *, one: bool) -> tuple[ast.expr, bool, bool]:
+def _through_views(
+    node: ast.expr, parents: Mapping[ast.AST, ast.AST], *, one: bool
+) -> tuple[ast.expr, bool, bool]:
     """``x`` → the ``x.float().T`` that it stands in; whether that is transposed, and turned to float32."""
     flips, casts = (_FLIPS_ONE, {".float()"}) if one else (_FLIPS_ALL, set())
     flipped = as_float = False
@@ -151,7 +157,11 @@ def _through_views(node: ast.expr, parents: Mapping[ast.AST, ast.AST], *, one: b
 
 def _product(node: ast.expr, parent: ast.AST, names: Mapping[str, Any]) -> Any:
     """The function that multiplies by ``node``, which is its second operand; ``None`` if there is none."""
-    if isinstance(parent, ast.BinOp) and isinstance(parent.op, ast.MatMult) and parent.right is node:
+    if (
+        isinstance(parent, ast.BinOp)
+        and isinstance(parent.op, ast.MatMult)
+        and parent.right is node
+    ):
         return torch.matmul
     if not isinstance(parent, ast.Call):
         return None

@@ -12,7 +12,9 @@ def is_differentiated(*tensors: Tensor | None) -> bool:
         >>> is_differentiated(None, torch.ones(2)), is_differentiated(torch.ones(2, requires_grad=True))
         (False, True)
     """
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    return torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in tensors
+    )
 
 
 def has_dual_numbers() -> bool:

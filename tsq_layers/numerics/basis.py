@@ -60,13 +60,22 @@ class Basis:
     scaling: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if (self.rotation is None) != (self.signs is None) or (self.signs is None and self.scaling is None):
+        if (self.rotation is None) != (self.signs is None) or (
+            self.signs is None and self.scaling is None
+        ):
             raise LayerError("a basis needs rotation and signs, or scaling, or all three")
         if self.rotation is not None and (self.rotation < 1 or self.rotation & (self.rotation - 1)):
             raise LayerError(f"rotation={self.rotation}: give a power of two")
-        for name, values, dtype in (("signs", self.signs, torch.int8), ("scaling", self.scaling, torch.float32)):
-            if values is not None and (values.dtype != dtype or values.dim() != 1 or len(values) != self.columns):
-                raise LayerError(f"{name} are {values.dtype} of shape {tuple(values.shape)}; give {dtype} (K,)")
+        for name, values, dtype in (
+            ("signs", self.signs, torch.int8),
+            ("scaling", self.scaling, torch.float32),
+        ):
+            if values is not None and (
+                values.dtype != dtype or values.dim() != 1 or len(values) != self.columns
+            ):
+                raise LayerError(
+                    f"{name} are {values.dtype} of shape {tuple(values.shape)}; give {dtype} (K,)"
+                )
 
     @classmethod
     def rotated(cls, columns: int, block: int | None, device: torch.device | None = None) -> Self:
@@ -90,7 +99,9 @@ class Basis:
 
     def change(self, weight: Tensor) -> Tensor:
         """A weight for inputs in the new basis, W T⁻¹: (N, K) → (N, K)."""
-        return rotate(_times(_wide(weight), self.signs, self.scaling), self.rotation).to(weight.dtype)
+        return rotate(_times(_wide(weight), self.signs, self.scaling), self.rotation).to(
+            weight.dtype
+        )
 
     def restore(self, weight: Tensor) -> Tensor:
         """The weight W' T for inputs in the old basis; inverse of :meth:`change`."""
@@ -102,7 +113,10 @@ class Basis:
 
     def to(self, device: torch.device | str) -> "Basis":
         """The same on another device."""
-        return Basis(self.rotation, *(None if v is None else v.to(device) for v in (self.signs, self.scaling)))
+        return Basis(
+            self.rotation,
+            *(None if v is None else v.to(device) for v in (self.signs, self.scaling)),
+        )
 
 
 def apply(x: Tensor, rotation: int | None, signs: Tensor | None, scaling: Tensor | None) -> Tensor:
@@ -122,7 +136,9 @@ def apply(x: Tensor, rotation: int | None, signs: Tensor | None, scaling: Tensor
     return rotate(values, rotation).to(x.dtype)
 
 
-def restore(weight: Tensor, rotation: int | None, signs: Tensor | None, scaling: Tensor | None) -> Tensor:
+def restore(
+    weight: Tensor, rotation: int | None, signs: Tensor | None, scaling: Tensor | None
+) -> Tensor:
     """W' T for a weight (N, K) in the new basis, in at least float32 and rounded once; see :class:`Basis`."""
     values = rotate(_wide(weight), rotation)
     values = values if signs is None else values * signs
@@ -157,7 +173,9 @@ def fixed_signs(columns: int, device: torch.device | None = None) -> Tensor:
         >>> fixed_signs(6)
         tensor([ 1,  1, -1,  1, -1,  1], dtype=torch.int8)
     """
-    mixed = torch.arange(1, columns + 1, dtype=torch.int64, device=device) * -0x61C8864680B583EB  # products wrap
+    mixed = (
+        torch.arange(1, columns + 1, dtype=torch.int64, device=device) * -0x61C8864680B583EB
+    )  # products wrap
     mixed = (mixed ^ (mixed >> 32)) * 0x2545F4914F6CDD1D
     return (1 - 2 * ((mixed >> 40) & 1)).to(torch.int8)
 
@@ -203,7 +221,11 @@ _known: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
 
 def _hadamard(size: int, like: Tensor) -> Tensor:
     """Sylvester's matrix, (−1)^(number of bits that i and j share); kept for tensors that have values."""
-    plain = type(like) in (Tensor, torch.nn.Parameter) and not like.is_meta and not is_in_torch_dispatch_mode()
+    plain = (
+        type(like) in (Tensor, torch.nn.Parameter)
+        and not like.is_meta
+        and not is_in_torch_dispatch_mode()
+    )
     if torch.compiler.is_compiling() or not plain or torch._C._are_functorch_transforms_active():
         return _sylvester(size, like.dtype, like.device)
     key = size, like.dtype, like.device

@@ -36,19 +36,27 @@ def to_groups(values_NK: Tensor, group_size: int) -> Tensor:
 
 def steps(weight: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
     """Nearest integers ``code − zero`` to ``weight / scale``; all arguments broadcast, all float."""
-    nearest = (weight / scales).round_()  # maximum and minimum: clamp with bounds that broadcast is ten times slower
+    nearest = (
+        weight / scales
+    ).round_()  # maximum and minimum: clamp with bounds that broadcast is ten times slower
     torch.maximum(nearest, -zeros, out=nearest)
     return torch.minimum(nearest, code_max(bits) - zeros, out=nearest)
 
 
-def quantize(weight_NK: Tensor, scales_NG: Tensor, zeros_NG: Tensor, bits: int, group_size: int) -> Tensor:
+def quantize(
+    weight_NK: Tensor, scales_NG: Tensor, zeros_NG: Tensor, bits: int, group_size: int
+) -> Tensor:
     """Nearest codes of a weight matrix on given grids, uint8 (N, K)."""
-    scales_NG1, zeros_NG1 = (values.unsqueeze(-1).to(weight_NK.dtype) for values in (scales_NG, zeros_NG))
+    scales_NG1, zeros_NG1 = (
+        values.unsqueeze(-1).to(weight_NK.dtype) for values in (scales_NG, zeros_NG)
+    )
     codes_NGg = steps(to_groups(weight_NK, group_size), scales_NG1, zeros_NG1, bits) + zeros_NG1
     return _from_groups(codes_NGg.to(torch.uint8), weight_NK.shape[-1])
 
 
-def centered(codes_NK: Tensor, zeros_NG: Tensor, group_size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def centered(
+    codes_NK: Tensor, zeros_NG: Tensor, group_size: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """The integers ``code − zero`` in a float dtype, (N, K)."""
     centered_NGg = to_groups(codes_NK, group_size).to(dtype) - zeros_NG.unsqueeze(-1).to(dtype)
     return _from_groups(centered_NGg, codes_NK.shape[-1])
@@ -62,11 +70,17 @@ def recoded(steps_NK: Tensor, zeros_NG: Tensor, group_size: int) -> Tensor:
 
 def scaled(steps_NK: Tensor, scales_NG: Tensor, group_size: int) -> Tensor:
     """The products of integers ``code − zero`` with the scales of their groups, (N, K)."""
-    return _from_groups(to_groups(steps_NK, group_size) * scales_NG.unsqueeze(-1), steps_NK.shape[-1])
+    return _from_groups(
+        to_groups(steps_NK, group_size) * scales_NG.unsqueeze(-1), steps_NK.shape[-1]
+    )
 
 
 def dequantize(
-    codes_NK: Tensor, scales_NG: Tensor, zeros_NG: Tensor, group_size: int, dtype: torch.dtype = torch.float32
+    codes_NK: Tensor,
+    scales_NG: Tensor,
+    zeros_NG: Tensor,
+    group_size: int,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """The weight matrix that codes stand for, (N, K).
 
@@ -79,7 +93,11 @@ def dequantize(
 
 
 def with_offsets(
-    codes_NK: Tensor, scales_NG: Tensor, offsets_NG: Tensor, group_size: int, dtype: torch.dtype = torch.float32
+    codes_NK: Tensor,
+    scales_NG: Tensor,
+    offsets_NG: Tensor,
+    group_size: int,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """The weight matrix ``scales · codes + offsets``, (N, K); product and sum as in :func:`dequantize`.
 
@@ -89,10 +107,14 @@ def with_offsets(
     """
     working = torch.float64 if torch.float64 in (scales_NG.dtype, dtype) else torch.float32
     products_NGg = to_groups(codes_NK, group_size).to(working) * scales_NG.unsqueeze(-1).to(working)
-    return _from_groups(products_NGg + offsets_NG.unsqueeze(-1).to(working), codes_NK.shape[-1]).to(dtype)
+    return _from_groups(products_NGg + offsets_NG.unsqueeze(-1).to(working), codes_NK.shape[-1]).to(
+        dtype
+    )
 
 
-def look_up(codes_NK: Tensor, tables_NTL: Tensor, group_size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def look_up(
+    codes_NK: Tensor, tables_NTL: Tensor, group_size: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """The weight matrix ``table[code]``, (N, K), rounded once to ``dtype``.
 
     Args:

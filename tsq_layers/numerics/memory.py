@@ -14,7 +14,11 @@ def model_bytes(model: nn.Module) -> int:
         512
     """
     tensors = [*model.parameters(), *model.buffers()]
-    return sum({memory_extent(tensor): tensor.numel() * tensor.element_size() for tensor in tensors}.values())
+    return sum(
+        {
+            memory_extent(tensor): tensor.numel() * tensor.element_size() for tensor in tensors
+        }.values()
+    )
 
 
 def memory_extent(tensor: Tensor) -> tuple[int, int, int]:
@@ -22,7 +26,11 @@ def memory_extent(tensor: Tensor) -> tuple[int, int, int]:
     size = tensor.element_size()
     if tensor.layout is not torch.strided:  # sparse tensors have no storage of their own
         return id(tensor), 0, tensor.numel() * size
-    return int(tensor.untyped_storage()._cdata), int(tensor.storage_offset()) * size, tensor.numel() * size
+    return (
+        int(tensor.untyped_storage()._cdata),
+        int(tensor.storage_offset()) * size,
+        tensor.numel() * size,
+    )
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -112,7 +112,9 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         ['00054321']
     """
     if codes.dim() != 2 or codes.dtype != torch.uint8:
-        raise LayerError(f"codes are {codes.dtype} of shape {tuple(codes.shape)}; give uint8 (N, K)")
+        raise LayerError(
+            f"codes are {codes.dtype} of shape {tuple(codes.shape)}; give uint8 (N, K)"
+        )
     rows, columns = codes.shape
     words_NW = torch.zeros(rows, word_count(columns, bits), dtype=torch.int32, device=codes.device)
     for plane in planes(columns, bits):
@@ -120,7 +122,9 @@ def pack(codes: Tensor, bits: int) -> Tensor:
             first, length = plane.segment(field, columns)
             part = (codes.narrow(1, first, length) >> plane.shift) & plane.mask
             # The top field reaches the sign bit: shifts of int32 are of the bits, so that is exact.
-            words_NW.narrow(1, plane.start, length).bitwise_or_(part.to(torch.int32) << (plane.bits * field))
+            words_NW.narrow(1, plane.start, length).bitwise_or_(
+                part.to(torch.int32) << (plane.bits * field)
+            )
     return words_NW
 
 

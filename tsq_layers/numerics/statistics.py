@@ -33,7 +33,9 @@ class LayerStatistics:
     def __post_init__(self) -> None:
         shape = tuple(self.hessian.shape)
         if len(shape) not in (2, 3) or shape[-1] != shape[-2] or shape[0] == 0:
-            raise LayerError(f"hessian has shape {shape}; give a square matrix (K, K), or one a block (B, K, K)")
+            raise LayerError(
+                f"hessian has shape {shape}; give a square matrix (K, K), or one a block (B, K, K)"
+            )
         if self.hessian.dtype not in (torch.float32, torch.float64):
             raise LayerError(f"hessian is {self.hessian.dtype}; give float32 or float64")
         if self.deviation is not None and self.deviation.shape != self.hessian.shape:

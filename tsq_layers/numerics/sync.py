@@ -19,7 +19,9 @@ def to_host(*values: Tensor) -> list[float]:
         >>> to_host(torch.tensor(1), torch.tensor(2.5))
         [1.0, 2.5]
     """
-    floats: list[float] = torch.stack([value.detach().to(torch.float64) for value in values]).tolist()
+    floats: list[float] = torch.stack(
+        [value.detach().to(torch.float64) for value in values]
+    ).tolist()
     return floats
 
 

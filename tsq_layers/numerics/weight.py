@@ -46,7 +46,9 @@ class Outliers:
         if (self.indices is None) == (self.columns is None):
             raise LayerError("outliers have indices and columns, or neither; give one of them")
         if self.values.dtype not in SCALE_DTYPES:
-            raise LayerError(f"values of outliers are {self.values.dtype}; give float16, bfloat16 or float32")
+            raise LayerError(
+                f"values of outliers are {self.values.dtype}; give float16, bfloat16 or float32"
+            )
         if self.places.dtype != torch.int32 or self.places.dim() != 1:
             raise LayerError(
                 f"places of outliers are {self.places.dtype} of shape {tuple(self.places.shape)}; give int32 of one dimension"
@@ -129,11 +131,16 @@ class QuantizedWeight:
         if not 1 <= self.bits <= 8:
             raise LayerError(f"bits={self.bits}: give 1 to 8")
         if self.codes.dim() != 2 or self.codes.dtype != torch.uint8:
-            raise LayerError(f"codes are {self.codes.dtype} of shape {tuple(self.codes.shape)}; give uint8 (N, K)")
+            raise LayerError(
+                f"codes are {self.codes.dtype} of shape {tuple(self.codes.shape)}; give uint8 (N, K)"
+            )
         if self.group_size < 1:
             raise LayerError(f"group_size={self.group_size}: give a positive integer")
         check_kind(
-            self.bits, symmetric=self.symmetric, offsets=self.offsets is not None, tables=self.tables is not None
+            self.bits,
+            symmetric=self.symmetric,
+            offsets=self.offsets is not None,
+            tables=self.tables is not None,
         )
         rows, columns = self.codes.shape
         groups = grid.group_count(columns, self.group_size)
@@ -155,7 +162,9 @@ class QuantizedWeight:
             self._check_like_scales("tables", self.tables, shapes)
         self._check_additions()
 
-    def _check_like_scales(self, name: str, given: Tensor, shapes: Sequence[tuple[int, ...]]) -> None:
+    def _check_like_scales(
+        self, name: str, given: Tensor, shapes: Sequence[tuple[int, ...]]
+    ) -> None:
         if tuple(given.shape) not in shapes:
             rows, columns = self.codes.shape
             raise LayerError(
@@ -163,19 +172,27 @@ class QuantizedWeight:
                 f"need {' or '.join(map(str, shapes))}"
             )
         if given.dtype != self.scales.dtype:
-            raise LayerError(f"{name} are {given.dtype} and scales {self.scales.dtype}; give both in one dtype")
+            raise LayerError(
+                f"{name} are {given.dtype} and scales {self.scales.dtype}; give both in one dtype"
+            )
 
     def _check_additions(self) -> None:
         rows, columns = self.codes.shape
         if self.basis is not None and self.basis.columns != columns:
-            raise LayerError(f"the basis is of {self.basis.columns} columns, the weight has {columns}")
+            raise LayerError(
+                f"the basis is of {self.basis.columns} columns, the weight has {columns}"
+            )
         if self.outliers is None:
             return
         values = self.outliers.values
         if values.dtype != self.scales.dtype:
-            raise LayerError(f"outliers are {values.dtype} and scales {self.scales.dtype}; give both in one dtype")
+            raise LayerError(
+                f"outliers are {values.dtype} and scales {self.scales.dtype}; give both in one dtype"
+            )
         if self.outliers.columns is not None and values.shape[0] != rows:
-            raise LayerError(f"columns of outliers have {values.shape[0]} rows, the weight has {rows}")
+            raise LayerError(
+                f"columns of outliers have {values.shape[0]} rows, the weight has {rows}"
+            )
         if self.outliers.indices is not None and rows * columns >= 2**31:
             raise LayerError(
                 f"{rows}×{columns} entries are too many for 32-bit indices of outliers; give whole columns"
@@ -208,7 +225,9 @@ class QuantizedWeight:
         stored = [self.scales, self.offsets, self.tables]
         stored += [] if self.outliers is None else [self.outliers.values, self.outliers.places]
         stored += [] if self.basis is None else [self.basis.signs, self.basis.scaling]
-        overhead = 8 * sum(values.numel() * values.element_size() for values in stored if values is not None)
+        overhead = 8 * sum(
+            values.numel() * values.element_size() for values in stored if values is not None
+        )
         if not self.symmetric and self.offsets is None:
             overhead += self.bits * self.zeros.numel()
         return self.bits + overhead / self.codes.numel()
@@ -222,11 +241,23 @@ class QuantizedWeight:
         sparse: Sequence[Outliers | None] = [None] * len(rows)
         if self.outliers is not None:
             sparse = self.outliers.split(rows, self.codes.shape[1])
-        always = zip(self.codes.split(rows), self.scales.split(rows), self.zeros.split(rows), strict=True)
+        always = zip(
+            self.codes.split(rows), self.scales.split(rows), self.zeros.split(rows), strict=True
+        )
         grids = zip(parts(self.offsets), parts(self.tables), sparse, strict=True)
         return [
-            replace(self, codes=codes, scales=scales, zeros=zeros, offsets=offsets, tables=tables, outliers=outliers)
-            for (codes, scales, zeros), (offsets, tables, outliers) in zip(always, grids, strict=True)
+            replace(
+                self,
+                codes=codes,
+                scales=scales,
+                zeros=zeros,
+                offsets=offsets,
+                tables=tables,
+                outliers=outliers,
+            )
+            for (codes, scales, zeros), (offsets, tables, outliers) in zip(
+                always, grids, strict=True
+            )
         ]
 
 
@@ -245,7 +276,9 @@ def out_of_range(stored: QuantizedWeight, weight: Tensor) -> Tensor:
         tensor([ True, False,  True])
     """
     numbers = [
-        values for values in (stored.scales, stored.offsets, stored.tables) if values is not None and values.numel()
+        values
+        for values in (stored.scales, stored.offsets, stored.tables)
+        if values is not None and values.numel()
     ]
     found = torch.zeros(len(weight), dtype=torch.bool, device=weight.device)
     for values in numbers:
@@ -270,15 +303,31 @@ def stacked(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
         torch.Size([4, 8])
     """
     first = weights[0]
-    forms = {(weight.bits, weight.group_size, weight.symmetric, weight.scales.dtype) for weight in weights}
-    plain = all(weight.tables is None and weight.outliers is None and weight.basis is None for weight in weights)
+    forms = {
+        (weight.bits, weight.group_size, weight.symmetric, weight.scales.dtype)
+        for weight in weights
+    }
+    plain = all(
+        weight.tables is None and weight.outliers is None and weight.basis is None
+        for weight in weights
+    )
     offsets = [weight.offsets for weight in weights if weight.offsets is not None]
     if len(forms) > 1 or not plain or len(offsets) not in (0, len(weights)):
-        raise LayerError("only weights of codes and scales of one width, group size, kind and dtype are stacked")
+        raise LayerError(
+            "only weights of codes and scales of one width, group size, kind and dtype are stacked"
+        )
     if len(weights) == 1:
         return first
-    codes, scales, zeros = (torch.cat([getattr(w, name) for w in weights]) for name in ("codes", "scales", "zeros"))
-    return replace(first, codes=codes, scales=scales, zeros=zeros, offsets=torch.cat(offsets) if offsets else None)
+    codes, scales, zeros = (
+        torch.cat([getattr(w, name) for w in weights]) for name in ("codes", "scales", "zeros")
+    )
+    return replace(
+        first,
+        codes=codes,
+        scales=scales,
+        zeros=zeros,
+        offsets=torch.cat(offsets) if offsets else None,
+    )
 
 
 def check_kind(bits: int, *, symmetric: bool, offsets: bool, tables: bool) -> None:
@@ -291,7 +340,9 @@ def check_kind(bits: int, *, symmetric: bool, offsets: bool, tables: bool) -> No
         raise LayerError("a weight has float offsets or look-up tables, not both; give one of them")
     if symmetric and (offsets or tables):
         kind = "float offsets" if offsets else "look-up tables"
-        raise LayerError(f"a weight with {kind} has no zero points that could be symmetric; give symmetric=False")
+        raise LayerError(
+            f"a weight with {kind} has no zero points that could be symmetric; give symmetric=False"
+        )
     if tables and bits > TABLE_BITS:
         raise LayerError(
             f"bits={bits}: look-up tables are of codes of 1 to {TABLE_BITS} bits; give one of these, or scales"

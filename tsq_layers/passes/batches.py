@@ -37,7 +37,9 @@ def attention_mask(batch: Batch, name: str, x: Tensor) -> Tensor | None:  # noqa
     mask = batch.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         return None
-    if mask.shape == x.shape[:-1] or (x.dim() == 2 and mask.numel() == x.shape[0]):  # the tokens may be flattened
+    if mask.shape == x.shape[:-1] or (
+        x.dim() == 2 and mask.numel() == x.shape[0]
+    ):  # the tokens may be flattened
         return mask.to(x.device)
     return None
 
@@ -54,7 +56,9 @@ def with_input(
     named = [*enumerate(args), *kwargs.items()]
     first = next((key for key, value in named if isinstance(value, Tensor)), None)
     changed = {key: change(value) if key == first else value for key, value in named}
-    return tuple(changed[index] for index in range(len(args))), {key: changed[key] for key in kwargs}
+    return tuple(changed[index] for index in range(len(args))), {
+        key: changed[key] for key in kwargs
+    }
 
 
 def peeked(batches: Iterable[Batch]) -> tuple[Batch, Iterable[Batch]]:
@@ -153,7 +157,9 @@ def with_tensors(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
 
 def with_items(batch: Mapping[Any, Any], items: Mapping[Any, Any]) -> Mapping[Any, Any]:
     """A copy of a mapping with some items changed; of the same class where that has attributes, as transformers' ``BatchEncoding``."""
-    if not isinstance(batch, (dict, UserDict)):  # what a copy of others shares with them is not known
+    if not isinstance(
+        batch, (dict, UserDict)
+    ):  # what a copy of others shares with them is not known
         return {**batch, **items}
     other = copy.copy(batch)
     for key, value in items.items():

@@ -71,7 +71,9 @@ class Arrival:
         tensor = first_tensor(self.args, self.kwargs)
         if tensor is None:
             kinds = [type(value).__name__ for value in (*self.args, *self.kwargs.values())]
-            raise TypeError(f"a call in pass {self.pass_index} has no tensor among its arguments, which are {kinds}")
+            raise TypeError(
+                f"a call in pass {self.pass_index} has no tensor among its arguments, which are {kinds}"
+            )
         return tensor
 
 
@@ -197,14 +199,24 @@ class _Scheduler:
         del stops
         self.released |= self.checked(first, released)
         open_names = {first, *self.released}
-        return iter([pass_ for pass_ in self.passes if pass_.stop is not None and pass_.stop[0] in open_names])
+        return iter(
+            [
+                pass_
+                for pass_ in self.passes
+                if pass_.stop is not None and pass_.stop[0] in open_names
+            ]
+        )
 
     def checked(self, name: str, released: Iterable[str]) -> set[str]:
         if isinstance(released, str) or not isinstance(released, Iterable):
-            raise TypeError(f"visit({name!r}, ...) must return the names of the released layers, got {released!r}")
+            raise TypeError(
+                f"visit({name!r}, ...) must return the names of the released layers, got {released!r}"
+            )
         names = set(released)
         if unknown := sorted(names - self.modules.keys()):
-            raise ValueError(f"visit({name!r}, ...) released {unknown}, which are not among the modules of this run")
+            raise ValueError(
+                f"visit({name!r}, ...) released {unknown}, which are not among the modules of this run"
+            )
         return names
 
     def resume(self, pass_: _Pass) -> None:
@@ -248,7 +260,9 @@ class _Scheduler:
             pass_.over.set()
             self.turn_over.release()
 
-    def on_call(self, name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def on_call(
+        self, name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         """The pre-hook of every module."""
         scheduler, pass_ = getattr(_THREAD, "current", (None, None))
         if scheduler is not self or pass_ is None:

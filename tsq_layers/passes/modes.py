@@ -10,7 +10,18 @@ import torch
 from torch import overrides
 from torch.utils import _python_dispatch
 
-AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps", "hpu", "xla", "mtia", "maia", "ipu", "privateuseone")
+AUTOCAST_DEVICES = (
+    "cpu",
+    "cuda",
+    "xpu",
+    "mps",
+    "hpu",
+    "xla",
+    "mtia",
+    "maia",
+    "ipu",
+    "privateuseone",
+)
 
 
 @contextlib.contextmanager
@@ -35,7 +46,10 @@ def full_precision() -> Iterator[None]:
 def thread_state() -> Callable[[], contextlib.AbstractContextManager[None]]:
     """Take what torch keeps per thread in this one; the result enters it in another."""
     grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-    autocast = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in AUTOCAST_DEVICES]
+    autocast = [
+        (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+        for kind in AUTOCAST_DEVICES
+    ]
     autocast_cache = torch.is_autocast_cache_enabled()
     stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
     dispatch_modes = _python_dispatch._get_current_dispatch_mode_stack()
@@ -72,4 +86,6 @@ def thread_state() -> Callable[[], contextlib.AbstractContextManager[None]]:
 
 
 def _pop_dispatch_mode(mode: _python_dispatch.TorchDispatchMode) -> None:
-    _python_dispatch._pop_mode(getattr(mode, "_dispatch_key", None) or getattr(mode, "_mode_key", None))
+    _python_dispatch._pop_mode(
+        getattr(mode, "_dispatch_key", None) or getattr(mode, "_mode_key", None)
+    )

@@ -20,7 +20,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 _CONTAINERS = (dict, list, set)
 # What a pass leaves alone; what hooks are registered is left alone too.
-_STRUCTURE = frozenset(("_parameters", "_modules", "_non_persistent_buffers_set", "forward", "training"))
+_STRUCTURE = frozenset(
+    ("_parameters", "_modules", "_non_persistent_buffers_set", "forward", "training")
+)
 _MISSING = object()
 
 _SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
@@ -51,7 +53,11 @@ class _Before:
         self.attributes = dict(vars(module))
         self.contents = _contents(module)
         self._parts = _parts(module)
-        held = [value for value in (*module._buffers.values(), *self.attributes.values()) if isinstance(value, Tensor)]
+        held = [
+            value
+            for value in (*module._buffers.values(), *self.attributes.values())
+            if isinstance(value, Tensor)
+        ]
         self._versions = [(tensor, tensor._version) for tensor in held if not tensor.is_inference()]
 
     def changed(self) -> list[Tensor]:
@@ -114,7 +120,9 @@ class PassState:
             for place, (module, name) in enumerate(self._attributes):
                 if module in built:
                     self._start.attributes[place] = vars(module).get(name, _MISSING)
-            self._tensors = [tensor for before in self._before.values() for tensor in before.changed()]
+            self._tensors = [
+                tensor for before in self._before.values() for tensor in before.changed()
+            ]
             self._start.values = [tensor.clone() for tensor in self._tensors]
             self._random = not _equal(self._outside, random_state())
             self._before.clear()
@@ -178,7 +186,11 @@ class PassState:
                 self._attributes.append((before.module, name))
                 self._start.attributes.append(old)
             content = before.contents.get(name)
-            if content is not None and not _same(content, old) and self._is_news(before.module, name, whole=False):
+            if (
+                content is not None
+                and not _same(content, old)
+                and self._is_news(before.module, name, whole=False)
+            ):
                 self._containers.append(old)
                 self._start.contents.append(content)
 
@@ -232,13 +244,18 @@ def refill(container: Any, content: Any) -> None:
 
 
 def _contents(module: nn.Module) -> dict[str, Any]:
-    return {name: copy.copy(value) for name, value in vars(module).items() if isinstance(value, _CONTAINERS)}
+    return {
+        name: copy.copy(value)
+        for name, value in vars(module).items()
+        if isinstance(value, _CONTAINERS)
+    }
 
 
 def _parts(module: nn.Module) -> tuple[list[str], list[str]]:
     """The names of the parameters and children that are there."""
     return tuple(
-        [name for name, part in parts.items() if part is not None] for parts in (module._parameters, module._modules)
+        [name for name, part in parts.items() if part is not None]
+        for parts in (module._parameters, module._modules)
     )  # type: ignore[return-value]
 
 

@@ -50,7 +50,12 @@ def record(modules: Mapping[str, nn.Module], run: Callable[[], object]) -> Recor
             return
         tensor = first_tensor(args, kwargs)
         reference, version, group = seen.get(id(tensor), (None, None, None))
-        if tensor is None or reference is None or reference() is not tensor or version != _version(tensor):
+        if (
+            tensor is None
+            or reference is None
+            or reference() is not tensor
+            or version != _version(tensor)
+        ):
             group = []
             groups.append(group)
             if tensor is not None:
@@ -63,7 +68,9 @@ def record(modules: Mapping[str, nn.Module], run: Callable[[], object]) -> Recor
     place = {name: index for index, name in enumerate(calls)}
     single = [[name] for name in calls if calls[name] > 1]
     shared = [[name for name in group if calls[name] == 1] for group in groups]
-    partition = sorted((group for group in single + shared if group), key=lambda group: place[group[0]])
+    partition = sorted(
+        (group for group in single + shared if group), key=lambda group: place[group[0]]
+    )
     return Recording(tuple(calls), MappingProxyType(dict(calls)), tuple(map(tuple, partition)))
 
 
@@ -72,14 +79,18 @@ def hooked(modules: Mapping[str, nn.Module], hook: Callable[..., None]) -> Itera
     """Call `hook(name, module, args, kwargs)` before every call of the modules."""
     with contextlib.ExitStack() as handles:
         for name, module in modules.items():
-            handle = module.register_forward_pre_hook(functools.partial(hook, name), with_kwargs=True)
+            handle = module.register_forward_pre_hook(
+                functools.partial(hook, name), with_kwargs=True
+            )
             handles.callback(handle.remove)
         yield
 
 
 def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
     """The first tensor among the arguments of a call, positional ones before keywords."""
-    return next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
+    return next(
+        (value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None
+    )
 
 
 def _version(tensor: torch.Tensor) -> int | None:

@@ -22,7 +22,12 @@ _TOGETHER = 2**24  # weights that GPTQ works on together, where there are blocks
 
 
 def solver_bytes(
-    shape: tuple[int, int], blocks: int, config: QuantConfig, *, shifted: bool, held_out: bool = False
+    shape: tuple[int, int],
+    blocks: int,
+    config: QuantConfig,
+    *,
+    shifted: bool,
+    held_out: bool = False,
 ) -> int:
     """The most bytes that the solver holds beside the weight (float32) and the statistics that it is given.
 
@@ -42,32 +47,44 @@ def solver_bytes(
     w, h, s, q = rows * columns, blocks * columns**2, rows * groups, rows * groups**2
     if not config.needs_calibration:
         return _SIZE * (2 * w + 2 * s)
-    problem = shifted * w + 2 * h + 2 * s  # shifted target, damped H and its factor; scales and zeros
+    problem = (
+        shifted * w + 2 * h + 2 * s
+    )  # shifted target, damped H and its factor; scales and zeros
     padded = s * min(config.group_size or columns, columns)  # short groups are filled up
     scan = min(padded, _SCAN)
     part = w if blocks == 1 else min(w, max(w // blocks, _TOGETHER))
     share = min(1.0, _BLOCK / columns)  # of the columns that GPTQ works on at once
     gram = min(1.0, _GRAM / w)  # of the rows whose Gram matrices are built at once
-    building = w + q + gram * (w * (1 + min(1.0, _GROUPS / columns)) + q)  # integers; A; both with rows side by side
+    building = (
+        w + q + gram * (w * (1 + min(1.0, _GROUPS / columns)) + q)
+    )  # integers; A; both with rows side by side
     solving = 2.1 * min(q, _SYSTEMS)  # the systems of some rows, and their factors
-    slope = w * (1 + _other_target(config, shifted=shifted))  # (Q − W') H; and Q − W', if that is not GPTQ's
+    slope = w * (
+        1 + _other_target(config, shifted=shifted)
+    )  # (Q − W') H; and Q − W', if that is not GPTQ's
     phases = {
         "factorise": (3 if blocks == 1 else 5) * h,
-        "shift": (max(2 * w + 4 * h, 6 * h) if rows > blocks * columns else 3.2 * w + 3 * h) * shifted,
+        "shift": (max(2 * w + 4 * h, 6 * h) if rows > blocks * columns else 3.2 * w + 3 * h)
+        * shifted,
         "grids": problem + (4.5 + 15 * s / padded) * scan,
         "losses": problem + 3.25 * w + h * held_out,
         "assign": problem + max(2 * part, w + (1.25 + 5 * share) * part + share * h),
-        "refine": (problem + 2 * s + 0.25 * w + max(slope + max(2 * w, building), q + solving)) * _refines(config),
+        "refine": (problem + 2 * s + 0.25 * w + max(slope + max(2 * w, building), q + solving))
+        * _refines(config),
     }
     changed = 0.0
     if config.rotation is not None or config.channel_scaling:
-        changed = w + h * (1 + shifted + held_out)  # the weight and all statistics in the other basis
+        changed = w + h * (
+            1 + shifted + held_out
+        )  # the weight and all statistics in the other basis
         choice = (3 * w + h) * config.channel_scaling
         phases = {"change": max(2 * w, 3 * h, choice)} | phases
     return round(_SIZE * (changed + max(phases.values())))
 
 
-def solver_flops(shape: tuple[int, int], blocks: int, config: QuantConfig, *, shifted: bool) -> float:
+def solver_flops(
+    shape: tuple[int, int], blocks: int, config: QuantConfig, *, shifted: bool
+) -> float:
     """Floating-point operations of the solver's matrix products and factorisations.
 
     Example:
@@ -78,7 +95,9 @@ def solver_flops(shape: tuple[int, int], blocks: int, config: QuantConfig, *, sh
         return 0.0
     rows, columns = shape
     half = 1 + min(1.0, _PANEL / columns)  # of a product with H, of which half is looked at
-    products = 2 * half + 1 + 2 * shifted  # losses of the nearest codes and of none; the errors carried; W R
+    products = (
+        2 * half + 1 + 2 * shifted
+    )  # losses of the nearest codes and of none; the errors carried; W R
     if _other_target(config, shifted=shifted):  # than GPTQ's, which knows its own loss
         products += 2 if _refines(config) else half
     elif _refines(config):

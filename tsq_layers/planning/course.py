@@ -37,7 +37,11 @@ class Course:
     """
 
     def __init__(
-        self, targets: Mapping[str, Target], callers: Mapping[str, Target], passes: Passes, needs: Needs
+        self,
+        targets: Mapping[str, Target],
+        callers: Mapping[str, Target],
+        passes: Passes,
+        needs: Needs,
     ) -> None:
         self.targets, self.callers, self.passes, self._needs = targets, callers, passes, needs
         self.stages: dict[str, StageInMaking] = {}
@@ -68,7 +72,9 @@ class Course:
             for pool in self._experts.open():
                 self._solve_pool(pool)
         for name, target in self.targets.items():
-            if name not in self.solved and (self.tokens[name] or not target.observed or trace is None):
+            if name not in self.solved and (
+                self.tokens[name] or not target.observed or trace is None
+            ):
                 self._solve(self._stage(name) if name in self.callers else [target], 0)
 
     def _go_through(self, trace: Trace) -> None:
@@ -77,7 +83,11 @@ class Course:
         for call in trace.calls:
             self.forward += call.work * self.passes.count
             stops = call.name not in self._released
-            self._run_on(here or self._entry(self._stage(call.name)), call.peak, call.held if stops else self._held)
+            self._run_on(
+                here or self._entry(self._stage(call.name)),
+                call.peak,
+                call.held if stops else self._held,
+            )
             if stops:
                 here = self._visit(call) or here
             if every <= self._released:
@@ -149,7 +159,9 @@ class Course:
         if not tokens:
             return
         chooses = any(not target.config.is_settled for target in stage) and first.pool is None
-        self._sums[first.name] = need.kept * (1 + chooses)  # of the tokens on which something is chosen
+        self._sums[first.name] = need.kept * (
+            1 + chooses
+        )  # of the tokens on which something is chosen
         if passes.held_out:
             alone = self._needs.observing(first, call.input, paired=False)
             self._held_out_sums[first.name] = alone.kept
@@ -162,7 +174,9 @@ class Course:
         first = self.callers[name]
         group = next((group for group in self._groups if name in group), (name,))
         others = [
-            self.callers[other] for other in group if other != name and self.callers[other].name not in self.solved
+            self.callers[other]
+            for other in group
+            if other != name and self.callers[other].name not in self.solved
         ]
         return [first, *(other for other in others if share_rows(first, other))]
 
@@ -201,9 +215,13 @@ class Course:
         blocks = first.guidance or first.blocks
         self.solves.append(Solve(names, shape, blocks, first.config, shifted))
         copied = len(targets) > 1 or first.weight.element_size() != 4
-        identity = 4 * shape[1] ** 2 * (first.config.needs_calibration and first.kind.inputs is None)
+        identity = (
+            4 * shape[1] ** 2 * (first.config.needs_calibration and first.kind.inputs is None)
+        )
         weight = 4 * shape[0] * shape[1] * copied + identity
-        return weight + solver_bytes(shape, blocks, first.config, shifted=shifted, held_out=held_out)
+        return weight + solver_bytes(
+            shape, blocks, first.config, shifted=shifted, held_out=held_out
+        )
 
     def _solve_pool(self, name: str) -> None:
         """The experts that no token of the example reached; the statistics of their fellows serve."""

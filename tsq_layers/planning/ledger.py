@@ -77,7 +77,11 @@ class Ledger(TorchDispatchMode):
         return peak
 
     def __torch_dispatch__(
-        self, function: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        function: Any,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Run an operation and book its results."""
         kwargs = kwargs or {}
@@ -88,7 +92,9 @@ class Ledger(TorchDispatchMode):
             self.work += _work(function, args, kwargs, result)
         return result
 
-    def _run(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], given: Sequence[Tensor]) -> Any:
+    def _run(
+        self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], given: Sequence[Tensor]
+    ) -> Any:
         if self._fake is None:
             return function(*args, **kwargs)
         if given and all(map(_has_values, given)):

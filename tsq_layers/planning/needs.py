@@ -43,7 +43,10 @@ class Needs:
     def observing(self, target: Target, given: Input, *, paired: bool) -> Need:
         """To see the first call of a layer."""
         alike = None if target.kind.inputs is rows_of else target.name  # others go by the module
-        rounding = target.config.activation_bits and (target.config.activation_bits, target.config.rotation)
+        rounding = target.config.activation_bits and (
+            target.config.activation_bits,
+            target.config.rotation,
+        )
         key = "observing", alike, target.shape, given, paired, rounding, target.guidance
         if key not in self._known:
             self._known[key] = self._observing(target, given, paired)
@@ -52,8 +55,21 @@ class Needs:
     def dense(self, target: Target) -> Need:
         """To have the quantised weight of a layer as a dense one."""
         config, weight = target.config, target.weight
-        layout = config.bits, config.group_size, config.symmetric, config.scale_dtype, str(target.additions)
-        key = "dense", target.kind.name, target.kind.to_matrix is as_it_is, target.shape, weight.dtype, layout
+        layout = (
+            config.bits,
+            config.group_size,
+            config.symmetric,
+            config.scale_dtype,
+            str(target.additions),
+        )
+        key = (
+            "dense",
+            target.kind.name,
+            target.kind.to_matrix is as_it_is,
+            target.shape,
+            weight.dtype,
+            layout,
+        )
         if key not in self._known:
             self._known[key] = self._dense(target)
         return self._known[key]
@@ -66,7 +82,9 @@ class Needs:
 
         def observe() -> int:
             rows = target.rows(x)
-            observer.observe(target.rounded(rows), target.rows(other) if paired else None, mask, weights)
+            observer.observe(
+                target.rounded(rows), target.rows(other) if paired else None, mask, weights
+            )
             return rows.shape[: -1 if target.blocks == 1 else -2].numel()
 
         return self._watched(observe)
@@ -91,4 +109,6 @@ class Needs:
 
 def packed_bytes(target: Target) -> int:
     """Bytes of the packed matrix of a layer, without bias."""
-    return sum(buffer.numel() * buffer.element_size() for buffer in target.empty_matrix("meta").buffers())
+    return sum(
+        buffer.numel() * buffer.element_size() for buffer in target.empty_matrix("meta").buffers()
+    )

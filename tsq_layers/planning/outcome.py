@@ -37,7 +37,11 @@ def outcome(model: nn.Module, preparation: Preparation, course: Course, *, paire
 
 def sees_too_few(target: Target, course: Course) -> bool:
     """Whether a layer is an expert's that will be solved with the statistics of its fellows."""
-    wanted = target.shape[1] if target.config.min_expert_tokens is None else target.config.min_expert_tokens
+    wanted = (
+        target.shape[1]
+        if target.config.min_expert_tokens is None
+        else target.config.min_expert_tokens
+    )
     return (
         target.pool is not None
         and target.observed
@@ -57,7 +61,9 @@ def _solved(target: Target, course: Course, stack: Sequence[str]) -> Solved:
         rows=rows,
         columns=columns,
         status="fallback" if few else "quantized",
-        reason=f"about {tokens} tokens of its own for {columns} columns: statistics of all experts" if few else "",
+        reason=f"about {tokens} tokens of its own for {columns} columns: statistics of all experts"
+        if few
+        else "",
         method=config.method,
         bits=config.bits,
         group_size=matrix.group_size,

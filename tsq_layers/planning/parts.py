@@ -67,7 +67,17 @@ class StageInMaking:
     def frozen(self) -> StagePlan:
         """As the plan has it."""
         return StagePlan(
-            names=tuple(self.names), rows=self.shape[0], columns=self.shape[1], tokens=self.tokens, held=self.held,
-            waiting=self.waiting, offloaded=self.offloaded, statistics=self.statistics, solver=self.solver,
-            packed=self.packed, observing=self.phases["observing"], solving=self.phases["solving"], running=self.phases["running"],
-        )  # fmt: skip
+            names=tuple(self.names),
+            rows=self.shape[0],
+            columns=self.shape[1],
+            tokens=self.tokens,
+            held=self.held,
+            waiting=self.waiting,
+            offloaded=self.offloaded,
+            statistics=self.statistics,
+            solver=self.solver,
+            packed=self.packed,
+            observing=self.phases["observing"],
+            solving=self.phases["solving"],
+            running=self.phases["running"],
+        )

@@ -156,13 +156,20 @@ class Plan:
     def peak_stage(self) -> StagePlan | None:
         """The stage where that is; ``None`` if it is the recording pass."""
         worst = max(self.stages, key=lambda stage: stage.total, default=None)
-        return worst if worst is not None and worst.total + self.thread_bytes >= self.recording else None
+        return (
+            worst
+            if worst is not None and worst.total + self.thread_bytes >= self.recording
+            else None
+        )
 
     @property
     def not_counted(self) -> tuple[str, ...]:
         """Fields of the configuration, or of its overrides, that cost time and memory beyond the numbers here."""
         overrides = self.config.overrides.values()
-        configs = [self.config, *(self.config.changed(overrides={}, **changes) for changes in overrides)]
+        configs = [
+            self.config,
+            *(self.config.changed(overrides={}, **changes) for changes in overrides),
+        ]
         return tuple(dict.fromkeys(name for config in configs for name in _uncounted(config)))
 
     @property
@@ -184,12 +191,19 @@ class Plan:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         values |= {
             "config": self.config.to_dict(),
-            "stages": [{**dataclasses.asdict(stage), "names": list(stage.names)} for stage in self.stages],
+            "stages": [
+                {**dataclasses.asdict(stage), "names": list(stage.names)} for stage in self.stages
+            ],
             "layers": [layer.to_dict() for layer in self.layers],
             "seconds": dict(self.seconds),
             "experts": list(self.experts),
         }
-        return {"schema_version": SCHEMA_VERSION, **values, "peak": self.peak, "not_counted": list(self.not_counted)}
+        return {
+            "schema_version": SCHEMA_VERSION,
+            **values,
+            "peak": self.peak,
+            "not_counted": list(self.not_counted),
+        }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -202,7 +216,11 @@ class Plan:
             raise CheckpointError(
                 f"plan: schema_version={values.get('schema_version')!r}, this version of tsq_layers reads {SCHEMA_VERSION}; make the plan again"
             )
-        rest = {key: value for key, value in values.items() if key not in ("schema_version", "peak", "not_counted")}
+        rest = {
+            key: value
+            for key, value in values.items()
+            if key not in ("schema_version", "peak", "not_counted")
+        }
         checked = checked_fields(cls, rest, "the plan")
         checked["stages"] = tuple(map(StagePlan.from_dict, checked["stages"]))
         checked["layers"] = tuple(map(LayerReport.from_dict, checked["layers"]))
@@ -230,7 +248,10 @@ def _uncounted(config: QuantConfig) -> list[str]:
     costs = {
         "method": config.method in ("quantease", "cdquant", "lnq"),
         "joint_rounds": config.method == "two-stage" and config.joint_rounds > 0,
-        **{name: getattr(config, name) == "auto" for name in ("damping", "deviation_strength", "deviation_damping")},
+        **{
+            name: getattr(config, name) == "auto"
+            for name in ("damping", "deviation_strength", "deviation_damping")
+        },
         "guidance": config.guidance > 0,
         "distill_epochs": config.distill_epochs > 0,
     }

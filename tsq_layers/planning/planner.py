@@ -88,10 +88,14 @@ def plan(
         preparation = _inspected(model, config, fake)
         if paired is None:
             paired = any(target.config.uses_deviation for target in preparation.targets.values())
-        measured = _measured(model, preparation, example_batch, n_batches, forward, fake, empty=empty)
+        measured = _measured(
+            model, preparation, example_batch, n_batches, forward, fake, empty=empty
+        )
         device = entry_device(model) or torch.device("cpu")
         away = offload is not None and (empty or torch.device(offload).type != device.type)
-        course, result = _course(model, preparation, measured.trace, Passes(n_batches, paired, held_out, away), fake)
+        course, result = _course(
+            model, preparation, measured.trace, Passes(n_batches, paired, held_out, away), fake
+        )
     return Plan(
         config=config,
         batches=n_batches,
@@ -110,7 +114,9 @@ def plan(
         size_after=result.size_after,
         bits_per_weight=result.bits_per_weight,
         seconds=_seconds(course, measured.trace, device),
-        experts=tuple(name for name, target in course.targets.items() if sees_too_few(target, course)),
+        experts=tuple(
+            name for name, target in course.targets.items() if sees_too_few(target, course)
+        ),
     )
 
 
@@ -151,7 +157,11 @@ class _TakenForSound(TorchDispatchMode):
         self._fake = fake
 
     def __torch_dispatch__(
-        self, function: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        function: Any,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         if function is torch.ops.aten._local_scalar_dense.default:
             return 1.0
@@ -182,14 +192,22 @@ def _measured(
     targets = preparation.targets.values()
     if n_batches == 0:
         if any(target.observed for target in targets):
-            raise ConfigError("n_batches=0, but layers need calibration; give a positive number, or method='rtn'")
+            raise ConfigError(
+                "n_batches=0, but layers need calibration; give a positive number, or method='rtn'"
+            )
         return _Measured(None, "no pass")
-    modules = {name: preparation.modules[name] for target in targets for name in callers_of(target, preparation)}
+    modules = {
+        name: preparation.modules[name]
+        for target in targets
+        for name in callers_of(target, preparation)
+    }
     try:
         with restored(model):
             stand_ins = StandIns(fake)
             stand_ins.put(model)
-            return _Measured(trace(model, modules, stand_ins.of_all(batch), forward, fake), "fake pass")
+            return _Measured(
+                trace(model, modules, stand_ins.of_all(batch), forward, fake), "fake pass"
+            )
     except CalibrationError:
         raise
     except Exception as error:
@@ -199,15 +217,23 @@ def _measured(
             raise CalibrationError(
                 f"a pass without values is not possible ({reason}) and the model is on the meta device; load its weights, so that one real pass can be run"
             ) from error
-    return _Measured(trace(model, modules, batch, forward, None), "real pass", f"without values: {reason}")
+    return _Measured(
+        trace(model, modules, batch, forward, None), "real pass", f"without values: {reason}"
+    )
 
 
 def _course(
-    model: nn.Module, preparation: Preparation, found: Trace | None, passes: Passes, fake: FakeTensorMode
+    model: nn.Module,
+    preparation: Preparation,
+    found: Trace | None,
+    passes: Passes,
+    fake: FakeTensorMode,
 ) -> tuple[Course, Report]:
     """The stages of the calibration, and what the model will be like."""
     targets = preparation.targets
-    callers = {name: target for target in targets.values() for name in callers_of(target, preparation)}
+    callers = {
+        name: target for target in targets.values() for name in callers_of(target, preparation)
+    }
     with restored(model):
         StandIns(fake).put(model)
         course = Course(targets, callers, passes, Needs(fake))

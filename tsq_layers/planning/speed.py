@@ -16,7 +16,11 @@ from tsq_layers.planning.parts import Solve
 from tsq_layers.solver import TwoStageGroupQuantizer
 
 _LEAST_SECONDS = 0.05  # of a measurement that is repeated until then
-_COLUMNS, _FEW_ROWS, _MANY_ROWS = 256, 16, 768  # of the layers that are solved to see how fast that goes
+_COLUMNS, _FEW_ROWS, _MANY_ROWS = (
+    256,
+    16,
+    768,
+)  # of the layers that are solved to see how fast that goes
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,8 @@ def _solver_speed(config: str, device: torch.device) -> tuple[float, float]:
     plain = QuantConfig.from_json(config)
     products = speed(device, torch.float32).flops
     few, many = (
-        _solved(plain, rows, device) - solver_flops((rows, _COLUMNS), 1, plain, shifted=False) / products
+        _solved(plain, rows, device)
+        - solver_flops((rows, _COLUMNS), 1, plain, shifted=False) / products
         for rows in (_FEW_ROWS, _MANY_ROWS)
     )
     weight = max(0.0, many - few) / ((_MANY_ROWS - _FEW_ROWS) * _COLUMNS)

@@ -29,8 +29,14 @@ def stages(plan: "Plan") -> str:
 
 def _peak(plan: "Plan") -> str:
     worst = plan.peak_stage
-    where = "in the recording pass" if worst is None else f"while {worst.busiest} {_first(worst.names)}"
-    threads = f", {format_bytes(plan.thread_bytes)} of buffers of the passes' threads" if plan.thread_bytes else ""
+    where = (
+        "in the recording pass" if worst is None else f"while {worst.busiest} {_first(worst.names)}"
+    )
+    threads = (
+        f", {format_bytes(plan.thread_bytes)} of buffers of the passes' threads"
+        if plan.thread_bytes
+        else ""
+    )
     return (
         f"peak: {format_bytes(plan.peak)} on top of the model's {format_bytes(plan.size_before)}, {where}; "
         f"with {format_bytes(plan.batch_bytes)} of batches{threads}"
@@ -50,21 +56,31 @@ def _time(plan: "Plan") -> str:
     parts = ", ".join(f"{name} {_seconds(seconds)}" for name, seconds in plan.seconds.items())
     batches = f"{plan.batches} batches, {'paired passes' if plan.paired else 'one pass'}"
     held_out = f", {plan.held_out} held out" if plan.held_out else ""
-    measured = "without a pass" if plan.measured_by == "no pass" else f"measured by a {plan.measured_by}"
+    measured = (
+        "without a pass" if plan.measured_by == "no pass" else f"measured by a {plan.measured_by}"
+    )
     reason = f" ({plan.reason})" if plan.reason else ""
     return f"time: about {_seconds(sum(plan.seconds.values()))}: {parts}; {batches}{held_out}; {measured}{reason}"
 
 
 def _notes(plan: "Plan") -> list[str]:
-    lines = [f"not counted: time and memory for {', '.join(plan.not_counted)}"] if plan.not_counted else []
+    lines = (
+        [f"not counted: time and memory for {', '.join(plan.not_counted)}"]
+        if plan.not_counted
+        else []
+    )
     lines += [_few_tokens(plan)] if plan.few_tokens else []
     if plan.experts:
         few = f"{len(plan.experts)} layers of experts see too few tokens and share those of all experts"
         lines.append(f"shared statistics: {few}: {_some(plan.experts)}")
     by_reason: dict[str, list[str]] = defaultdict(list)
     for layer in plan.left_alone():
-        by_reason[f"{layer.status}: {layer.reason}" if layer.reason else layer.status].append(layer.name)
-    return lines + [f"not quantised ({reason}): {_some(names)}" for reason, names in by_reason.items()]
+        by_reason[f"{layer.status}: {layer.reason}" if layer.reason else layer.status].append(
+            layer.name
+        )
+    return lines + [
+        f"not quantised ({reason}): {_some(names)}" for reason, names in by_reason.items()
+    ]
 
 
 def _few_tokens(plan: "Plan") -> str:

@@ -33,7 +33,11 @@ class Input:
 
     def mask(self) -> Tensor | None:
         """A padding mask of its tokens, if there is one."""
-        return torch.ones(self.shape[:-1], dtype=torch.bool, device=self.device) if self.masked else None
+        return (
+            torch.ones(self.shape[:-1], dtype=torch.bool, device=self.device)
+            if self.masked
+            else None
+        )
 
 
 @dataclass(frozen=True)
@@ -88,12 +92,16 @@ class _Watch:
     calls: list[Call] = field(default_factory=list)
     before: Work = field(default_factory=Work)
 
-    def __call__(self, name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __call__(
+        self, name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         x = lockstep.Arrival(0, 0, args, kwargs).input
         mask = attention_mask(self.batch, name, x)
         padding = 0 if mask is None or isinstance(mask, FakeTensor) else int((mask == 0).sum())
         given = Input(tuple(x.shape), tuple(x.stride()), x.dtype, x.device, mask is not None)
-        self.calls.append(Call(name, self.ledger.live, self.ledger.restart(), self.since(), given, padding))
+        self.calls.append(
+            Call(name, self.ledger.live, self.ledger.restart(), self.since(), given, padding)
+        )
 
     def since(self) -> Work:
         """Work done since it was asked for last."""
@@ -102,7 +110,11 @@ class _Watch:
 
 
 def trace(
-    model: nn.Module, modules: Mapping[str, nn.Module], batch: Batch, forward: Forward, fake: FakeTensorMode | None
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    batch: Batch,
+    forward: Forward,
+    fake: FakeTensorMode | None,
 ) -> Trace:
     """Run a batch through a model, as a calibration does.
 

@@ -24,4 +24,6 @@ def required(module: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is not None and error.name.partition(".")[0] != package:
             raise  # something that the package itself needs
-        raise MissingExtraError(f'this needs {package}: pip install "tsq_layers[report]"') from error
+        raise MissingExtraError(
+            f'this needs {package}: pip install "tsq_layers[report]"'
+        ) from error

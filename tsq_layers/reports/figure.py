@@ -15,11 +15,20 @@ if TYPE_CHECKING:
     from tsq_layers.reports.report import Report
 
 _SUFFIXES = (".png", ".svg", ".pdf")
-_STEP_COLORS = {"factorise": "#7c6bb0", "initialize": "#9aa5b1", "assign": "#e08a1e", "refine": "#2563c9"}
+_STEP_COLORS = {
+    "factorise": "#7c6bb0",
+    "initialize": "#9aa5b1",
+    "assign": "#e08a1e",
+    "refine": "#2563c9",
+}
 _MORE_COLORS = ("#2a9d6f", "#c2477f", "#6b7280")
 _HELD_OUT = "#c2477f"
 _MEDIAN = "#111827"
-_DOTS = (1.0, 1.25, 0.75)  # large dots, step by step: a later one leaves a ring of an equal earlier one
+_DOTS = (
+    1.0,
+    1.25,
+    0.75,
+)  # large dots, step by step: a later one leaves a ring of an equal earlier one
 _LARGE = 5.0
 _CODES, _OVERHEAD = "#2563c9", "#a9c3ee"
 
@@ -30,7 +39,9 @@ def draw(report: "Report", path: str | os.PathLike[str]) -> None:
     """Write the picture; :meth:`tsq_layers.Report.plot` says how, and what it raises."""
     suffix = Path(path).suffix.lower()
     if suffix not in _SUFFIXES:
-        raise ConfigError(f"cannot draw into {path}: give a file name that ends in {', '.join(_SUFFIXES)}")
+        raise ConfigError(
+            f"cannot draw into {path}: give a file name that ends in {', '.join(_SUFFIXES)}"
+        )
     picture(report).savefig(path, format=suffix[1:], dpi=150)
 
 
@@ -45,7 +56,9 @@ def picture(report: "Report") -> Any:
     figure.suptitle(_title(report), fontsize=11, parse_math=False)
     if panels:
         shares = [share for share, _ in panels]
-        axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=shares)[:, 0]
+        axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=shares)[
+            :, 0
+        ]
         for panel, (_, fill) in zip(axes, panels, strict=True):
             _dress(panel)
             fill(panel, layers)
@@ -64,7 +77,9 @@ def _title(report: "Report") -> str:
 def _panels(layers: Sequence[LayerReport]) -> list[Panel]:
     """Height in inches and drawing function of each panel that has something to show."""
     losses = any(
-        series.positive(v) for layer in layers for v in (*layer.losses.values(), *layer.held_out_losses.values())
+        series.positive(v)
+        for layer in layers
+        for v in (*layer.losses.values(), *layer.held_out_losses.values())
     )
     bits = any(series.bits(layers)[1])
     seconds = any(series.seconds(layer) > 0 for layer in layers)
@@ -88,8 +103,20 @@ def _losses(panel: Any, layers: Sequence[LayerReport]) -> None:
         panel.plot(*points, color=_color(step, order), label=step, **style)
     held_out = _points([series.final_held_out(layer) for layer in layers])
     if held_out[0]:
-        style = {"linestyle": "none", "marker": "o", "markerfacecolor": "none", "markersize": size * 1.5, "zorder": 9}
-        panel.plot(*held_out, color=_HELD_OUT, markeredgewidth=size / 6, label="held out, last step", **style)
+        style = {
+            "linestyle": "none",
+            "marker": "o",
+            "markerfacecolor": "none",
+            "markersize": size * 1.5,
+            "zorder": 9,
+        }
+        panel.plot(
+            *held_out,
+            color=_HELD_OUT,
+            markeredgewidth=size / 6,
+            label="held out, last step",
+            **style,
+        )
     _medians(panel, layers)
     panel.set_yscale("log")
     low, high = panel.get_ylim()
@@ -105,8 +132,18 @@ def _medians(panel: Any, layers: Sequence[LayerReport]) -> None:
     finals = [series.positive(series.final_loss(layer)) for layer in layers]
     medians = series.block_medians(finals, marks)
     if medians:
-        starts, ends, values = zip(*[(start - 0.5, end - 0.5, value) for start, end, value in medians], strict=True)
-        panel.hlines(values, starts, ends, color=_MEDIAN, linewidth=2, zorder=10, label="median of a block, last step")
+        starts, ends, values = zip(
+            *[(start - 0.5, end - 0.5, value) for start, end, value in medians], strict=True
+        )
+        panel.hlines(
+            values,
+            starts,
+            ends,
+            color=_MEDIAN,
+            linewidth=2,
+            zorder=10,
+            label="median of a block, last step",
+        )
 
 
 def _bits(panel: Any, layers: Sequence[LayerReport]) -> None:
@@ -159,7 +196,13 @@ def _dress(panel: Any) -> None:
 
 
 def _legend(panel: Any, **more: Any) -> None:
-    style = {"frameon": False, "fontsize": 8.5, "ncols": 6, "handlelength": 1.2, "columnspacing": 1.4}
+    style = {
+        "frameon": False,
+        "fontsize": 8.5,
+        "ncols": 6,
+        "handlelength": 1.2,
+        "columnspacing": 1.4,
+    }
     panel.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), borderaxespad=0.1, **style, **more)
 
 
@@ -178,5 +221,9 @@ def _positive(values: Any) -> list[float]:
 
 def _points(values: Sequence[float | None]) -> tuple[list[int], list[float]]:
     """Places and values of what can be drawn on a logarithmic axis."""
-    pairs = [(index, value) for index, value in enumerate(map(series.positive, values)) if value is not None]
+    pairs = [
+        (index, value)
+        for index, value in enumerate(map(series.positive, values))
+        if value is not None
+    ]
     return [index for index, _ in pairs], [value for _, value in pairs]

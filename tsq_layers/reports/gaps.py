@@ -49,7 +49,11 @@ def share_of_entries(parameters: Sequence[ParameterReport]) -> float:
 def share_of_bytes(parameters: Sequence[ParameterReport]) -> float:
     """Bytes of the float model whose entries were quantised, as a part of all; 0 if there are none."""
     total = sum(parameter.bytes for parameter in parameters)
-    return sum(parameter.quantized * parameter.itemsize for parameter in parameters) / total if total else 0.0
+    return (
+        sum(parameter.quantized * parameter.itemsize for parameter in parameters) / total
+        if total
+        else 0.0
+    )
 
 
 def largest(parameters: Sequence[ParameterReport], count: int) -> tuple[ParameterReport, ...]:

@@ -103,7 +103,12 @@ class LayerReport:
     def to_dict(self) -> dict[str, Any]:
         """The layer as plain JSON values."""
         values = dataclasses.asdict(self)
-        values.update({name: {step: json_number(value) for step, value in values[name].items()} for name in _MAPPINGS})
+        values.update(
+            {
+                name: {step: json_number(value) for step, value in values[name].items()}
+                for name in _MAPPINGS
+            }
+        )
         return {**values, "shared_with": list(self.shared_with)}
 
     @classmethod
@@ -114,10 +119,13 @@ class LayerReport:
         for name in _MAPPINGS:
             if name in checked:
                 checked[name] = {
-                    step: read_number(value, f"{where}: {name}[{step!r}]") for step, value in checked[name].items()
+                    step: read_number(value, f"{where}: {name}[{step!r}]")
+                    for step, value in checked[name].items()
                 }
         checked["shared_with"] = tuple(checked.get("shared_with", ()))
         try:
             return cls(**checked)
         except ValueError as error:
-            raise CheckpointError(f"{error}; the report was changed by hand or by another program") from None
+            raise CheckpointError(
+                f"{error}; the report was changed by hand or by another program"
+            ) from None

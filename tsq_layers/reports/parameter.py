@@ -49,11 +49,17 @@ class ParameterReport:
         object.__setattr__(self, "layers", tuple(self.layers))
         known = isinstance(getattr(torch, self.dtype, None), torch.dtype)
         if not known:
-            raise ValueError(f"parameter {self.name!r}: dtype={self.dtype!r}; give the name of a torch dtype")
+            raise ValueError(
+                f"parameter {self.name!r}: dtype={self.dtype!r}; give the name of a torch dtype"
+            )
         if not 0 <= self.quantized <= self.numel:
-            raise ValueError(f"parameter {self.name!r}: quantized={self.quantized}; give 0 to {self.numel}")
+            raise ValueError(
+                f"parameter {self.name!r}: quantized={self.quantized}; give 0 to {self.numel}"
+            )
         if self.kept and not self.reason:
-            raise ValueError(f"parameter {self.name!r}: {self.kept} entries were kept without a reason; give one")
+            raise ValueError(
+                f"parameter {self.name!r}: {self.kept} entries were kept without a reason; give one"
+            )
 
     @property
     def numel(self) -> int:
@@ -99,4 +105,6 @@ class ParameterReport:
         try:
             return cls(**checked)
         except ValueError as error:
-            raise CheckpointError(f"{error}; the report was changed by hand or by another program") from None
+            raise CheckpointError(
+                f"{error}; the report was changed by hand or by another program"
+            ) from None

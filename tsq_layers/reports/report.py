@@ -68,7 +68,9 @@ class Report:
     def bits_per_weight(self) -> float | None:
         """Stored bits per weight over all quantised layers; ``None`` if there are none."""
         pairs = [
-            (layer.weights, layer.bits_per_weight) for layer in self.quantized if layer.bits_per_weight is not None
+            (layer.weights, layer.bits_per_weight)
+            for layer in self.quantized
+            if layer.bits_per_weight is not None
         ]
         total = sum(weights for weights, _ in pairs)
         return sum(weights * bits for weights, bits in pairs) / total if total else None
@@ -82,7 +84,9 @@ class Report:
     @property
     def coverage(self) -> float:
         """Share, 0 to 1, of all entries of all parameters that were quantised; :attr:`share_quantized` if none are listed."""
-        return coverage.share_of_entries(self.parameters) if self.parameters else self.share_quantized
+        return (
+            coverage.share_of_entries(self.parameters) if self.parameters else self.share_quantized
+        )
 
     @property
     def byte_coverage(self) -> float:

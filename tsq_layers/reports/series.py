@@ -71,7 +71,10 @@ def stacked_seconds(layers: Sequence[LayerReport]) -> list[tuple[str, list[float
     stacked, base = [], [0.0] * len(layers)
     for step in steps((layer.seconds for layer in layers), TIMED_STEPS):
         found = [layer.seconds.get(step, 0.0) for layer in layers]
-        top = [low + value if math.isfinite(value) else low for low, value in zip(base, found, strict=True)]
+        top = [
+            low + value if math.isfinite(value) else low
+            for low, value in zip(base, found, strict=True)
+        ]
         stacked.append((step, base, top))
         base = top
     return stacked
@@ -99,7 +102,9 @@ def short_names(names: Sequence[str]) -> list[str]:
     counts: dict[str, int] = {}
     for tail in (tail for name in parts for tail in _tails(name)):
         counts[tail] = counts.get(tail, 0) + 1
-    return [next((tail for tail in _tails(name) if counts[tail] == 1), ".".join(name)) for name in parts]
+    return [
+        next((tail for tail in _tails(name) if counts[tail] == 1), ".".join(name)) for name in parts
+    ]
 
 
 def _tails(parts: Sequence[str]) -> Iterator[str]:
@@ -110,7 +115,10 @@ def layer_axis(names: Sequence[str]) -> LayerAxis:
     """Marks for layers with these names: the names, if they are few; else their blocks; else their numbers."""
     blocks = _blocks(names)
     if len(names) <= _NAMED:
-        texts = [text if len(text) <= _LONGEST else f"…{text[1 - _LONGEST :]}" for text in short_names(names)]
+        texts = [
+            text if len(text) <= _LONGEST else f"…{text[1 - _LONGEST :]}"
+            for text in short_names(names)
+        ]
         ticks = tuple((float(index), text or "(model)") for index, text in enumerate(texts))
         spans = tuple((start, end) for _, _, start, end in blocks)
         return LayerAxis(title="layer", ticks=ticks, blocks=spans, slanted=True)
@@ -118,14 +126,20 @@ def layer_axis(names: Sequence[str]) -> LayerAxis:
         numbers = linear_ticks(len(names) - 1, 10)
         return LayerAxis(title="layer", ticks=tuple((number, f"{number:g}") for number in numbers))
     families = list(dict.fromkeys(family for family, _, _, _ in blocks))
-    labels = dict(zip(families, short_names(families), strict=True)) if len(families) > 1 else {families[0]: ""}
+    labels = (
+        dict(zip(families, short_names(families), strict=True))
+        if len(families) > 1
+        else {families[0]: ""}
+    )
     texts = [f"{labels[family]}.{number}".lstrip(".") for family, number, _, _ in blocks]
     shown = min(_BLOCK_LABELS, _LABEL_SPACE // (max(map(len, texts)) + 2))
     every = math.ceil(len(blocks) / max(shown, 1))
     marks = zip(texts[::every], blocks[::every], strict=True)
     ticks = tuple(((start + end - 1) / 2, text) for text, (_, _, start, end) in marks)
     title = f"{families[0]}.*" if len(families) == 1 and families[0] else "block"
-    return LayerAxis(title=title, ticks=ticks, blocks=tuple((start, end) for _, _, start, end in blocks))
+    return LayerAxis(
+        title=title, ticks=ticks, blocks=tuple((start, end) for _, _, start, end in blocks)
+    )
 
 
 def _blocks(names: Sequence[str]) -> list[tuple[str, str, int, int]]:
@@ -163,7 +177,10 @@ def block_medians(values: Sequence[float | None], axis: LayerAxis) -> list[tuple
     """
     if len(values) <= _MANY:
         return []
-    found = [(start, end, [value for value in values[start:end] if value is not None]) for start, end in axis.blocks]
+    found = [
+        (start, end, [value for value in values[start:end] if value is not None])
+        for start, end in axis.blocks
+    ]
     return [(start, end, statistics.median(inside)) for start, end, inside in found if inside]
 
 

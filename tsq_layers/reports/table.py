@@ -20,7 +20,9 @@ _GAPS = 3  # reasons that the summary names
 def summary(report: "Report") -> str:
     """A few lines: how much was quantised, what was not and why, what that saved, and how it was done."""
     ratio = _format(report.size_before / report.size_after, ".2f") if report.size_after else BLANK
-    size = f"{format_bytes(report.size_before)} → {format_bytes(report.size_after)} ({ratio}× smaller)"
+    size = (
+        f"{format_bytes(report.size_before)} → {format_bytes(report.size_after)} ({ratio}× smaller)"
+    )
     run = f"{_format(report.seconds, '.1f')} s, {'paired passes' if report.paired else 'one pass'}"
     versions = ", ".join(f"{package} {version}" for package, version in report.versions.items())
     how = "; ".join(filter(None, (run, versions)))
@@ -48,7 +50,9 @@ def _coverage(report: "Report") -> list[str]:
     if found:
         named = [f"{share(gap.share)} {gap.place} ({gap.reason})" for gap in found[:_GAPS]]
         rest = sum(gap.share for gap in found[_GAPS:])
-        lines.append(f"not quantised: {', '.join(named + [f'{share(rest)} for other reasons'] * (rest > 0))}")
+        lines.append(
+            f"not quantised: {', '.join(named + [f'{share(rest)} for other reasons'] * (rest > 0))}"
+        )
     return lines
 
 
@@ -67,7 +71,11 @@ def share(part: float) -> str:
 def layers(rows: Sequence["LayerReport"]) -> str:
     """One aligned line for every layer, under a line of titles. Columns that would be empty are left out."""
     cells = {title: [cell(layer) for layer in rows] for title, cell in _COLUMNS.items()}
-    shown = {title: column for title, column in cells.items() if any(text not in ("", BLANK) for text in column)}
+    shown = {
+        title: column
+        for title, column in cells.items()
+        if any(text not in ("", BLANK) for text in column)
+    }
     return "\n".join(aligned([[title, *column] for title, column in shown.items()], _LEFT))
 
 

@@ -68,8 +68,12 @@ def dequantize(parts: Parts, form: Form, dtype: torch.dtype) -> Tensor:
     working = _working(parts, dtype)
     weight = _codes(parts, form, working)
     if parts.values is not None and parts.places is not None:
-        flat = weight.reshape(-1) if parts.values.dim() == 1 else weight  # a ragged last group leaves gaps
-        weight = flat.index_add(flat.dim() - 1, parts.places, parts.values.to(working)).view(weight.shape)
+        flat = (
+            weight.reshape(-1) if parts.values.dim() == 1 else weight
+        )  # a ragged last group leaves gaps
+        weight = flat.index_add(flat.dim() - 1, parts.places, parts.values.to(working)).view(
+            weight.shape
+        )
     return basis.restore(weight, form.rotation, parts.signs, parts.scaling).to(dtype)
 
 
@@ -81,18 +85,24 @@ def rows(ids: Tensor, parts: Parts, form: Form, dtype: torch.dtype) -> Tensor:
     working = _working(parts, dtype)
     shifts = None if parts.shifts is None else parts.shifts.index_select(0, ids)
     chosen = parts._replace(
-        words=parts.words.index_select(0, ids), grids=parts.grids.index_select(0, ids), shifts=shifts
+        words=parts.words.index_select(0, ids),
+        grids=parts.grids.index_select(0, ids),
+        shifts=shifts,
     )
     weight = _codes(chosen, form, working)
     if parts.values is not None and parts.places is not None:
         if parts.values.dim() == 2:
-            weight = weight.index_add(1, parts.places, parts.values.index_select(0, ids).to(working))
+            weight = weight.index_add(
+                1, parts.places, parts.values.index_select(0, ids).to(working)
+            )
         elif len(parts.places):
             weight = weight + _entries_of(ids, parts.values, parts.places, form.columns).to(working)
     return basis.restore(weight, form.rotation, parts.signs, parts.scaling).to(dtype)
 
 
-def linear(x: Tensor, bias: Tensor | None, parts: Parts, form: Form, activation_bits: int | None) -> Tensor:
+def linear(
+    x: Tensor, bias: Tensor | None, parts: Parts, form: Form, activation_bits: int | None
+) -> Tensor:
     """What the layer makes of its input, in the dtype of ``x`` (that of autocast, if it is on).
 
     Gradients flow to ``x``, straight through its rounding, and to ``bias``.
@@ -131,7 +141,9 @@ def round_input(x: Tensor, parts: Parts, form: Form) -> Tensor:
     """Round an input of a layer to 8 bits as the layer does; see :func:`~tsq_layers.numerics.activations.round_in_basis`."""
     if parts.signs is None and parts.scaling is None:
         return activations.round_in_basis(x, None)
-    return activations.round_in_basis(x, basis.Basis(form.rotation, parts.signs, parts.scaling).to(x.device))
+    return activations.round_in_basis(
+        x, basis.Basis(form.rotation, parts.signs, parts.scaling).to(x.device)
+    )
 
 
 # --- the sparse part -----------------------------------------------------------------------------
@@ -139,7 +151,9 @@ def round_input(x: Tensor, parts: Parts, form: Form) -> Tensor:
 
 def _entries_of(ids: Tensor, values: Tensor, places: Tensor, columns: int) -> Tensor:
     """The sparse entries of some rows, dense (R, K): every place is looked up, so that no size depends on values."""
-    wanted = ids.to(torch.int32).unsqueeze(1) * columns + torch.arange(columns, dtype=torch.int32, device=ids.device)
+    wanted = ids.to(torch.int32).unsqueeze(1) * columns + torch.arange(
+        columns, dtype=torch.int32, device=ids.device
+    )
     found = torch.searchsorted(places, wanted).clamp(max=len(places) - 1)
     return torch.where(places[found] == wanted, values[found], 0)
 
@@ -149,10 +163,14 @@ def _with_entries(x: Tensor, bias: Tensor | None, parts: Parts, form: Form) -> T
     x = kernels.autocast(x)
     assert parts.values is not None
     assert parts.places is not None
-    exporting = torch.compiler.is_exporting()  # then the number of rows may be a symbol that must not be compared
+    exporting = (
+        torch.compiler.is_exporting()
+    )  # then the number of rows may be a symbol that must not be compared
     if not exporting and math.prod(x.shape[:-1]) <= kernels.FEW_ROWS:
         y = kernels.linear(x, *parts[:3], bias, *form[:3])
-        return (y + _sparse_product(x, parts.values, parts.places, parts.words.shape[0])).to(y.dtype)
+        return (y + _sparse_product(x, parts.values, parts.places, parts.words.shape[0])).to(
+            y.dtype
+        )
     bias = None if bias is None else bias.to(x.dtype)
     plain = exporting or has_dual_numbers() or torch._C._are_functorch_transforms_active()
     if not plain and is_differentiated(x, bias):
@@ -168,7 +186,9 @@ def _sparse_product(x: Tensor, values: Tensor, places: Tensor, outputs: int) -> 
     row, column = places // columns, places % columns
     terms_ME = x.reshape(-1, columns).to(working).index_select(1, column) * values.to(working)
     # Not index_add, which takes 3 to 8 times as long on a CPU.
-    y_MN = terms_ME.new_zeros(len(terms_ME), outputs).scatter_add(1, row.long().expand(len(terms_ME), -1), terms_ME)
+    y_MN = terms_ME.new_zeros(len(terms_ME), outputs).scatter_add(
+        1, row.long().expand(len(terms_ME), -1), terms_ME
+    )
     return y_MN.reshape(*x.shape[:-1], outputs)
 
 
@@ -187,8 +207,14 @@ class _Dense(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         parts = Parts(*ctx.saved_tensors)
-        to_x = gradient @ dequantize(parts, ctx.form, gradient.dtype) if ctx.needs_input_grad[0] else None
-        to_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None
+        to_x = (
+            gradient @ dequantize(parts, ctx.form, gradient.dtype)
+            if ctx.needs_input_grad[0]
+            else None
+        )
+        to_bias = (
+            gradient.reshape(-1, gradient.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None
+        )
         return to_x, to_bias, None, *(None for _ in parts)
 
 
@@ -212,7 +238,9 @@ def integer_product(x: Tensor, bias: Tensor | None, parts: Parts, form: Form) ->
     """
     offset = 2 ** (form.bits - 1)
     codes, scales = activations.quantize_rows(x.reshape(-1, form.columns))
-    weight = packing.unpack(parts.words, form.bits, form.columns).sub(offset).view(torch.int8)  # wraps to signed
+    weight = (
+        packing.unpack(parts.words, form.bits, form.columns).sub(offset).view(torch.int8)
+    )  # wraps to signed
     sums = torch._int_mm(codes, weight.mT)
     if parts.shifts is not None:
         zeros = kernels.zero_points(parts.grids, parts.shifts, form.bits).to(torch.int32)

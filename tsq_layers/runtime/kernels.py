@@ -85,7 +85,11 @@ def dequantize(
             words, grids, shifts, bits, form.group_size, columns, dtype
         )
         return made
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or rows * columns <= _BLOCK:
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or rows * columns <= _BLOCK
+    ):
         return matrix_of(words, grids, shifts, form, dtype)
     # A block of rows at a time: the many float32 intermediates stay small.
     weight_NK = torch.empty(rows, columns, dtype=dtype, device=words.device)
@@ -93,24 +97,32 @@ def dequantize(
     for first in range(0, rows, step):
         count = min(step, rows - first)
         some = None if shifts is None else shifts.narrow(0, first, count)
-        block = matrix_of(words.narrow(0, first, count), grids.narrow(0, first, count), some, form, dtype)
+        block = matrix_of(
+            words.narrow(0, first, count), grids.narrow(0, first, count), some, form, dtype
+        )
         weight_NK.narrow(0, first, count).copy_(block)
     return weight_NK
 
 
-def matrix_of(words: Tensor, grids: Tensor, shifts: Tensor | None, form: Format, dtype: torch.dtype) -> Tensor:
+def matrix_of(
+    words: Tensor, grids: Tensor, shifts: Tensor | None, form: Format, dtype: torch.dtype
+) -> Tensor:
     """:func:`dequantize` all at once, which a compiler makes one loop of."""
     codes_NK = packing.unpack(words, form.bits, form.columns)
     if grids.dim() == 3:
         return grid.look_up(codes_NK, grids, form.group_size, dtype)
     if shifts is not None and shifts.is_floating_point():
         return grid.with_offsets(codes_NK, grids, shifts, form.group_size, dtype)
-    return grid.dequantize(codes_NK, grids, zero_points(grids, shifts, form.bits), form.group_size, dtype)
+    return grid.dequantize(
+        codes_NK, grids, zero_points(grids, shifts, form.bits), form.group_size, dtype
+    )
 
 
 def format_of(grids: Tensor, bits: int, group_size: int, columns: int) -> Format:
     """With one table a row, the row is the group."""
-    return Format(bits, columns if grids.dim() == 3 and grids.shape[1] == 1 else group_size, columns)
+    return Format(
+        bits, columns if grids.dim() == 3 and grids.shape[1] == 1 else group_size, columns
+    )
 
 
 def zero_points(scales: Tensor, zero_words: Tensor | None, bits: int) -> Tensor:
@@ -165,7 +177,9 @@ def linear(
     x = autocast(x)
     bias = None if bias is None else bias.to(x.dtype)
     if has_dual_numbers():  # of which neither the operations nor the function below know
-        return F.linear(x, dequantize(words, grids, shifts, bits, group_size, columns, x.dtype), bias)
+        return F.linear(
+            x, dequantize(words, grids, shifts, bits, group_size, columns, x.dtype), bias
+        )
     form = format_of(grids, bits, group_size, columns)
     if (
         is_differentiated(x, bias)
@@ -186,10 +200,16 @@ def _is_simple(x: Tensor, bias: Tensor | None, columns: int) -> bool:
         native.is_loaded()
         and type(x) is Tensor
         and x.is_cpu
-        and (x.dtype == torch.float32 or (x.dtype in native.DTYPES and x.numel() <= native.FEW_ROWS * columns))
+        and (
+            x.dtype == torch.float32
+            or (x.dtype in native.DTYPES and x.numel() <= native.FEW_ROWS * columns)
+        )
         and x.shape[-1:] == (columns,)
         and (bias is None or bias.dtype == x.dtype)
-        and not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+        and not (
+            torch.is_grad_enabled()
+            and (x.requires_grad or (bias is not None and bias.requires_grad))
+        )
         and not has_dual_numbers()
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
@@ -223,7 +243,12 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x: Tensor, words: Tensor, grids: Tensor, shifts: Tensor | None, bias: Tensor | None, form: Format
+        x: Tensor,
+        words: Tensor,
+        grids: Tensor,
+        shifts: Tensor | None,
+        bias: Tensor | None,
+        form: Format,
     ) -> Tensor:
         return _forward(x, words, grids, shifts, bias, form)
 
@@ -254,16 +279,27 @@ def _native(tensor: Tensor) -> bool:
 
 def _trains(grids: Tensor, shifts: Tensor | None) -> bool:
     """Whether gradients of grids are wanted, which the operations do not have."""
-    return torch.is_grad_enabled() and (grids.requires_grad or (shifts is not None and shifts.requires_grad))
+    return torch.is_grad_enabled() and (
+        grids.requires_grad or (shifts is not None and shifts.requires_grad)
+    )
 
 
 def _has_values(tensor: Tensor) -> bool:
     plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type != "meta"
-    return plain and not is_in_torch_dispatch_mode() and not torch._C._are_functorch_transforms_active()
+    return (
+        plain
+        and not is_in_torch_dispatch_mode()
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
 def _forward(
-    x: Tensor, words: Tensor, grids: Tensor, shifts: Tensor | None, bias: Tensor | None, form: Format
+    x: Tensor,
+    words: Tensor,
+    grids: Tensor,
+    shifts: Tensor | None,
+    bias: Tensor | None,
+    form: Format,
 ) -> Tensor:
     if x.dtype in native.DTYPES and _native(x):
         return _run_native(x, words, grids, shifts, bias, form)
@@ -292,20 +328,40 @@ def most_rows(grids: Tensor, bits: int) -> int:
 
 
 def _run_native(
-    x: Tensor, words: Tensor, grids: Tensor, shifts: Tensor | None, bias: Tensor | None, form: Format
+    x: Tensor,
+    words: Tensor,
+    grids: Tensor,
+    shifts: Tensor | None,
+    bias: Tensor | None,
+    form: Format,
 ) -> Tensor:
     # The number of rows is looked at last: inside torch.compile it would be a guard.
-    if x.dtype != torch.float32 and native.multiplies(x.dtype) and math.prod(x.shape[:-1]) > native.FEW_ROWS:
+    if (
+        x.dtype != torch.float32
+        and native.multiplies(x.dtype)
+        and math.prod(x.shape[:-1]) > native.FEW_ROWS
+    ):
         return _dense(x, words, grids, shifts, bias, form)
     try:
-        y: Tensor = torch.ops.tsq_layers.linear.default(x, words, grids, shifts, bias, *form, native.FEW_ROWS)
+        y: Tensor = torch.ops.tsq_layers.linear.default(
+            x, words, grids, shifts, bias, *form, native.FEW_ROWS
+        )
     except RuntimeError:
-        packing.check_words(words, form.bits, form.columns)  # the operation looks too, and says less
+        packing.check_words(
+            words, form.bits, form.columns
+        )  # the operation looks too, and says less
         raise
     return y
 
 
-def _dense(x: Tensor, words: Tensor, grids: Tensor, shifts: Tensor | None, bias: Tensor | None, form: Format) -> Tensor:
+def _dense(
+    x: Tensor,
+    words: Tensor,
+    grids: Tensor,
+    shifts: Tensor | None,
+    bias: Tensor | None,
+    form: Format,
+) -> Tensor:
     return F.linear(x, _matrix(words, grids, shifts, form, x.dtype), bias)
 
 
@@ -322,7 +378,12 @@ def _can_compile(x: Tensor) -> bool:
 
 
 def _few(
-    x_MK: Tensor, words: Tensor, grids: Tensor, shifts: Tensor | None, bias: Tensor | None, form: Format
+    x_MK: Tensor,
+    words: Tensor,
+    grids: Tensor,
+    shifts: Tensor | None,
+    bias: Tensor | None,
+    form: Format,
 ) -> Tensor:
     """:func:`few_rows`, compiled."""
     # Inductor vectorises no loop that reads both bfloat16 and float16: only grids may be either.
@@ -335,13 +396,19 @@ def _few(
     return _dense(x_MK, words, grids, shifts, bias, form) if y_MN is None else y_MN
 
 
-def _matrix(words: Tensor, grids: Tensor, shifts: Tensor | None, form: Format, dtype: torch.dtype) -> Tensor:
+def _matrix(
+    words: Tensor, grids: Tensor, shifts: Tensor | None, form: Format, dtype: torch.dtype
+) -> Tensor:
     """:func:`dequantize` for a product, compiled where that is how packed layers run.
 
     A compiler may round the product and the sum of an offset once, where :func:`dequantize` rounds twice.
     """
     made = None
-    plain = words.device.type in _PLAIN_MATRICES or torch.compiler.is_compiling() or _trains(grids, shifts)
+    plain = (
+        words.device.type in _PLAIN_MATRICES
+        or torch.compiler.is_compiling()
+        or _trains(grids, shifts)
+    )
     if not plain and _can_compile(words):
         made = _run_compiled(matrix_of, words.shape[0], words, grids, shifts, form, dtype)
     return dequantize(words, grids, shifts, *form, dtype) if made is None else made
@@ -355,7 +422,9 @@ def _run_compiled(function: Callable[..., Tensor], rows: int, *arguments: Any) -
     would recompile for, has a code object of its own.
     """
     device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
-    autocast = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    autocast = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(
+        device.type
+    )
     traits = tuple(
         (argument.dtype, argument.dim(), argument.is_inference(), argument.shape[0] == 1)
         if isinstance(argument, Tensor)
@@ -370,7 +439,10 @@ def _run_compiled(function: Callable[..., Tensor], rows: int, *arguments: Any) -
     try:
         with torch.no_grad():
             return _compiled[key](*arguments)
-    except (torch._dynamo.exc.ShortenTraceback, torch._dynamo.exc.InternalTorchDynamoError) as error:
+    except (
+        torch._dynamo.exc.ShortenTraceback,
+        torch._dynamo.exc.InternalTorchDynamoError,
+    ) as error:
         _uncompilable.add(device.type)
         reason = " ".join(str(error).strip().splitlines()[:2])
         warnings.warn(

@@ -89,17 +89,30 @@ class QuantLinear(PackedStorage):
         """
         rows, columns = weight.codes.shape
         if bias is not None and tuple(bias.shape) != (rows,):
-            raise LayerError(f"bias has shape {tuple(bias.shape)}; a weight of shape {rows}×{columns} needs ({rows},)")
+            raise LayerError(
+                f"bias has shape {tuple(bias.shape)}; a weight of shape {rows}×{columns} needs ({rows},)"
+            )
         dtype = dtype or (None if bias is None else bias.dtype)
         # Made on meta: every tensor is replaced below.
         layer = cls(
-            columns, rows, bits=weight.bits, group_size=weight.group_size, symmetric=weight.symmetric,
-            bias=False, scale_dtype=weight.scales.dtype, offsets=weight.offsets is not None, tables=codebook_of(weight),
-            activation_bits=activation_bits, device="meta", dtype=dtype,
-        )  # fmt: skip
+            columns,
+            rows,
+            bits=weight.bits,
+            group_size=weight.group_size,
+            symmetric=weight.symmetric,
+            bias=False,
+            scale_dtype=weight.scales.dtype,
+            offsets=weight.offsets is not None,
+            tables=codebook_of(weight),
+            activation_bits=activation_bits,
+            device="meta",
+            dtype=dtype,
+        )
         layer.words = packing.pack(weight.codes, weight.bits)
         layer.scale_bits = None if layer.scale_bits is None else raw_bits(weight.scales)
-        layer.zero_words = None if layer.zero_words is None else packing.pack(weight.zeros, weight.bits)
+        layer.zero_words = (
+            None if layer.zero_words is None else packing.pack(weight.zeros, weight.bits)
+        )
         layer.offset_bits = None if weight.offsets is None else raw_bits(weight.offsets)
         layer.table_bits = None if weight.tables is None else raw_bits(weight.tables)
         layer.dtype_marker = torch.empty(0, dtype=dtype, device=weight.codes.device)
@@ -163,15 +176,25 @@ class QuantLinear(PackedStorage):
     def quantized_weight(self) -> QuantizedWeight:
         """Codes and grids, sparse part and basis; exact inverse of :meth:`from_quantized`."""
         codes = packing.unpack(self.words, self.bits, self.in_features)
-        offsets, tables = (None if values is None else values.clone() for values in (self.offsets, self.tables))
+        offsets, tables = (
+            None if values is None else values.clone() for values in (self.offsets, self.tables)
+        )
         if offsets is None and tables is None:
             zeros = kernels.zero_points(self.scales, self.zero_words, self.bits)
         else:
             zeros = torch.zeros_like(self.scales, dtype=torch.uint8)
         return QuantizedWeight(
-            codes, self.scales.clone(), zeros, self.bits, self.group_size, self.symmetric,
-            offsets, tables, self.outliers, self.basis,
-        )  # fmt: skip
+            codes,
+            self.scales.clone(),
+            zeros,
+            self.bits,
+            self.group_size,
+            self.symmetric,
+            offsets,
+            tables,
+            self.outliers,
+            self.basis,
+        )
 
     def rounded_input(self, x: Tensor) -> Tensor:
         """What is left of an input once it is rounded to ``activation_bits``, for use with :attr:`weight`.
@@ -197,7 +220,14 @@ class QuantLinear(PackedStorage):
         words = self._buffers["words"]  # as in grids
         assert words is not None
         return kernels.linear(
-            input, words, self.grids, self.shifts, self.bias, self.bits, self.group_size, self.in_features
+            input,
+            words,
+            self.grids,
+            self.shifts,
+            self.bias,
+            self.bits,
+            self.group_size,
+            self.in_features,
         )
 
     def extra_repr(self) -> str:

@@ -34,7 +34,16 @@ FEW_ROWS = 16
 """Up to this many rows of input codes are multiplied as they are decoded; with more, blocks of the matrix are made first."""
 
 _SOURCE = Path(__file__).with_name("csrc") / "operations.cpp"
-_FLAGS = ("-O3", "-std=c++20", "-march=native", "-ffp-contract=off", "-fPIC", "-shared", "-fopenmp", "-w")
+_FLAGS = (
+    "-O3",
+    "-std=c++20",
+    "-march=native",
+    "-ffp-contract=off",
+    "-fPIC",
+    "-shared",
+    "-fopenmp",
+    "-w",
+)
 _COMPILERS = ("g++", "c++", "clang++")
 _BUILD_SECONDS = 600
 
@@ -97,7 +106,10 @@ def _load() -> bool:
 
 def _built(directory: Path) -> Path:
     """The library for this source, PyTorch, compiler and processor, in a directory; built if it is not there."""
-    compiler = shlex.split(os.environ.get("CXX", "")) or [path for path in map(shutil.which, _COMPILERS) if path][:1]
+    compiler = (
+        shlex.split(os.environ.get("CXX", ""))
+        or [path for path in map(shutil.which, _COMPILERS) if path][:1]
+    )
     if not compiler:
         raise OSError(f"none of {', '.join(_COMPILERS)} is on the path")
     command = _command(compiler)
@@ -111,10 +123,15 @@ def _built(directory: Path) -> Path:
             made = Path(folder) / name
             subprocess.run(  # noqa: S603  (the compiler, and arguments of ours)
                 [*command, str(_SOURCE), "-o", str(made), *_libraries()],
-                check=True, capture_output=True, text=True, timeout=_BUILD_SECONDS,
-            )  # fmt: skip
+                check=True,
+                capture_output=True,
+                text=True,
+                timeout=_BUILD_SECONDS,
+            )
             with made.open("rb+") as handle:
-                os.fsync(handle.fileno())  # a rename may survive a power cut that the content does not
+                os.fsync(
+                    handle.fileno()
+                )  # a rename may survive a power cut that the content does not
             made.replace(library)  # at once, for processes that build at the same time
         _log.info("built %s in %.1f s", library, time.perf_counter() - started)
     return library

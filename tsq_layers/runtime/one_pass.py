@@ -20,7 +20,9 @@ from tsq_layers.numerics import packing
 _SHORTEST_RUN = 4
 """Shorter runs of one scale fill no vector; the weight is then dequantised first."""
 
-_Parts = list[tuple[packing.Plane, tuple[Tensor, ...]]]  # each plane, and its segments of words (N, R, h)
+_Parts = list[
+    tuple[packing.Plane, tuple[Tensor, ...]]
+]  # each plane, and its segments of words (N, R, h)
 
 
 class Format(NamedTuple):
@@ -44,7 +46,12 @@ def one_pass(bits: int, group_size: int, columns: int) -> bool:
 
 
 def few_rows(
-    x_MK: Tensor, words: Tensor, grids: Tensor, shifts: Tensor | None, bias: Tensor | None, form: Format
+    x_MK: Tensor,
+    words: Tensor,
+    grids: Tensor,
+    shifts: Tensor | None,
+    bias: Tensor | None,
+    form: Format,
 ) -> Tensor:
     """The sum over segments t of ``x[t] · weight[t]``, and then over runs; arguments as of ``kernels.linear``.
 
@@ -57,7 +64,10 @@ def few_rows(
     x_MTRh = F.pad(x_MK.to(working), (0, T * R * h - form.columns)).reshape(-1, T, R, h)
     # A wider plane has several of the base's segments in each of its own: (N, segments, R, h).
     rows = words.shape[0]
-    parts = [(plane, words.narrow(1, plane.start, plane.words).view(rows, -1, R, h).unbind(1)) for plane in layout]
+    parts = [
+        (plane, words.narrow(1, plane.start, plane.words).view(rows, -1, R, h).unbind(1))
+        for plane in layout
+    ]
     grids = grids.to(working)
     if grids.dim() == 3:
         segments = _looked_up(parts, grids, form, (T, R))
@@ -65,7 +75,10 @@ def few_rows(
         segments = _with_offsets(parts, grids, shifts.to(working), form, (T, R))
     else:
         segments = _with_zeros(parts, grids, shifts, form, (T, R))
-    total = reduce(torch.add, [segment * x_MTRh.select(1, t).unsqueeze(1) for t, segment in enumerate(segments)])
+    total = reduce(
+        torch.add,
+        [segment * x_MTRh.select(1, t).unsqueeze(1) for t, segment in enumerate(segments)],
+    )
     y_MN = total.sum((-1, -2))
     return y_MN if bias is None else y_MN + bias
 
@@ -82,16 +95,21 @@ def _with_zeros(
     segments = []
     for t in range(shape[0]):
         # Subtracted as integers: the zero point's share of the sum would cancel, and cost digits.
-        steps = _codes(parts, t) - (2 ** (form.bits - 1) if zeros_NTR is None else zeros_NTR.select(1, t))
+        steps = _codes(parts, t) - (
+            2 ** (form.bits - 1) if zeros_NTR is None else zeros_NTR.select(1, t)
+        )
         segments.append(steps.to(scales.dtype) * scales_NTR.select(1, t))
     return segments
 
 
-def _with_offsets(parts: _Parts, scales: Tensor, offsets: Tensor, form: Format, shape: tuple[int, int]) -> list[Tensor]:
+def _with_offsets(
+    parts: _Parts, scales: Tensor, offsets: Tensor, form: Format, shape: tuple[int, int]
+) -> list[Tensor]:
     """``scales · codes + offsets`` of each segment, (N, R, h): added to each weight, for the same reason."""
     scales_NTR, offsets_NTR = (_per_run(values, form, shape) for values in (scales, offsets))
     return [
-        _codes(parts, t).to(scales.dtype) * scales_NTR.select(1, t) + offsets_NTR.select(1, t) for t in range(shape[0])
+        _codes(parts, t).to(scales.dtype) * scales_NTR.select(1, t) + offsets_NTR.select(1, t)
+        for t in range(shape[0])
     ]
 
 
@@ -105,7 +123,10 @@ def _looked_up(parts: _Parts, tables: Tensor, form: Format, shape: tuple[int, in
     for t in range(shape[0]):
         levels = [level.select(1, t) for level in levels_LNTR]
         for bit in _bits(parts, t):
-            levels = [torch.where(bit, high, low) for low, high in zip(levels[::2], levels[1::2], strict=True)]
+            levels = [
+                torch.where(bit, high, low)
+                for low, high in zip(levels[::2], levels[1::2], strict=True)
+            ]
         segments.append(levels[0])
     return segments
 
@@ -114,7 +135,10 @@ def _codes(parts: _Parts, t: int) -> Tensor:
     """Codes of segment t, int32 (N, R, h)."""
     return reduce(
         torch.add,
-        [packing.field_of(segments[t % len(segments)], plane, t // len(segments)) for plane, segments in parts],
+        [
+            packing.field_of(segments[t % len(segments)], plane, t // len(segments))
+            for plane, segments in parts
+        ],
     )
 
 
@@ -123,7 +147,9 @@ def _bits(parts: _Parts, t: int) -> list[Tensor]:
     bits: list[Tensor] = []
     for plane, segments in parts:
         words, field = segments[t % len(segments)], t // len(segments)
-        first = packing.WORD_BITS - 1 - plane.bits * field  # how far from the sign its lowest bit is
+        first = (
+            packing.WORD_BITS - 1 - plane.bits * field
+        )  # how far from the sign its lowest bit is
         bits += [(words << (first - place)) < 0 for place in range(plane.bits)]
     return bits
 
@@ -138,5 +164,7 @@ def _per_run(values_NG: Tensor, form: Format, shape: tuple[int, int]) -> Tensor:
     """Values per group as values per run, (N, T, R, 1); runs behind the last column get 0."""
     count = shape[0] * shape[1]
     h = _run_length(*form)
-    values = values_NG.repeat_interleave(count if form.group_size >= form.columns else form.group_size // h, dim=1)
+    values = values_NG.repeat_interleave(
+        count if form.group_size >= form.columns else form.group_size // h, dim=1
+    )
     return F.pad(values, (0, count - values.shape[1])).reshape(-1, *shape, 1)

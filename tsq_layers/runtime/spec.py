@@ -38,7 +38,8 @@ class LayerSpec:
     def of(cls, layer: QuantLinear) -> Self:
         """The specification of a layer."""
         plain = {
-            name: getattr(layer, name) for name in ("in_features", "out_features", "bits", "group_size", "symmetric")
+            name: getattr(layer, name)
+            for name in ("in_features", "out_features", "bits", "group_size", "symmetric")
         }
         return cls(
             **plain,
@@ -56,7 +57,11 @@ class LayerSpec:
             >>> LayerSpec(**spec.to_dict()) == spec, "tables" in spec.to_dict(), "offsets" in spec.to_dict()
             (True, True, False)
         """
-        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        return {
+            f.name: getattr(self, f.name)
+            for f in fields(self)
+            if getattr(self, f.name) != f.default
+        }
 
     def build(self, name: str, file: str = "tsq.json") -> QuantLinear:
         """The layer on the meta device: shapes and dtypes, no values.

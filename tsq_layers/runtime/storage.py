@@ -69,7 +69,9 @@ class PackedStorage(nn.Module):
         groups = grid.group_count(in_features, self.group_size)
 
         def words(columns: int) -> Tensor:
-            return torch.zeros(out_features, packing.word_count(columns, bits), dtype=torch.int32, device=device)
+            return torch.zeros(
+                out_features, packing.word_count(columns, bits), dtype=torch.int32, device=device
+            )
 
         def raw(*shape: int) -> Tensor:
             return torch.zeros(out_features, *shape, dtype=_bits_dtype(scale_dtype), device=device)
@@ -77,28 +79,47 @@ class PackedStorage(nn.Module):
         levels = (1 if tables == "row" else groups, 1 << bits)
         self.register_buffer("words", words(in_features))
         self.register_buffer("scale_bits", None if tables else raw(groups))
-        self.register_buffer("zero_words", None if symmetric or offsets or tables else words(groups))
+        self.register_buffer(
+            "zero_words", None if symmetric or offsets or tables else words(groups)
+        )
         self.register_buffer("offset_bits", raw(groups) if offsets else None)
         self.register_buffer("table_bits", raw(*levels) if tables else None)
         self.rotation, self.activation_bits = rotation, activation_bits
         shape = (outliers,) if outliers else (out_features, outlier_columns)
         self._register_additions(shape if shape[-1] else None, channel_scaling, device)
         # Empty, and not saved: it only follows .to(dtype), as a weight would.
-        self.register_buffer("dtype_marker", torch.empty(0, dtype=dtype, device=device), persistent=False)
-        self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
+        self.register_buffer(
+            "dtype_marker", torch.empty(0, dtype=dtype, device=device), persistent=False
+        )
+        self.bias = (
+            nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
+        )
         self._absent_last()
 
     def _register_additions(
-        self, outliers: tuple[int, ...] | None, channel_scaling: bool, device: torch.device | str | int | None
+        self,
+        outliers: tuple[int, ...] | None,
+        channel_scaling: bool,
+        device: torch.device | str | int | None,
     ) -> None:
         """Buffers of the basis and of the sparse part, empty: no scaling, and places that are all 0."""
         columns, bits = self.in_features, _bits_dtype(self.scale_dtype)
-        signs = None if self.rotation is None else torch.ones(columns, dtype=torch.int8, device=device)
-        scaling = torch.ones(columns, device=device, dtype=torch.float32).view(torch.int32) if channel_scaling else None
+        signs = (
+            None if self.rotation is None else torch.ones(columns, dtype=torch.int8, device=device)
+        )
+        scaling = (
+            torch.ones(columns, device=device, dtype=torch.float32).view(torch.int32)
+            if channel_scaling
+            else None
+        )
         self.register_buffer("rotation_signs", signs)
         self.register_buffer("column_scale_bits", scaling)
         values = None if outliers is None else torch.zeros(outliers, dtype=bits, device=device)
-        places = None if outliers is None else torch.zeros(outliers[-1], dtype=torch.int32, device=device)
+        places = (
+            None
+            if outliers is None
+            else torch.zeros(outliers[-1], dtype=torch.int32, device=device)
+        )
         self.register_buffer("outlier_bits", values)
         self.register_buffer("outlier_places", places)
 
@@ -108,7 +129,9 @@ class PackedStorage(nn.Module):
             signs, scaling = weight.basis.signs, weight.basis.scaling
             self.rotation = weight.basis.rotation
             self.rotation_signs = None if signs is None else signs.detach().clone()
-            self.column_scale_bits = None if scaling is None else scaling.detach().clone().view(torch.int32)
+            self.column_scale_bits = (
+                None if scaling is None else scaling.detach().clone().view(torch.int32)
+            )
         if weight.outliers is not None and len(weight.outliers.places):
             values = weight.outliers.values.detach().clone(memory_format=torch.contiguous_format)
             self.outlier_bits = values.view(_bits_dtype(values.dtype))
@@ -139,10 +162,18 @@ class PackedStorage(nn.Module):
     @property
     def parts(self) -> running.Parts:
         """The tensors, as they are run: views of the buffers."""
-        scaling = None if self.column_scale_bits is None else self.column_scale_bits.view(torch.float32)
+        scaling = (
+            None if self.column_scale_bits is None else self.column_scale_bits.view(torch.float32)
+        )
         values = None if self.outlier_bits is None else self.outlier_bits.view(self.scale_dtype)
         return running.Parts(
-            self.words, self.grids, self.shifts, self.rotation_signs, scaling, values, self.outlier_places
+            self.words,
+            self.grids,
+            self.shifts,
+            self.rotation_signs,
+            scaling,
+            values,
+            self.outlier_places,
         )
 
     @property
@@ -154,7 +185,9 @@ class PackedStorage(nn.Module):
     def scales(self) -> Tensor:
         """Scales (N, G) in ``scale_dtype``: a view of ``scale_bits``. Beside tables there are none: (N, 0)."""
         if self.scale_bits is None:
-            return torch.empty(self.out_features, 0, dtype=self.scale_dtype, device=self.words.device)
+            return torch.empty(
+                self.out_features, 0, dtype=self.scale_dtype, device=self.words.device
+            )
         return self.scale_bits.view(self.scale_dtype)
 
     @property
@@ -185,7 +218,12 @@ class PackedStorage(nn.Module):
 
     def _absent_last(self) -> None:
         """Put buffers that are ``None`` behind the others: torch.export numbers them as if they were there."""
-        additions = (self.rotation_signs, self.column_scale_bits, self.outlier_bits, self.activation_bits)
+        additions = (
+            self.rotation_signs,
+            self.column_scale_bits,
+            self.outlier_bits,
+            self.activation_bits,
+        )
         self._is_plain = all(addition is None for addition in additions)
         for name in [name for name, buffer in self._buffers.items() if buffer is None]:
             self._buffers[name] = self._buffers.pop(name)
@@ -225,7 +263,9 @@ def _bits_dtype(scale_dtype: torch.dtype) -> torch.dtype:
 
 def raw_bits(values: Tensor) -> Tensor:
     """A copy of the raw bits of scales, offsets or tables."""
-    return values.detach().clone(memory_format=torch.contiguous_format).view(_bits_dtype(values.dtype))
+    return (
+        values.detach().clone(memory_format=torch.contiguous_format).view(_bits_dtype(values.dtype))
+    )
 
 
 def codebook_of(weight: QuantizedWeight) -> Literal["row", "group"] | None:
@@ -241,7 +281,9 @@ def _check_tables(bits: int, tables: str | None, *, symmetric: bool, offsets: bo
     check_kind(bits, symmetric=symmetric, offsets=offsets, tables=tables is not None)
 
 
-def _check(in_features: int, out_features: int, bits: int, group_size: int | None, scale_dtype: torch.dtype) -> None:
+def _check(
+    in_features: int, out_features: int, bits: int, group_size: int | None, scale_dtype: torch.dtype
+) -> None:
     for name, value in (
         ("in_features", in_features),
         ("out_features", out_features),
@@ -255,10 +297,14 @@ def _check(in_features: int, out_features: int, bits: int, group_size: int | Non
         raise LayerError(f"scale_dtype={scale_dtype}: give float16, bfloat16 or float32")
 
 
-def _check_additions(rotation: int | None, outliers: int, outlier_columns: int, activation_bits: int | None) -> None:
+def _check_additions(
+    rotation: int | None, outliers: int, outlier_columns: int, activation_bits: int | None
+) -> None:
     if rotation is not None and (rotation < 1 or rotation & (rotation - 1)):
         raise LayerError(f"rotation={rotation}: give a power of two, or None")
     if outliers < 0 or outlier_columns < 0 or (outliers and outlier_columns):
-        raise LayerError(f"outliers={outliers}, outlier_columns={outlier_columns}: give one of them, the other 0")
+        raise LayerError(
+            f"outliers={outliers}, outlier_columns={outlier_columns}: give one of them, the other 0"
+        )
     if activation_bits not in (None, 8):
         raise LayerError(f"activation_bits={activation_bits}: give 8, or None")

@@ -32,7 +32,9 @@ def warmup(model: nn.Module, *, dtype: torch.dtype | None = None) -> dict[str, f
         >>> list(warmup(model))
         ['build', '0']
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+    layers = {
+        name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)
+    }
     layers = {name: layer for name, layer in layers.items() if not layer.words.is_meta}
     seconds = {}
     if any(layer.words.device.type == "cpu" for layer in layers.values()):

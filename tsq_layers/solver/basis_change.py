@@ -68,9 +68,13 @@ def rebase(
     scaling = None
     if config.channel_scaling:
         assert statistics is not None
-        scaling = choose_scaling(weight, statistics if validation is None else statistics + validation, config)
+        scaling = choose_scaling(
+            weight, statistics if validation is None else statistics + validation, config
+        )
     basis = Basis(config.rotation, signs, scaling)
-    fitted, reported, other = (_changed(given, basis) for given in (statistics, held_out, validation))
+    fitted, reported, other = (
+        _changed(given, basis) for given in (statistics, held_out, validation)
+    )
     return Rebased(basis.change(weight), fitted, reported, other, basis)
 
 
@@ -93,7 +97,9 @@ def choose_scaling(weight: Tensor, statistics: LayerStatistics, config: QuantCon
     """
     hessian = (statistics.hessian / statistics.count).to(torch.float32)
     candidates = [_scales(hessian, strength) for strength in STRENGTHS]
-    losses = torch.stack([rounding_loss(weight, hessian, scaling, config) for scaling in candidates])
+    losses = torch.stack(
+        [rounding_loss(weight, hessian, scaling, config) for scaling in candidates]
+    )
     best = losses.nan_to_num(nan=torch.inf).argmin()
     return torch.stack(candidates).index_select(0, best.reshape(1)).squeeze(0)
 

@@ -43,7 +43,11 @@ def product(rows: Tensor, metric: Tensor) -> Tensor:
 
 def scaled(rows: Tensor, factors: Tensor) -> Tensor:
     """Every row times the number of its block: (N, K) and a scalar tensor or (B,) → (N, K)."""
-    return rows * factors if factors.dim() == 0 else (fold(rows, len(factors)) * factors.view(-1, 1, 1)).flatten(0, 1)
+    return (
+        rows * factors
+        if factors.dim() == 0
+        else (fold(rows, len(factors)) * factors.view(-1, 1, 1)).flatten(0, 1)
+    )
 
 
 def take_rows(values: Tensor, order: Tensor) -> Tensor:
@@ -51,7 +55,11 @@ def take_rows(values: Tensor, order: Tensor) -> Tensor:
     if values.dim() == 2:
         return values.index_select(0, order)
     firsts = torch.arange(values.shape[0], device=values.device).unsqueeze(1) * values.shape[1]
-    return values.flatten(0, 1).index_select(0, (order + firsts).flatten()).view(*order.shape, values.shape[-1])
+    return (
+        values.flatten(0, 1)
+        .index_select(0, (order + firsts).flatten())
+        .view(*order.shape, values.shape[-1])
+    )
 
 
 def take_columns(values: Tensor, order: Tensor) -> Tensor:

@@ -48,7 +48,9 @@ class Coded(NamedTuple):
 
     def dequantized(self) -> Tensor:
         """Q (N, K), in the dtype of the target."""
-        return grid.dequantize(self.codes, self.scales, self.zeros, self.group_size, self.target.dtype)
+        return grid.dequantize(
+            self.codes, self.scales, self.zeros, self.group_size, self.target.dtype
+        )
 
     def error(self) -> Tensor:
         """Q − W' (N, K)."""

@@ -33,7 +33,9 @@ from tsq_layers.solver.blocks import fold, stack, take_rows
 
 _LEAF = 32  # columns that are summed one by one
 _BLOCK = 128  # columns whose sums over all before them are one product
-_CHUNK_ELEMENTS = 2**24  # weights whose columns advance together, where there are blocks: bounds the working memory
+_CHUNK_ELEMENTS = (
+    2**24
+)  # weights whose columns advance together, where there are blocks: bounds the working memory
 _PANEL = 256  # columns of (Q − W') H that are one product
 
 
@@ -94,7 +96,9 @@ def assign(
         arguments = (*arguments, fold(free, blocks))
     parts = zip(*(values.split(together) for values in arguments), strict=True)
     found = [_assign(bits, group_size, *part) for part in parts]
-    codes, loss, whitened = found[0] if len(found) == 1 else map(torch.cat, zip(*found, strict=True))
+    codes, loss, whitened = (
+        found[0] if len(found) == 1 else map(torch.cat, zip(*found, strict=True))
+    )
     return Assigned(codes.flatten(0, 1), loss.flatten(), whitened)
 
 
@@ -109,11 +113,15 @@ def _assign(
     free: Tensor | None = None,
 ) -> Assigned:
     """:func:`assign` for some blocks: (b, n, K), (b, K, K), (b, K), twice (b, n, G) and (b, n, K) → (b, …) of each."""
-    whitened = target.mT.clone(memory_format=torch.contiguous_format)  # its place, once the columns are in order
+    whitened = target.mT.clone(
+        memory_format=torch.contiguous_format
+    )  # its place, once the columns are in order
     left = take_rows(whitened, order)
     codes = torch.empty(left.shape, dtype=torch.uint8, device=left.device)
     loss = left.new_zeros(left.shape[0], left.shape[2])
-    grids = _Grids(scales.mT.contiguous(), zeros.mT.contiguous(), order // group_size, grid.code_max(bits))
+    grids = _Grids(
+        scales.mT.contiguous(), zeros.mT.contiguous(), order // group_size, grid.code_max(bits)
+    )
     grids.free = None if free is None else take_rows(free.mT.contiguous(), order)
     for start in range(0, left.shape[1], _BLOCK):
         stop = min(start + _BLOCK, left.shape[1])
@@ -176,7 +184,9 @@ class _Grids:
         torch.index_select(self.zeros, 0, places, out=zero)
         torch.neg(zero, out=low)
         torch.add(low, self.most, out=high)
-        found = tuple(values.unflatten(0, (-1, stop - start)) for values in (scale, zero, low, high, steps))
+        found = tuple(
+            values.unflatten(0, (-1, stop - start)) for values in (scale, zero, low, high, steps)
+        )
         if self.free is not None:
             for limit in found[2:4]:
                 limit.mul_(self.free[:, start:stop])
@@ -196,7 +206,14 @@ class _Block:
     """
 
     def __init__(
-        self, left: Tensor, factor: Tensor, grids: _Grids, codes: Tensor, whitened: Tensor, start: int, stop: int
+        self,
+        left: Tensor,
+        factor: Tensor,
+        grids: _Grids,
+        codes: Tensor,
+        whitened: Tensor,
+        start: int,
+        stop: int,
     ) -> None:
         part = slice(start, stop)
         self.error, self.codes = left[:, part], codes[:, part]
@@ -209,7 +226,9 @@ class _Block:
     def solve(self) -> Tensor:
         """Choose the codes and leave their errors; what these columns add to the loss of each row, (b, n)."""
         self._range(0, self.best.shape[1])
-        whitened = self.best.addcmul_(self.steps, self.scale, value=-1).mul_(-self.diagonal.unsqueeze(-1))
+        whitened = self.best.addcmul_(self.steps, self.scale, value=-1).mul_(
+            -self.diagonal.unsqueeze(-1)
+        )
         self.codes.copy_(self.steps.add_(self.zero))
         return torch.square(whitened, out=self.steps).sum(1)
 
@@ -220,7 +239,11 @@ class _Block:
             return
         middle = start + (stop - start) // 2
         self._range(start, middle)
-        _add(self.best[:, middle:stop], self.carry[:, start:middle, middle:stop], self.error[:, start:middle])
+        _add(
+            self.best[:, middle:stop],
+            self.carry[:, start:middle, middle:stop],
+            self.error[:, start:middle],
+        )
         self._range(middle, stop)
 
     def _columns(self, start: int, stop: int) -> None:
@@ -228,7 +251,11 @@ class _Block:
         columns = zip(*(values[:, start:stop].unbind(1) for values in working), strict=True)
         for column, (best, steps, error, scale, low, high) in enumerate(columns, start=start):
             if column > start:
-                _add(best.unsqueeze(1), self.carry[:, start:column, column : column + 1], self.error[:, start:column])
+                _add(
+                    best.unsqueeze(1),
+                    self.carry[:, start:column, column : column + 1],
+                    self.error[:, start:column],
+                )
             torch.div(best, scale, out=steps)
             torch.clamp(steps.round_(), low, high, out=steps)
             error.addcmul_(steps, scale, value=-1)

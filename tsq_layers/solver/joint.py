@@ -22,7 +22,9 @@ from tsq_layers.solver.coded import Coded
 from tsq_layers.solver.descent import quantease as cyclic
 
 
-def refine(problem: Coded, *, rounds: int, sweeps: int, ridge: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def refine(
+    problem: Coded, *, rounds: int, sweeps: int, ridge: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Alternate codes and scales.
 
     Args:
@@ -51,7 +53,9 @@ def refine(problem: Coded, *, rounds: int, sweeps: int, ridge: float, dtype: tor
     for _ in range(rounds):
         problem = problem._replace(codes=cyclic.descend(problem, sweeps))
         pulled = product(problem.error(), hessian)
-        small = stage2.small_problem(problem.steps(), pulled, hessian, problem.scales, group_size, ridge)
+        small = stage2.small_problem(
+            problem.steps(), pulled, hessian, problem.scales, group_size, ridge
+        )
         scales = stage2.accept(small, stage2.exact(small, fallback=small.start), dtype)
         problem = problem._replace(scales=scales)
     return problem.codes, problem.scales
@@ -95,9 +99,13 @@ def refine_with_offsets(
     )
     for _ in range(rounds):
         spread = offsets.spread(added, group_size, target.shape[1])
-        problem = problem._replace(codes=cyclic.descend(problem._replace(target=target - spread), sweeps))
+        problem = problem._replace(
+            codes=cyclic.descend(problem._replace(target=target - spread), sweeps)
+        )
         pulled = product(problem.dequantized() + spread - target, hessian)
-        small = offsets.small_problem(problem.codes, pulled, hessian, problem.scales, added, bits, group_size, ridge)
+        small = offsets.small_problem(
+            problem.codes, pulled, hessian, problem.scales, added, bits, group_size, ridge
+        )
         solution = stage2.exact(small, fallback=small.start, positive=scales.shape[1])
         scales, added = offsets.accept(small, solution, added, bits, dtype)
         problem = problem._replace(scales=scales)

@@ -53,7 +53,9 @@ def _means(values: Tensor, mass: Tensor, moment: Tensor, old: Tensor) -> Tensor:
     """The mean of each cell, held between the least and the largest value in it; an empty cell keeps its level."""
     size = values.shape[-1]
     inner = torch.searchsorted(values, midpoints(old).contiguous())
-    edges = torch.cat([torch.zeros_like(inner[..., :1]), inner, torch.full_like(inner[..., :1], size)], -1)
+    edges = torch.cat(
+        [torch.zeros_like(inner[..., :1]), inner, torch.full_like(inner[..., :1], size)], -1
+    )
     first, last = edges[..., :-1], edges[..., 1:]
     weight, total = ((sums.gather(-1, last) - sums.gather(-1, first)) for sums in (mass, moment))
     lowest = values.gather(-1, first.clamp(max=size - 1))

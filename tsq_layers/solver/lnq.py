@@ -70,11 +70,19 @@ def solve(
     """
     tables = start(target, hessian, bits, group_size, per_group=per_group, dtype=dtype)
     codes = nearest(target, tables, group_size)
-    return improve(codes, target, hessian, tables, group_size, rounds=rounds, sweeps=sweeps, dtype=dtype)
+    return improve(
+        codes, target, hessian, tables, group_size, rounds=rounds, sweeps=sweeps, dtype=dtype
+    )
 
 
 def start(
-    target: Tensor, hessian: Tensor, bits: int, group_size: int, *, per_group: bool, dtype: torch.dtype
+    target: Tensor,
+    hessian: Tensor,
+    bits: int,
+    group_size: int,
+    *,
+    per_group: bool,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Tables of weighted k-means, (N, T, 2^bits), made of values that ``dtype`` holds; arguments as in :func:`solve`."""
     columns = target.shape[1]
@@ -143,7 +151,12 @@ def improve(
 
 
 def fit(
-    codes: Tensor, target: Tensor, hessian: Tensor, tables: Tensor, group_size: int, dtype: torch.dtype
+    codes: Tensor,
+    target: Tensor,
+    hessian: Tensor,
+    tables: Tensor,
+    group_size: int,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Step (i): tables for these codes, group after group.
 
@@ -164,12 +177,16 @@ def fit(
     return tables, renamed.flatten(1).narrow(1, 0, codes.shape[1]).contiguous()
 
 
-def _fitted(codes: Tensor, pulled: Tensor, metric: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
+def _fitted(
+    codes: Tensor, pulled: Tensor, metric: Tensor, table: Tensor, dtype: torch.dtype
+) -> Tensor:
     """New tables for a group: codes and (Q − W') H (N, g), (g, g) or (B, g, g), tables (N, L) → (N, L)."""
     count = table.shape[1]
     lower = stack(metric).tril()
     lower.diagonal(dim1=-2, dim2=-1).mul_(0.5)
-    gram = torch.cat([_gram(*piece, count) for piece in chunks(codes, lower, _CHUNK_ELEMENTS // count)])
+    gram = torch.cat(
+        [_gram(*piece, count) for piece in chunks(codes, lower, _CHUNK_ELEMENTS // count)]
+    )
     slope = torch.zeros_like(table).scatter_add_(1, codes.long(), -pulled)
     small = stage2.SmallProblem(gram, slope, table, RIDGE)
     return stage2.accepted(small, rounded(stage2.exact(small, fallback=table, positive=0), dtype))
@@ -190,7 +207,9 @@ def _gram(codes: Tensor, lower: Tensor, count: int) -> Tensor:
     return half + half.mT
 
 
-def descend(codes: Tensor, target: Tensor, hessian: Tensor, tables: Tensor, group_size: int, sweeps: int) -> Tensor:
+def descend(
+    codes: Tensor, target: Tensor, hessian: Tensor, tables: Tensor, group_size: int, sweeps: int
+) -> Tensor:
     """Step (ii): codes for these tables, uint8 (N, K); no row has a larger loss than at the start."""
     metrics = stack(hessian)
     blocks = metrics.shape[0]
@@ -203,11 +222,15 @@ def descend(codes: Tensor, target: Tensor, hessian: Tensor, tables: Tensor, grou
     return nearest(found, tables, group_size)
 
 
-def _descend(hessian: Tensor, target: Tensor, values: Tensor, tables: Tensor, *, width: int, sweeps: int) -> Tensor:
+def _descend(
+    hessian: Tensor, target: Tensor, values: Tensor, tables: Tensor, *, width: int, sweeps: int
+) -> Tensor:
     """:func:`descend` for some blocks: (b, K, K), twice (b, n, K) and (b, n, T, L) → values (b, n, K)."""
     by_group = tables.transpose(1, 2).contiguous()  # (b, T, n, L)
     middle = kmeans.midpoints(by_group).contiguous()
-    run = Sweeper(hessian, target, values, torch.ones_like(by_group[..., 0]), (middle, by_group), width)
+    run = Sweeper(
+        hessian, target, values, torch.ones_like(by_group[..., 0]), (middle, by_group), width
+    )
     for _ in range(sweeps):
         run.sweep(_nearest_level)
     return turned(run.steps)

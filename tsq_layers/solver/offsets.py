@@ -22,7 +22,9 @@ from tsq_layers.solver.blocks import chunks, fold, product, stack
 
 _CHUNK_ELEMENTS = 2**20  # weights that are scanned at once: bounds the temporaries
 _CLIP_COUNT = 6
-_SINGULAR = 1e-5  # of the product of the diagonal: a determinant below this says that codes hardly differ
+_SINGULAR = (
+    1e-5  # of the product of the diagonal: a determinant below this says that codes hardly differ
+)
 
 
 def spread(values: Tensor, group_size: int, columns: int) -> Tensor:
@@ -54,14 +56,18 @@ def fit_grids(target: Tensor, metric: Tensor, bits: int, group_size: int) -> tup
     """
     pieces = chunks(target, stage1.grouped(metric, group_size), _CHUNK_ELEMENTS)
     fitted = [_fit_chunk(*piece, bits, group_size) for piece in pieces]
-    return torch.cat([scales for scales, _ in fitted]), torch.cat([offsets for _, offsets in fitted])
+    return torch.cat([scales for scales, _ in fitted]), torch.cat(
+        [offsets for _, offsets in fitted]
+    )
 
 
 def _fit_chunk(target: Tensor, metric: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
     """The best of all candidates for some rows (b·c, K); metric (b, G, g, g) or (b, G, 1, g)."""
     blocks = metric.shape[0]
     metric = metric.flatten(0, 1)
-    weight_Gcg = rearrange(grid.to_groups(target, group_size), "(b c) G g -> (b G) c g", b=blocks).contiguous()
+    weight_Gcg = rearrange(
+        grid.to_groups(target, group_size), "(b c) G g -> (b G) c g", b=blocks
+    ).contiguous()
     middle = grid.code_max(bits) / 2
     scale, centre = _range(weight_Gcg, target.shape[1] % group_size, blocks, bits)
     best_scale, best_centre, least = scale, centre, _loss(weight_Gcg, scale, centre, metric, bits)
@@ -72,8 +78,13 @@ def _fit_chunk(target: Tensor, metric: Tensor, bits: int, group_size: int) -> tu
         loss = _loss(weight_Gcg, new_scale, new_centre, metric, bits)
         lower = loss < least
         least = torch.where(lower, loss, least)
-        best_scale, best_centre = torch.where(lower, new_scale, best_scale), torch.where(lower, new_centre, best_centre)
-    scales, centres = (rearrange(values, "(b G) c -> (b c) G", b=blocks) for values in (best_scale, best_centre))
+        best_scale, best_centre = (
+            torch.where(lower, new_scale, best_scale),
+            torch.where(lower, new_centre, best_centre),
+        )
+    scales, centres = (
+        rearrange(values, "(b G) c -> (b c) G", b=blocks) for values in (best_scale, best_centre)
+    )
     return scales, centres - middle * scales
 
 
@@ -103,18 +114,27 @@ def _loss(weight_Gcg: Tensor, scale: Tensor, centre: Tensor, metric: Tensor, bit
     return found
 
 
-def _refitted(weight_Gcg: Tensor, scale: Tensor, centre: Tensor, metric: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def _refitted(
+    weight_Gcg: Tensor, scale: Tensor, centre: Tensor, metric: Tensor, bits: int
+) -> tuple[Tensor, Tensor]:
     """The best scale and middle for the codes of these; these, where the best are none or not determined."""
     codes = _rounded(weight_Gcg, scale, centre, bits)
     error = codes * scale.unsqueeze(-1) + centre.unsqueeze(-1) - weight_Gcg
     ones = torch.ones_like(weight_Gcg[:, :1])
     pulled_codes, pulled_ones = stage1.weigh(codes, metric), stage1.weigh(ones, metric)
     a, b, d = (
-        (left * right).sum(-1) for left, right in ((codes, pulled_codes), (codes, pulled_ones), (ones, pulled_ones))
+        (left * right).sum(-1)
+        for left, right in ((codes, pulled_codes), (codes, pulled_ones), (ones, pulled_ones))
     )
-    u, v = (torch.linalg.vecdot(error, pulled.expand_as(error)) for pulled in (pulled_codes, pulled_ones))
+    u, v = (
+        torch.linalg.vecdot(error, pulled.expand_as(error))
+        for pulled in (pulled_codes, pulled_ones)
+    )
     determinant = a * d - b.square()
-    new_scale, new_centre = scale - (d * u - b * v) / determinant, centre - (a * v - b * u) / determinant
+    new_scale, new_centre = (
+        scale - (d * u - b * v) / determinant,
+        centre - (a * v - b * u) / determinant,
+    )
     sound = (determinant > _SINGULAR * a * d) & (new_scale > 0) & torch.isfinite(new_centre)
     return torch.where(sound, new_scale, scale), torch.where(sound, new_centre, centre)
 
@@ -143,9 +163,14 @@ def small_problem(
     first = stage2.small_problem(centred, pulled, hessian, scales, group_size, ridge)
     columns, metrics = codes.shape[1], stack(hessian)
     groups = grid.to_groups(metrics, group_size).sum(-1)  # (B, K, G): H times 1 of each group
-    both = [_against_ones(*piece, group_size) for piece in chunks(centred, groups, _CHUNK_ELEMENTS // scales.shape[1])]
+    both = [
+        _against_ones(*piece, group_size)
+        for piece in chunks(centred, groups, _CHUNK_ELEMENTS // scales.shape[1])
+    ]
     mixed = torch.cat(both)  # (N, G, G): c − m of one group, 1 of another
-    member = spread(torch.eye(scales.shape[1], dtype=pulled.dtype, device=pulled.device), group_size, columns)
+    member = spread(
+        torch.eye(scales.shape[1], dtype=pulled.dtype, device=pulled.device), group_size, columns
+    )
     ones = (member @ groups).repeat_interleave(len(codes) // len(metrics), 0)
     gram = torch.cat([torch.cat([first.gram, mixed], 2), torch.cat([mixed.mT, ones], 2)], 1)
     slope = torch.cat([first.slope, -grid.to_groups(pulled, group_size).sum(-1)], 1)

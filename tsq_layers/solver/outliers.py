@@ -51,7 +51,9 @@ class Budget:
             chosen = torch.zeros_like(values[0], dtype=torch.bool).index_fill(0, largest, True)
             return chosen.expand_as(values)
         largest = values.abs().flatten().topk(min(self.entries, values.numel())).indices
-        chosen = torch.zeros(values.numel(), dtype=torch.bool, device=values.device).index_fill(0, largest, True)
+        chosen = torch.zeros(values.numel(), dtype=torch.bool, device=values.device).index_fill(
+            0, largest, True
+        )
         return chosen.view_as(values)
 
     def stored(self, sparse: Tensor, places: Tensor, dtype: torch.dtype) -> Outliers:
@@ -139,7 +141,9 @@ class _State:
     def rounded(self, dtype: torch.dtype) -> "_State":
         """With outliers as they are stored."""
         most = torch.finfo(dtype).max
-        return _State(self.codes, self.sparse.clamp(-most, most).to(dtype).to(self.sparse.dtype), self.places)
+        return _State(
+            self.codes, self.sparse.clamp(-most, most).to(dtype).to(self.sparse.dtype), self.places
+        )
 
     def error(self, problem: Coded) -> Tensor:
         """D (N, K)."""
@@ -152,7 +156,11 @@ class _State:
 
     def or_else(self, other: "_State", lower: Tensor) -> "_State":
         """The other state if it is better, without a read from the device."""
-        pairs = ((other.codes, self.codes), (other.sparse, self.sparse), (other.places, self.places))
+        pairs = (
+            (other.codes, self.codes),
+            (other.sparse, self.sparse),
+            (other.places, self.places),
+        )
         return _State(*(torch.where(lower, new, old) for new, old in pairs))
 
 
@@ -162,7 +170,9 @@ def _moved(state: _State, problem: Coded, rate: Tensor, budget: Budget) -> _Stat
     sparse = state.sparse - scaled(product(error, problem.hessian), rate)
     places = budget.places(sparse)
     sparse = sparse * places
-    return _State(state.codes, _settled(sparse, places, error - state.sparse, problem.hessian), places)
+    return _State(
+        state.codes, _settled(sparse, places, error - state.sparse, problem.hessian), places
+    )
 
 
 def _settled(sparse: Tensor, places: Tensor, rest: Tensor, hessian: Tensor) -> Tensor:

@@ -26,10 +26,20 @@ from tsq_layers.config import QuantConfig
 from tsq_layers.errors import CalibrationError, DampingWarning, LayerError, SingularHessianError
 from tsq_layers.numerics.statistics import LayerStatistics
 from tsq_layers.numerics.sync import to_host
-from tsq_layers.solver.blocks import chunks, fold, in_original_order, product, stack, take_columns, take_rows
+from tsq_layers.solver.blocks import (
+    chunks,
+    fold,
+    in_original_order,
+    product,
+    stack,
+    take_columns,
+    take_rows,
+)
 
 _LARGEST_DAMPING = 1.0
-_CHUNK_ELEMENTS = 2**24  # entries of H that are factorised at once, where it has blocks: bounds the temporaries
+_CHUNK_ELEMENTS = (
+    2**24
+)  # entries of H that are factorised at once, where it has blocks: bounds the temporaries
 _PANEL = 256  # columns of H by which a loss is summed
 _PANEL_ELEMENTS = 2**20  # weights whose loss is summed at once: bounds the temporaries
 _VANISHING = 2.0**-100  # a mean of diag H below this: its damping would underflow in float32
@@ -63,7 +73,9 @@ class Problem:
     ridge: Tensor
 
 
-def build(weight: Tensor, statistics: LayerStatistics, config: QuantConfig, name: str = "layer") -> Problem:
+def build(
+    weight: Tensor, statistics: LayerStatistics, config: QuantConfig, name: str = "layer"
+) -> Problem:
     """Check what was given, damp and factorise H, and shift the target.
 
     Args:
@@ -91,8 +103,12 @@ def build(weight: Tensor, statistics: LayerStatistics, config: QuantConfig, name
     wanted, strength, ridged = config.settled()
     deviation = statistics.deviation if config.uses_deviation else None
     shifted = weight
-    if deviation is not None and ridged != wanted:  # first, so that this factor is gone when the other one is made
-        shifted = shift_target(weight, deviation / count, factorise(hessian, order, ridged, name)[1], order, strength)
+    if (
+        deviation is not None and ridged != wanted
+    ):  # first, so that this factor is gone when the other one is made
+        shifted = shift_target(
+            weight, deviation / count, factorise(hessian, order, ridged, name)[1], order, strength
+        )
     damped, factor, damping, ridge = factorise(hessian, order, wanted, name, in_place=True)
     if deviation is not None and ridged == wanted:
         shifted = shift_target(weight, deviation / count, factor, order, strength)
@@ -134,7 +150,9 @@ def factorise(
     damped = hessian if in_place else hessian.clone()
     diagonal = hessian.diagonal(dim1=-2, dim2=-1).clone()
     mean = diagonal.mean(-1)
-    mean = torch.where(mean > _VANISHING, mean, torch.ones_like(mean))  # (nearly) only zeros came in: the identity
+    mean = torch.where(
+        mean > _VANISHING, mean, torch.ones_like(mean)
+    )  # (nearly) only zeros came in: the identity
     ridge = damping * mean
     damped.diagonal(dim1=-2, dim2=-1).copy_(diagonal + ridge.unsqueeze(-1))
     factor, info = _factors(damped, order)
@@ -178,7 +196,9 @@ def _factor(damped: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
     return lower.flip(-2, -1), info
 
 
-def shift_target(weight: Tensor, deviation: Tensor, factor: Tensor, order: Tensor, strength: float) -> Tensor:
+def shift_target(
+    weight: Tensor, deviation: Tensor, factor: Tensor, order: Tensor, strength: float
+) -> Tensor:
     """W' = W − strength · W R H⁻¹, (N, K); ``factor`` and ``order`` as in :class:`Problem`.
 
     At strength 1 this is the least-squares refit of the full-precision outputs from the
@@ -234,7 +254,9 @@ def _squared_error(rows: Tensor, metrics: Tensor, less: Tensor | None = None) ->
         stop = min(start + _PANEL, rows.shape[1])
         panel = rows[:, start:stop]
         if start:
-            found.add_(product(panel, metrics[:, start:stop, :start]).mul_(rows[:, :start]).sum(1), alpha=2)
+            found.add_(
+                product(panel, metrics[:, start:stop, :start]).mul_(rows[:, :start]).sum(1), alpha=2
+            )
         own = product(panel, metrics[:, start:stop, start:stop])
         if less is not None:
             own -= panel * less
@@ -259,7 +281,9 @@ def check_values(weight: Tensor, statistics: LayerStatistics | None, name: str) 
     zero = torch.zeros((), device=weight.device)
     inputs, total, count = [], zero, zero + 1
     if statistics is not None:
-        inputs = [values for values in (statistics.hessian, statistics.deviation) if values is not None]
+        inputs = [
+            values for values in (statistics.hessian, statistics.deviation) if values is not None
+        ]
         total = torch.stack([values.sum() for values in inputs]).sum()
         count = statistics.count.to(weight.device).reshape(())
     # A sum is finite only if every part is: one pass, where looking at every entry is five, and masks. It may

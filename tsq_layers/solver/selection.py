@@ -26,7 +26,11 @@ from tsq_layers.solver.blocks import product
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 DAMPINGS = (0.01, 0.05, 0.25)
 DEVIATION_DAMPINGS = (0.01, 0.03, 0.1, 0.3, 1.0)
-_USUAL = {"deviation_strength": 0.5, "damping": 0.01, "deviation_damping": 0.1}  # where there are no other tokens
+_USUAL = {
+    "deviation_strength": 0.5,
+    "damping": 0.01,
+    "deviation_damping": 0.1,
+}  # where there are no other tokens
 
 
 @full_precision()
@@ -61,7 +65,9 @@ def settle(
         chosen = _best_deviation(config, weight, fitted, other, name)
         config = dataclasses.replace(chosen, damping=config.damping)
     if config.damping == "auto":
-        config = dataclasses.replace(config, damping=_best_damping(config, weight, fitted, other, name))
+        config = dataclasses.replace(
+            config, damping=_best_damping(config, weight, fitted, other, name)
+        )
     return config
 
 
@@ -74,9 +80,18 @@ def _filled(config: QuantConfig) -> QuantConfig:
 def error(difference: Tensor, weight: Tensor, statistics: LayerStatistics) -> Tensor:
     """Mean squared output error of a weight difference Q − W, but for a constant: a scalar tensor."""
     count = statistics.count
-    found = product(difference, (statistics.hessian / count).to(difference.dtype)).mul_(difference).sum()
+    found = (
+        product(difference, (statistics.hessian / count).to(difference.dtype))
+        .mul_(difference)
+        .sum()
+    )
     if statistics.deviation is not None:
-        found += 2 * product(weight, (statistics.deviation / count).to(weight.dtype)).mul_(difference).sum()
+        found += (
+            2
+            * product(weight, (statistics.deviation / count).to(weight.dtype))
+            .mul_(difference)
+            .sum()
+        )
     return found
 
 
@@ -88,7 +103,9 @@ def _best_deviation(
         return _filled(config)
     weight = weight.detach().to(torch.float32)
     strengths = STRENGTHS if config.deviation_strength == "auto" else (config.deviation_strength,)
-    dampings = DEVIATION_DAMPINGS if config.deviation_damping == "auto" else (config.deviation_damping,)
+    dampings = (
+        DEVIATION_DAMPINGS if config.deviation_damping == "auto" else (config.deviation_damping,)
+    )
     start = dataclasses.replace(_filled(config), deviation_strength=1.0)
     candidates = [
         dataclasses.replace(start, deviation_strength=strength, deviation_damping=damping)
@@ -98,12 +115,16 @@ def _best_deviation(
     errors = []
     for damping in dampings:
         # With the same damping for GPTQ, whose factor is not used here, H is factorised once and not twice.
-        alike = dataclasses.replace(start, damping=min(float(damping), 1.0), deviation_damping=damping)
+        alike = dataclasses.replace(
+            start, damping=min(float(damping), 1.0), deviation_damping=damping
+        )
         whole = objective.build(weight, fitted, alike, name)
         shift = whole.refine_target - weight
         quadratic = error(shift, torch.zeros_like(weight), other)
         linear = error(shift, weight, other) - quadratic
-        errors += [strength**2 * quadratic + strength * linear for strength in map(float, strengths)]
+        errors += [
+            strength**2 * quadratic + strength * linear for strength in map(float, strengths)
+        ]
     values = to_host(*errors)
     return candidates[min(range(len(values)), key=values.__getitem__)]
 
@@ -115,12 +136,24 @@ def _best_damping(
     group_size = min(config.group_size or weight.shape[1], weight.shape[1])
     errors = []
     for damping in DAMPINGS:
-        problem = objective.build(weight, fitted, dataclasses.replace(config, damping=damping), name)
+        problem = objective.build(
+            weight, fitted, dataclasses.replace(config, damping=damping), name
+        )
         metric = stage1.feedback_metric(problem.factor, problem.order)
-        scales, zeros = stage1.fit_grids(problem.grid_target, metric, config.bits, group_size, config.symmetric)
+        scales, zeros = stage1.fit_grids(
+            problem.grid_target, metric, config.bits, group_size, config.symmetric
+        )
         codes = gptq.assign(
-            problem.grid_target, problem.factor, problem.order, scales, zeros, config.bits, group_size
-        ).codes  # fmt: skip
-        errors.append(error(grid.dequantize(codes, scales, zeros, group_size) - weight, weight, other))
+            problem.grid_target,
+            problem.factor,
+            problem.order,
+            scales,
+            zeros,
+            config.bits,
+            group_size,
+        ).codes
+        errors.append(
+            error(grid.dequantize(codes, scales, zeros, group_size) - weight, weight, other)
+        )
     values = to_host(*errors)
     return DAMPINGS[min(range(len(values)), key=values.__getitem__)]

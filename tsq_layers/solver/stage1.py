@@ -56,7 +56,9 @@ def feedback_metric(factor: Tensor, order: Tensor) -> Tensor:
     return metric if metric.dim() == 1 else metric.unsqueeze(-2)
 
 
-def fit_grids(target: Tensor, metric: Tensor, bits: int, group_size: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+def fit_grids(
+    target: Tensor, metric: Tensor, bits: int, group_size: int, symmetric: bool
+) -> tuple[Tensor, Tensor]:
     """Scales and zero points that minimise the loss of each group under a metric.
 
     Clipping factors are tried with the integer zero points on both sides of the exact one in turn.
@@ -73,7 +75,9 @@ def fit_grids(target: Tensor, metric: Tensor, bits: int, group_size: int, symmet
     return _fit(target, metric, bits, group_size, symmetric, factors, both_zeros=not symmetric)
 
 
-def weight_grids(weight: Tensor, bits: int, group_size: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+def weight_grids(
+    weight: Tensor, bits: int, group_size: int, symmetric: bool
+) -> tuple[Tensor, Tensor]:
     """Scales and zero points by the error of the weights alone: the grids that GPTQ is given here.
 
     Weight-MSE clipping of the range, its zero point kept; each clipping factor with its best scale.
@@ -85,7 +89,9 @@ def weight_grids(weight: Tensor, bits: int, group_size: int, symmetric: bool) ->
         scales and zero points, float32 (N, G).
     """
     factors = clip_factors(bits, _WEIGHT_CLIP_COUNT)
-    return _fit(weight, torch.ones_like(weight[0]), bits, group_size, symmetric, factors, both_zeros=False)
+    return _fit(
+        weight, torch.ones_like(weight[0]), bits, group_size, symmetric, factors, both_zeros=False
+    )
 
 
 def clip_factors(bits: int, count: int) -> list[float]:
@@ -121,22 +127,38 @@ def grouped(metric: Tensor, group_size: int) -> Tensor:
 
 
 def _fit_chunk(
-    target: Tensor, metric: Tensor, bits: int, group_size: int, symmetric: bool, factors: list[float], both_zeros: bool
+    target: Tensor,
+    metric: Tensor,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    factors: list[float],
+    both_zeros: bool,
 ) -> tuple[Tensor, Tensor]:
     """The best of all candidates for some rows (b·c, K); ``metric`` as from :func:`grouped`, B = b."""
     blocks = metric.shape[0]
     metric = metric.flatten(0, 1)
-    weight_Gcg = rearrange(grid.to_groups(target, group_size), "(b c) G g -> (b G) c g", b=blocks).contiguous()
+    weight_Gcg = rearrange(
+        grid.to_groups(target, group_size), "(b c) G g -> (b G) c g", b=blocks
+    ).contiguous()
     scale_NG, zero_NG = grid.minmax(target, bits, group_size, symmetric)
-    best_scale, best_zero = first_scale, first_zero = _by_group(scale_NG, blocks), _by_group(zero_NG, blocks)
+    best_scale, best_zero = first_scale, first_zero = (
+        _by_group(scale_NG, blocks),
+        _by_group(zero_NG, blocks),
+    )
     best_gain = torch.full_like(best_scale, -torch.inf)
     pulled_Gcg = weigh(weight_Gcg, metric)
-    steps, work = torch.empty_like(weight_Gcg), torch.empty_like(weight_Gcg)  # fresh memory costs more than a candidate
+    steps, work = (
+        torch.empty_like(weight_Gcg),
+        torch.empty_like(weight_Gcg),
+    )  # fresh memory costs more than a candidate
     tie = _tie(weight_Gcg)
     for scale, zero in _candidates(weight_Gcg, first_scale, first_zero, bits, factors, both_zeros):
         torch.div(weight_Gcg, scale.unsqueeze(-1), out=steps)
         low = -zero.unsqueeze(-1)
-        torch.maximum(steps.round_(), low, out=steps)  # clamp with bounds that broadcast is ten times slower
+        torch.maximum(
+            steps.round_(), low, out=steps
+        )  # clamp with bounds that broadcast is ten times slower
         torch.minimum(steps, low + grid.code_max(bits), out=steps)
         along = torch.mul(steps, pulled_Gcg, out=work).sum(-1)
         across = weigh(steps, metric, out=work).mul_(steps).sum(-1)
@@ -162,7 +184,11 @@ def _by_row(values: Tensor, blocks: int) -> Tensor:
 
 def weigh(values_Gcg: Tensor, metric: Tensor, out: Tensor | None = None) -> Tensor:
     """Values (b G, c, g) times the metric of their group, (b G, g, g) or a diagonal (b G, 1, g)."""
-    return torch.bmm(values_Gcg, metric, out=out) if metric.shape[1] > 1 else torch.mul(values_Gcg, metric, out=out)
+    return (
+        torch.bmm(values_Gcg, metric, out=out)
+        if metric.shape[1] > 1
+        else torch.mul(values_Gcg, metric, out=out)
+    )
 
 
 def _candidates(
@@ -182,6 +208,8 @@ def _candidates(
 
 def diagonal_blocks(hessian: Tensor, group_size: int) -> Tensor:
     """The groups' diagonal blocks of H, (…, K, K) → (…, G, g, g); a short last group is filled up with zeros."""
-    rows_GgK = rearrange(grid.to_groups(hessian, group_size), "... K G g -> ... G g K")  # H is symmetric
+    rows_GgK = rearrange(
+        grid.to_groups(hessian, group_size), "... K G g -> ... G g K"
+    )  # H is symmetric
     blocks_GgGg = grid.to_groups(rows_GgK, group_size)
     return rearrange(blocks_GgGg.diagonal(dim1=-4, dim2=-2), "... i j G -> ... G i j").contiguous()

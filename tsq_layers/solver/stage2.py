@@ -99,7 +99,8 @@ def _gram(steps: Tensor, hessian: Tensor, group_size: int, out: Tensor) -> None:
         for i in range(first, count):
             stop = min(i + 1, past)  # of the groups of the panel
             own, other = (
-                slice(start * group_size, min(end * group_size, columns)) for start, end in ((i, i + 1), (first, stop))
+                slice(start * group_size, min(end * group_size, columns))
+                for start, end in ((i, i + 1), (first, stop))
             )
             width = other.stop - other.start
             products = room[: blocks * width * rows].view(blocks, width, rows)
@@ -165,7 +166,8 @@ def exact(problem: SmallProblem, fallback: Tensor, positive: int | None = None) 
     given = (problem.gram, problem.slope, problem.start, fallback)
     pieces = zip(*(values.split(height) for values in given), strict=True)
     found = [
-        _exact(SmallProblem(gram, slope, start, problem.ridge), other, positive) for gram, slope, start, other in pieces
+        _exact(SmallProblem(gram, slope, start, problem.ridge), other, positive)
+        for gram, slope, start, other in pieces
     ]
     return torch.cat(found)
 

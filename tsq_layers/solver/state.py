@@ -88,10 +88,20 @@ class State:
             LayerError: they are not what the layer's configuration says.
         """
         config = layer.config
-        wanted = (*layer.weight.shape, config.bits, layer.group_size, config.symmetric, config.has_offsets)
+        wanted = (
+            *layer.weight.shape,
+            config.bits,
+            layer.group_size,
+            config.symmetric,
+            config.has_offsets,
+        )
         form = (weight.bits, weight.group_size, weight.symmetric, weight.offsets is not None)
         found = (*weight.codes.shape, *form)
-        if found != wanted or weight.scales.dtype != config.torch_scale_dtype or weight.tables is not None:
+        if (
+            found != wanted
+            or weight.scales.dtype != config.torch_scale_dtype
+            or weight.tables is not None
+        ):
             raise LayerError(
                 f"{layer.name}: codes to start from are of rows, columns, bits, group size, symmetry, offsets {found} in "
                 f"{weight.scales.dtype}, the layer is of {wanted} in {config.scale_dtype}; give a configuration of the codes"
@@ -103,13 +113,17 @@ class State:
     def grids(self, layer: Layer) -> tuple[Tensor, Tensor]:
         """Scales and zero points."""
         if self.scales is None or self.zeros is None:
-            raise StateError(f"{layer.name}: there are no scales yet; call initialize_scales() first, or run()")
+            raise StateError(
+                f"{layer.name}: there are no scales yet; call initialize_scales() first, or run()"
+            )
         return self.scales, self.zeros
 
     def chosen(self, layer: Layer) -> Tensor:
         """The codes."""
         if self.codes is None:
-            raise StateError(f"{layer.name}: there are no codes yet; call assign_codes() first, or run()")
+            raise StateError(
+                f"{layer.name}: there are no codes yet; call assign_codes() first, or run()"
+            )
         return self.codes
 
     def reduced(self, layer: Layer, target: Tensor) -> Tensor:
@@ -123,14 +137,18 @@ class State:
         (scales, zeros), problem = self.grids(layer), layer.known
         target = self.reduced(layer, problem.refine_target)
         codes, bits = self.chosen(layer), layer.config.bits
-        return Coded(codes, target, problem.hessian, scales, zeros, bits, layer.group_size, layer.free)
+        return Coded(
+            codes, target, problem.hessian, scales, zeros, bits, layer.group_size, layer.free
+        )
 
     def nearest(self, layer: Layer, target: Tensor) -> Tensor:
         """The codes of the present grids or tables that are nearest to a target, uint8 (N, K)."""
         if self.tables is not None:
             return codebook.nearest(target, self.tables, layer.group_size)
         scales, zeros = self.grids(layer)
-        return grid.quantize(self.reduced(layer, target), scales, zeros, layer.config.bits, layer.group_size)
+        return grid.quantize(
+            self.reduced(layer, target), scales, zeros, layer.config.bits, layer.group_size
+        )
 
     def dequantized(self, layer: Layer, rows: slice = slice(None)) -> Tensor:
         """Q (N, K), or some rows of it; of the nearest codes, if there are none yet."""
@@ -150,7 +168,9 @@ class State:
     def keep_zeros(self, layer: Layer) -> None:
         """Put codes back to zero where the weight is."""
         if layer.free is not None and self.codes is not None and self.zeros is not None:
-            zeros = offsets.spread(self.zeros, layer.group_size, self.codes.shape[1]).to(torch.uint8)
+            zeros = offsets.spread(self.zeros, layer.group_size, self.codes.shape[1]).to(
+                torch.uint8
+            )
             self.codes = torch.where(layer.free, self.codes, zeros)
 
     def restore_rows(self, layer: Layer, before: "State") -> None:
@@ -192,7 +212,9 @@ class State:
         if self.loss is not None:
             damping = scaled(self._squares(layer).unsqueeze(1), ridge).squeeze(1)
             left = self.loss - damping
-            return torch.where(left > _SLACK * torch.finfo(left.dtype).eps * damping, left, torch.zeros_like(left))
+            return torch.where(
+                left > _SLACK * torch.finfo(left.dtype).eps * damping, left, torch.zeros_like(left)
+            )
         difference = self.difference(layer)
         if self.residual is not None:
             undamped = scaled(difference, ridge)
@@ -204,7 +226,9 @@ class State:
         target = layer.known.refine_target
         height = max(1, _CHUNK_ELEMENTS // target.shape[1])
         pieces = [slice(start, start + height) for start in range(0, len(target), height)]
-        return torch.cat([self.dequantized(layer, rows).sub_(target[rows]).square_().sum(1) for rows in pieces])
+        return torch.cat(
+            [self.dequantized(layer, rows).sub_(target[rows]).square_().sum(1) for rows in pieces]
+        )
 
     def stored(self, layer: Layer) -> QuantizedWeight:
         """The present codes and grids, or tables, as they are stored."""

@@ -47,11 +47,18 @@ def initialize(layer: Layer, state: State) -> None:
     if config.method == "lnq":
         problem, per_group = layer.known, config.codebook == "group"
         state.tables = codebook.start(
-            problem.grid_target, problem.hessian, config.bits, layer.group_size, per_group=per_group, dtype=dtype
+            problem.grid_target,
+            problem.hessian,
+            config.bits,
+            layer.group_size,
+            per_group=per_group,
+            dtype=dtype,
         )
         return
     if config.has_offsets:
-        scales, added = offsets.fit_grids(layer.known.grid_target, _metric(layer), config.bits, layer.group_size)
+        scales, added = offsets.fit_grids(
+            layer.known.grid_target, _metric(layer), config.bits, layer.group_size
+        )
         state.offsets, zeros = offsets.storable(added, dtype), torch.zeros_like(scales)
     elif config.method == "two-stage":
         scales, zeros = stage1.fit_grids(
@@ -74,13 +81,22 @@ def assign(layer: Layer, state: State) -> None:
     config = layer.config
     if config.method == "rtn":
         state.codes = state.nearest(layer, layer.weight)
-    elif config.method == "lnq" or (config.method in _DESCENTS and config.descent_start == "nearest"):
+    elif config.method == "lnq" or (
+        config.method in _DESCENTS and config.descent_start == "nearest"
+    ):
         state.codes = state.nearest(layer, layer.known.grid_target)
     else:
         problem, (scales, zeros) = layer.known, state.grids(layer)
         target = state.reduced(layer, problem.grid_target)
         state.codes, loss, whitened = gptq.assign(
-            target, problem.factor, problem.order, scales, zeros, config.bits, layer.group_size, layer.free
+            target,
+            problem.factor,
+            problem.order,
+            scales,
+            zeros,
+            config.bits,
+            layer.group_size,
+            layer.free,
         )
         if problem.refine_target is problem.grid_target:  # that of the loss, and of stage 2
             state.loss = loss
@@ -95,7 +111,9 @@ def descend(layer: Layer, state: State) -> None:
     elif has_outliers(layer):
         _move_outliers(layer, state)
     elif config.method == "quantease":
-        state.codes = cyclic.descend(state.integers(layer), config.descent_sweeps, relax=config.descent_relax)
+        state.codes = cyclic.descend(
+            state.integers(layer), config.descent_sweeps, relax=config.descent_relax
+        )
     else:
         state.codes, state.scales = clipping.descend(
             state.integers(layer), dtype=dtype, nearest=config.descent_start == "nearest"
@@ -149,7 +167,9 @@ def refine(layer: Layer, state: State) -> None:
     if state.offsets is None:
         state.scales = chosen = stage2.accept(small, solution, dtype)
     else:
-        state.scales, state.offsets = offsets.accept(small, solution, state.offsets, config.bits, dtype)
+        state.scales, state.offsets = offsets.accept(
+            small, solution, state.offsets, config.bits, dtype
+        )
         middle = grid.code_max(config.bits) / 2
         chosen = torch.cat([state.scales, state.offsets + middle * state.scales], 1)
     state.loss = before + small.loss(chosen)
@@ -161,7 +181,9 @@ def _small_problem(layer: Layer, state: State, pulled: Tensor) -> stage2.SmallPr
     config, (scales, zeros), metric = layer.config, state.grids(layer), layer.known.hessian
     if state.offsets is None:
         steps = grid.centered(state.chosen(layer), zeros, layer.group_size)
-        return stage2.small_problem(steps, pulled, metric, scales, layer.group_size, config.refine_ridge)
+        return stage2.small_problem(
+            steps, pulled, metric, scales, layer.group_size, config.refine_ridge
+        )
     given = state.chosen(layer), pulled, metric, scales, state.offsets
     return offsets.small_problem(*given, config.bits, layer.group_size, config.refine_ridge)
 
@@ -177,11 +199,15 @@ def refine_jointly(layer: Layer, state: State) -> None:
     }
     if state.offsets is not None:
         given = state.integers(layer)._replace(target=layer.known.refine_target)
-        state.codes, state.scales, state.offsets = joint.refine_with_offsets(given, state.offsets, **options)
+        state.codes, state.scales, state.offsets = joint.refine_with_offsets(
+            given, state.offsets, **options
+        )
     elif config.symmetric:
         state.codes, state.scales = joint.refine(state.integers(layer), **options)
     else:
-        state.codes, state.scales, state.zeros = joint.refine_with_zeros(state.integers(layer), **options)
+        state.codes, state.scales, state.zeros = joint.refine_with_zeros(
+            state.integers(layer), **options
+        )
 
 
 def has_outliers(layer: Layer) -> bool:

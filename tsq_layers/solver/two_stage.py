@@ -59,7 +59,12 @@ class TwoStageGroupQuantizer:
 
     @full_precision()
     def __init__(
-        self, weight: Tensor, statistics: LayerStatistics | None, config: QuantConfig, *, name: str = "layer"
+        self,
+        weight: Tensor,
+        statistics: LayerStatistics | None,
+        config: QuantConfig,
+        *,
+        name: str = "layer",
     ) -> None:
         if weight.dim() != 2 or not weight.is_floating_point():
             raise LayerError(
@@ -76,7 +81,9 @@ class TwoStageGroupQuantizer:
         started = clock(weight)
         if statistics is None:
             objective.check_values(values, None, name)
-        self.problem = None if statistics is None else objective.build(weight, statistics, config, name)
+        self.problem = (
+            None if statistics is None else objective.build(weight, statistics, config, name)
+        )
         self._state.seconds["factorise"] = clock(weight) - started
         free = values != 0 if config.keep_zeros and config.holds_zero else None
         self._layer = Layer(values, self.problem, config, self.group_size, name, free)
@@ -133,11 +140,15 @@ class TwoStageGroupQuantizer:
         step(self._layer, self._state)
         self._state.keep_zeros(self._layer)
         if before is not None and name in ("descend", "pairs", "joint"):
-            self._state.restore_rows(self._layer, before)  # a pair that one of these zeros was half of has lost
+            self._state.restore_rows(
+                self._layer, before
+            )  # a pair that one of these zeros was half of has lost
         self._state.seconds[name] = clock(self._layer.weight) - started
 
     @full_precision()
-    def run(self, held_out: LayerStatistics | None = None, start: QuantizedWeight | None = None) -> SolverResult:
+    def run(
+        self, held_out: LayerStatistics | None = None, start: QuantizedWeight | None = None
+    ) -> SolverResult:
         """All steps, with the loss after each; ``held_out`` adds losses on tokens not fitted.
 
         With ``start`` its codes and grids take the place of steps 1 and 2.
@@ -166,7 +177,9 @@ class TwoStageGroupQuantizer:
             losses=losses,
             held_out_losses=held_out_losses,
             signal=None if self.problem is None else self._signal(),
-            held_out_signal=None if self.problem is None or held_out is None else self._signal(held_out),
+            held_out_signal=None
+            if self.problem is None or held_out is None
+            else self._signal(held_out),
             objective=self._state.objective,
             damping=None if self.problem is None else self.problem.damping,
             seconds=self._state.seconds,
@@ -193,7 +206,9 @@ class TwoStageGroupQuantizer:
             return self._state.losses(self._layer)
         difference = self._state.difference(self._layer)
         objective.check_shapes(difference, statistics, self.name)
-        return objective.squared_error(difference, (statistics.hessian / statistics.count).to(torch.float32))
+        return objective.squared_error(
+            difference, (statistics.hessian / statistics.count).to(torch.float32)
+        )
 
     def quantized_weight(self) -> QuantizedWeight:
         """The present codes, with scales and zero points or tables."""
@@ -214,4 +229,6 @@ class TwoStageGroupQuantizer:
         known = self._layer.known
         if statistics is None:
             return objective.squared_error(known.refine_target, known.hessian, known.ridge)
-        return objective.squared_error(known.refine_target, (statistics.hessian / statistics.count).to(torch.float32))
+        return objective.squared_error(
+            known.refine_target, (statistics.hessian / statistics.count).to(torch.float32)
+        )

@@ -72,13 +72,17 @@ def _best(
     goal = values - clipping.divided(pulled, metric)
     weighed = product(values, metric)
     force = weighed - pulled
-    rounding = torch.finfo(values.dtype).eps * (weighed * values).sum(1, keepdim=True)  # a gain of less is none
+    rounding = torch.finfo(values.dtype).eps * (weighed * values).sum(
+        1, keepdim=True
+    )  # a gain of less is none
     for step in _STEPS:
         tried = (old_zero + step).clamp(0, grid.code_max(bits))
         integers = grid.steps(goal, old_scale, tried, bits)
         if free is not None:
             integers = integers * free
-        best = (integers * force).sum(1, keepdim=True) / (product(integers, metric) * integers).sum(1, keepdim=True)
+        best = (integers * force).sum(1, keepdim=True) / (product(integers, metric) * integers).sum(
+            1, keepdim=True
+        )
         best = grid.storable(torch.where((best > 0) & torch.isfinite(best), best, old_scale), dtype)
         moved = integers * best - values
         loss = ((product(moved, metric) + 2 * pulled) * moved).sum(1, keepdim=True)

@@ -92,11 +92,17 @@ def check_attainable(preparation: Preparation, min_coverage: float) -> None:
     """
     solved = [
         LayerReport(
-            name=target.name, kind=target.kind.name, rows=target.shape[0], columns=target.shape[1], status="quantized"
+            name=target.name,
+            kind=target.kind.name,
+            rows=target.shape[0],
+            columns=target.shape[1],
+            status="quantized",
         )
         for target in preparation.targets.values()
     ]
-    check_coverage(parameter_reports(preparation.parameters, [*solved, *preparation.left_alone]), min_coverage)
+    check_coverage(
+        parameter_reports(preparation.parameters, [*solved, *preparation.left_alone]), min_coverage
+    )
 
 
 def _solve_observed(preparation: Preparation) -> dict[str, Solved]:
@@ -119,7 +125,9 @@ def _solve_observed(preparation: Preparation) -> dict[str, Solved]:
     solved: dict[str, Solved] = {}
     for name, target in preparation.targets.items():
         statistics = observers[name].statistics() if name in seen else None
-        lent = statistics is not None and target.pool is not None and experts.lend(target, statistics)
+        lent = (
+            statistics is not None and target.pool is not None and experts.lend(target, statistics)
+        )
         if not lent and (name in seen or not target.observed):
             solved |= solve([target], statistics)
     for pool in experts.open():
@@ -151,7 +159,12 @@ def _all_reports(preparation: Preparation, solved: dict[str, Solved]) -> tuple[L
             reason = "no batch reached it, or its weight is read without a call"
             reports.append(
                 LayerReport(
-                    name=name, kind=target.kind.name, rows=rows, columns=columns, status="never called", reason=reason
+                    name=name,
+                    kind=target.kind.name,
+                    rows=rows,
+                    columns=columns,
+                    status="never called",
+                    reason=reason,
                 )
             )
     return tuple(reports + preparation.left_alone)
@@ -173,7 +186,9 @@ def _twins(preparation: Preparation, solved: Mapping[str, Solved]) -> dict[nn.Mo
     for name, layer in solved.items():
         target = preparation.targets[name]
         modules = [target.module, *(preparation.modules[other] for other in target.tied)]
-        layer.matrix.bias = next((bias for module in modules if (bias := _bias(module)) is not None), None)
+        layer.matrix.bias = next(
+            (bias for module in modules if (bias := _bias(module)) is not None), None
+        )
         for module in modules:
             kind = kind_of(module)
             assert kind is not None

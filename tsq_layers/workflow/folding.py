@@ -65,9 +65,13 @@ def _readers(model: nn.Module, norms: Mapping[str, str]) -> dict[str, dict[str, 
     for pattern, norm in norms.items():
         named = {name: layer for name, layer in layers.items() if matches(pattern, name)}
         if not named:
-            raise ConfigError(f"pattern {pattern!r} matches none of the {len(layers)} quantised layers; correct it")
+            raise ConfigError(
+                f"pattern {pattern!r} matches none of the {len(layers)} quantised layers; correct it"
+            )
         if norm not in known:
-            raise ConfigError(f"{norm!r} is no module of this {type(model).__name__}; give the full name of a norm")
+            raise ConfigError(
+                f"{norm!r} is no module of this {type(model).__name__}; give the full name of a norm"
+            )
         found.setdefault(norm, {}).update(named)
     return found
 
@@ -81,7 +85,9 @@ def _common_scaling(norm: str, layers: Mapping[str, QuantLinear]) -> Tensor:
                 f"{name!r} has no column scales to fold into {norm!r}; quantise it with channel_scaling=True, or leave "
                 f"it out if it does not read that norm: {_READERS}"
             )
-        if scaling is not None and not (own.shape == scaling.shape and torch.equal(own.to(scaling.device), scaling)):
+        if scaling is not None and not (
+            own.shape == scaling.shape and torch.equal(own.to(scaling.device), scaling)
+        ):
             raise LayerError(
                 f"{first!r} and {name!r} have different column scales, so that {norm!r} cannot hold those of both: "
                 f"{_READERS}, and they need one input and one configuration"
@@ -100,7 +106,10 @@ def _check_norm(name: str, norm: nn.Module, scaling: Tensor) -> None:
             f"{name!r} is a {type(norm).__name__} with parameters of shapes {shapes}; scales can be folded into a norm "
             f"with a weight of shape {tuple(scaling.shape)}, and a bias of that shape if it has one"
         )
-    saved, training = {key: value.data for key, value in norm._parameters.items() if value is not None}, norm.training
+    saved, training = (
+        {key: value.data for key, value in norm._parameters.items() if value is not None},
+        norm.training,
+    )
     steps = torch.arange(4 * len(scaling), device=weight.device).view(4, -1)
     probe = torch.sin(steps.to(torch.float32) * 12.9898).to(weight.dtype)
     norm.eval()
@@ -114,7 +123,9 @@ def _check_norm(name: str, norm: nn.Module, scaling: Tensor) -> None:
             norm._parameters[key].data = value  # type: ignore[union-attr]
         norm.train(training)
     tolerance = 8 * torch.finfo(weight.dtype).eps * expected.abs().amax(0)
-    if not bool(((found - expected).abs().amax(0) <= tolerance + torch.finfo(torch.float32).tiny).all()):
+    if not bool(
+        ((found - expected).abs().amax(0) <= tolerance + torch.finfo(torch.float32).tiny).all()
+    ):
         raise LayerError(
             f"the output of {name!r}, a {type(norm).__name__}, is not proportional to its weight, so that scales cannot "
             "be folded into it; leave it out, and the layers scale their inputs themselves"
@@ -124,4 +135,6 @@ def _check_norm(name: str, norm: nn.Module, scaling: Tensor) -> None:
 def _divide(norm: nn.Module, scaling: Tensor) -> None:
     for values in norm._parameters.values():
         if values is not None:
-            values.data = (values.detach().to(torch.float32) / scaling.to(values.device)).to(values.dtype)
+            values.data = (values.detach().to(torch.float32) / scaling.to(values.device)).to(
+                values.dtype
+            )

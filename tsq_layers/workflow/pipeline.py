@@ -158,7 +158,9 @@ def calibrate(
     """
     preparation = preparations.fetch(model, "calibrate")
     if preparation.solved is not None:
-        raise StateError("the model is already calibrated; call convert(model), or unprepare(model) to start again")
+        raise StateError(
+            "the model is already calibrated; call convert(model), or unprepare(model) to start again"
+        )
     if paired is None:
         paired = any(target.config.uses_deviation for target in preparation.targets.values())
     fitted = checked_batches(batches, "batches")
@@ -173,14 +175,28 @@ def calibrate(
         with (
             nullcontext()
             if checkpoint_dir is None
-            else journal_of(checkpoint_dir, model, preparation, paired, forward, padding_mask, loss) as journal
+            else journal_of(
+                checkpoint_dir, model, preparation, paired, forward, padding_mask, loss
+            ) as journal
         ):
             guidance = _guidance(model, guided, fitted, forward, loss) if guided else None
             solved = Calibration(
-                model, preparation, fitted, others, paired, forward, padding_mask, progress, journal, parking, guidance
+                model,
+                preparation,
+                fitted,
+                others,
+                paired,
+                forward,
+                padding_mask,
+                progress,
+                journal,
+                parking,
+                guidance,
             ).run()
         if config.distill_epochs:
-            preparation.distances = _distilled(model, preparation, solved, fitted, forward, distance, progress)
+            preparation.distances = _distilled(
+                model, preparation, solved, fitted, forward, distance, progress
+            )
         warn_few_tokens(solved)
         warn_never_called(preparation, solved)
     except BaseException:
@@ -251,7 +267,11 @@ def quantize(
 
 
 def _guidance(
-    model: nn.Module, guided: Mapping[str, Watched], batches: Iterable[Batch], forward: Forward, loss: Loss | None
+    model: nn.Module,
+    guided: Mapping[str, Watched],
+    batches: Iterable[Batch],
+    forward: Forward,
+    loss: Loss | None,
 ) -> TokenWeights:
     device = entry_device(model)
     given = loss or (lambda model, batch: model_loss(model, batch, forward))
@@ -279,7 +299,13 @@ def _distilled(
         given = [moved_to(batch, device) for batch in batches]
         return tuple(
             distil(
-                model, students, given, lambda model, batch: forward(model, copied_to(batch, None)), epochs=config.distill_epochs, rate=config.distill_rate,
-                distance=distance, progress=progress,
+                model,
+                students,
+                given,
+                lambda model, batch: forward(model, copied_to(batch, None)),
+                epochs=config.distill_epochs,
+                rate=config.distill_rate,
+                distance=distance,
+                progress=progress,
             )
-        )  # fmt: skip
+        )

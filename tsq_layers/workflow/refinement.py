@@ -24,14 +24,23 @@ from tsq_layers.layers.offloading import present
 from tsq_layers.numerics.basis import fixed_signs
 from tsq_layers.numerics.memory import dtype_name, model_bytes
 from tsq_layers.numerics.sync import to_host
-from tsq_layers.passes.batches import Batch, Forward, PaddingMask, attention_mask, checked_batches, default_forward
+from tsq_layers.passes.batches import (
+    Batch,
+    Forward,
+    PaddingMask,
+    attention_mask,
+    checked_batches,
+    default_forward,
+)
 from tsq_layers.passes.offload import Parking
 from tsq_layers.reports import LayerReport, Report
 from tsq_layers.runtime.linear import QuantLinear
 from tsq_layers.workflow.conversion import warn_never_called
 
 _CHANGED = ("words", "scale_bits", "zero_words", "offset_bits")
-_FOREIGN = 0.02  # relative difference of a tensor that both models hold: more than rounding to bfloat16
+_FOREIGN = (
+    0.02  # relative difference of a tensor that both models hold: more than rounding to bfloat16
+)
 _PREPARED: dict[str, Any] = {
     "guidance": 0,
     "distill_epochs": 0,
@@ -99,10 +108,16 @@ def refine(
     config = _checked(config)
     layers = _refinable(model)
     started = time.perf_counter()
-    names = {name for name, _, _ in packed(model)}  # with those of tables, which may be tied to layers
-    preparation = preparations.inspect(reference, dataclasses.replace(config, **_PREPARED), only=names)
+    names = {
+        name for name, _, _ in packed(model)
+    }  # with those of tables, which may be tied to layers
+    preparation = preparations.inspect(
+        reference, dataclasses.replace(config, **_PREPARED), only=names
+    )
     _check_same(model, reference, preparation, layers)
-    preparation.targets = {name: _started(preparation.targets[name], config, layers[name]) for name in layers}
+    preparation.targets = {
+        name: _started(preparation.targets[name], config, layers[name]) for name in layers
+    }
     fitted = checked_batches(batches, "batches")
     others = [] if held_out is None else checked_batches(held_out, "held_out")
     parking = None if offload is None else Parking(offload, reference)
@@ -117,7 +132,16 @@ def refine(
             ) as journal
         ):
             solved = Calibration(
-                reference, preparation, fitted, others, paired, forward, padding_mask, progress, journal, parking
+                reference,
+                preparation,
+                fitted,
+                others,
+                paired,
+                forward,
+                padding_mask,
+                progress,
+                journal,
+                parking,
             ).run()
         warn_few_tokens(solved)
         warn_never_called(preparation, solved)
@@ -152,14 +176,19 @@ def _refinable(model: nn.Module) -> dict[str, QuantLinear]:
             "look-up tables": matrix.tables is not None,
             "a sparse part": matrix.outlier_bits is not None,
             "scaled columns": matrix.column_scale_bits is not None,
-            "a rotation of its own": signs is not None and not torch.equal(signs, fixed_signs(columns, signs.device)),
+            "a rotation of its own": signs is not None
+            and not torch.equal(signs, fixed_signs(columns, signs.device)),
         }
         for what, there in obstacles.items():
             if there:
-                raise LayerError(f"{name}: it has {what}, and refine takes plain codes and scales; quantise it anew")
+                raise LayerError(
+                    f"{name}: it has {what}, and refine takes plain codes and scales; quantise it anew"
+                )
         layers[name] = matrix
     if not layers:
-        raise StateError(f"{type(model).__name__} holds no packed layers; quantise it, or tsq.import_checkpoint one")
+        raise StateError(
+            f"{type(model).__name__} holds no packed layers; quantise it, or tsq.import_checkpoint one"
+        )
     return layers
 
 
@@ -178,11 +207,16 @@ def _started(target: Target, config: QuantConfig, matrix: QuantLinear) -> Target
     }
     refined = dataclasses.replace(config, **_PREPARED, **own)
     keep = target.config.keep_zeros and refined.holds_zero
-    return dataclasses.replace(target, config=dataclasses.replace(refined, keep_zeros=keep), given=weight)
+    return dataclasses.replace(
+        target, config=dataclasses.replace(refined, keep_zeros=keep), given=weight
+    )
 
 
 def _check_same(
-    model: nn.Module, reference: nn.Module, preparation: Preparation, layers: Mapping[str, QuantLinear]
+    model: nn.Module,
+    reference: nn.Module,
+    preparation: Preparation,
+    layers: Mapping[str, QuantLinear],
 ) -> None:
     """Refuse a float model that is not the one that was quantised."""
     cure = "give the float model that it was quantised from"
@@ -190,7 +224,9 @@ def _check_same(
         if name not in preparation.targets:
             raise LayerError(f"{name}: there is no such layer in the reference; {cure}")
         if preparation.targets[name].shape != (matrix.out_features, matrix.in_features):
-            raise LayerError(f"{name}: it is {preparation.targets[name].shape} in the reference; {cure}")
+            raise LayerError(
+                f"{name}: it is {preparation.targets[name].shape} in the reference; {cure}"
+            )
     errors = {name: _error(preparation.targets[name], matrix) for name, matrix in layers.items()}
     others = dict(reference.named_parameters())
     shared = {
@@ -227,20 +263,35 @@ def _take(matrix: QuantLinear, refined: QuantLinear) -> None:
 
 
 def _note(
-    model: nn.Module, reference: nn.Module, config: QuantConfig, solved: Mapping[str, Solved], *, paired: bool, seconds: float
-) -> None:  # fmt: skip
+    model: nn.Module,
+    reference: nn.Module,
+    config: QuantConfig,
+    solved: Mapping[str, Solved],
+    *,
+    paired: bool,
+    seconds: float,
+) -> None:
     """What was done to every layer, in the model's report."""
     old = getattr(model, "tsq_report", None)
     if not isinstance(old, Report):
         layers = tuple(layer.report for layer in solved.values())
         model.tsq_report = Report(  # type: ignore[assignment]
-            layers=layers, config=config, size_before=model_bytes(reference), size_after=model_bytes(model),
-            paired=paired, seconds=seconds, versions=library_versions(),
-        )  # fmt: skip
+            layers=layers,
+            config=config,
+            size_before=model_bytes(reference),
+            size_after=model_bytes(model),
+            paired=paired,
+            seconds=seconds,
+            versions=library_versions(),
+        )
         return
     layers = tuple(_noted(entry, solved.get(entry.name)) for entry in old.layers)
     model.tsq_report = dataclasses.replace(  # type: ignore[assignment]
-        old, layers=layers, paired=paired, seconds=old.seconds + seconds, versions=library_versions()
+        old,
+        layers=layers,
+        paired=paired,
+        seconds=old.seconds + seconds,
+        versions=library_versions(),
     )
 
 

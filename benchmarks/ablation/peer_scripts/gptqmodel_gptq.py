@@ -8,7 +8,12 @@ from hand_back import Task
 
 task = Task()
 config = QuantizeConfig(
-    bits=task.bits, group_size=task.group_size, sym=False, desc_act=False, device="cpu", offload_to_disk=False
+    bits=task.bits,
+    group_size=task.group_size,
+    sym=False,
+    desc_act=False,
+    device="cpu",
+    offload_to_disk=False,
 )
 model = GPTQModel.load(task.model, config, dtype=torch.float32)
 model.quantize(task.samples(), batch_size=4)
@@ -16,5 +21,9 @@ task.stop()
 with tempfile.TemporaryDirectory() as saved:
     model.save(saved)
     loaded = GPTQModel.load(saved, device="cpu", backend=BACKEND.GPTQ_TORCH, dtype=torch.float16)
-    layers = [(name, module) for name, module in loaded.model.named_modules() if hasattr(module, "qweight")]
+    layers = [
+        (name, module)
+        for name, module in loaded.model.named_modules()
+        if hasattr(module, "qweight")
+    ]
     task.hand_back({name: module.dequantize_weight().T for name, module in layers})

@@ -27,18 +27,25 @@ class Task:
 
     def samples(self) -> list[dict[str, torch.Tensor]]:
         """The windows as a list of dicts."""
-        return [{"input_ids": ids[None], "attention_mask": torch.ones_like(ids[None])} for ids in self.windows]
+        return [
+            {"input_ids": ids[None], "attention_mask": torch.ones_like(ids[None])}
+            for ids in self.windows
+        ]
 
     def stop(self) -> None:
         """Quantising is over: what follows is not the peer's work."""
         started, cpu_started = self._started
-        times = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu_started}
+        times = {
+            "seconds": time.perf_counter() - started,
+            "cpu_seconds": time.process_time() - cpu_started,
+        }
         (self.out / "times.json").write_text(json.dumps(times), encoding="utf-8")
 
     def hand_back(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Dequantised weights (N, K) by the names of the layers."""
         save_file(
-            {name: weight.float().contiguous() for name, weight in weights.items()}, self.out / "weights.safetensors"
+            {name: weight.float().contiguous() for name, weight in weights.items()},
+            self.out / "weights.safetensors",
         )
 
 

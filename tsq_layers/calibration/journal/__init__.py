@@ -6,7 +6,12 @@ written whole or not at all, its SHA-256 is known, and one process uses the dire
 Nothing in it is ever executed.
 """
 
-from tsq_layers.calibration.journal.digests import HELD_OUT, fingerprint_batch, fingerprint_data, fingerprint_weights
+from tsq_layers.calibration.journal.digests import (
+    HELD_OUT,
+    fingerprint_batch,
+    fingerprint_data,
+    fingerprint_weights,
+)
 from tsq_layers.calibration.journal.fingerprint import Fingerprint
 from tsq_layers.calibration.journal.store import Journal, Restored
 

@@ -29,7 +29,9 @@ def fingerprint_data(batches: Iterable[object], held_out: Iterable[object] = ())
         CalibrationError: as :func:`fingerprint_batch`, with the number of the batch.
     """
     fitted = [fingerprint_batch(batch, f"batch {index}") for index, batch in enumerate(batches)]
-    others = [fingerprint_batch(batch, f"held-out batch {index}") for index, batch in enumerate(held_out)]
+    others = [
+        fingerprint_batch(batch, f"held-out batch {index}") for index, batch in enumerate(held_out)
+    ]
     return fitted + [HELD_OUT + digest for digest in others]
 
 
@@ -90,9 +92,16 @@ def fingerprint_weights(weights: Mapping[str, Tensor]) -> dict[str, dict[str, An
     for names in by_device.values():
         halves = to_host(*(half for name in names for half in _checksum(weights[name])))
         pairs = zip(halves[::2], halves[1::2], strict=True)
-        sums |= {name: f"{int(high):08x}{int(low):08x}" for name, (high, low) in zip(names, pairs, strict=True)}
+        sums |= {
+            name: f"{int(high):08x}{int(low):08x}"
+            for name, (high, low) in zip(names, pairs, strict=True)
+        }
     return {
-        name: {"shape": list(weight.shape), "dtype": dtype_name(weight.dtype), "checksum": sums[name]}
+        name: {
+            "shape": list(weight.shape),
+            "dtype": dtype_name(weight.dtype),
+            "checksum": sums[name],
+        }
         for name, weight in weights.items()
     }
 
@@ -101,13 +110,21 @@ def _checksum(weight: Tensor) -> tuple[Tensor, Tensor]:
     """The checksum as two scalars below 2^32, which float64 holds exactly; on the weight's device."""
     values = weight.detach().resolve_conj().resolve_neg()
     values = torch.view_as_real(values) if values.is_complex() else values
-    matrix = values.reshape(values.shape[0] if values.dim() else 1, -1) if values.numel() else values.reshape(1, 0)
+    matrix = (
+        values.reshape(values.shape[0] if values.dim() else 1, -1)
+        if values.numel()
+        else values.reshape(1, 0)
+    )
     bits = matrix.view(_INTEGERS[matrix.element_size()])
-    rows, columns = (_multipliers(size, seed, weight.device) for seed, size in enumerate(bits.shape))
+    rows, columns = (
+        _multipliers(size, seed, weight.device) for seed, size in enumerate(bits.shape)
+    )
     total = torch.zeros((), dtype=torch.int64, device=weight.device)
     step = max(1, _CHUNK // max(1, bits.shape[1]))
     for start in range(0, bits.shape[0], step):
-        wide = bits[start : start + step].to(torch.int64, copy=True)  # a copy even of int64: it is changed in place
+        wide = bits[start : start + step].to(
+            torch.int64, copy=True
+        )  # a copy even of int64: it is changed in place
         wide.mul_(columns)
         wide ^= wide >> 32
         total = total + (wide.sum(1) * rows[start : start + step]).sum()
@@ -116,7 +133,10 @@ def _checksum(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def _multipliers(size: int, seed: int, device: torch.device) -> Tensor:
     """Odd 64-bit integers that look random: the finaliser of SplitMix64 over a counter. Products wrap."""
-    mixed = torch.arange(1, size + 1, dtype=torch.int64, device=device) * _signed(0x9E3779B97F4A7C15) + seed
+    mixed = (
+        torch.arange(1, size + 1, dtype=torch.int64, device=device) * _signed(0x9E3779B97F4A7C15)
+        + seed
+    )
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         mixed = (mixed ^ (mixed >> shift)) * _signed(factor)
     return (mixed ^ (mixed >> 31)) | 1
@@ -154,7 +174,10 @@ def _parts(value: object, where: str) -> tuple[str, Sequence[Any]]:
 def _container_parts(value: object, where: str) -> tuple[str, Sequence[bytes]] | None:
     """The same of what holds other values; ``None`` for what does not."""
     if isinstance(value, Mapping):
-        items = [_digest(key, f"a key of {where}") + _digest(value[key], f"{where}[{key!r}]") for key in value]
+        items = [
+            _digest(key, f"a key of {where}") + _digest(value[key], f"{where}[{key!r}]")
+            for key in value
+        ]
         return "mapping", sorted(items)
     if isinstance(value, (list, tuple)):
         kind = "list" if isinstance(value, list) else "tuple"
@@ -164,7 +187,9 @@ def _container_parts(value: object, where: str) -> tuple[str, Sequence[bytes]] |
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
         names = [type(value).__qualname__.encode(), *(name.encode() for name in fields)]
-        return "dataclass", names + [_digest(entry, f"{where}.{name}") for name, entry in fields.items()]
+        return "dataclass", names + [
+            _digest(entry, f"{where}.{name}") for name, entry in fields.items()
+        ]
     return None
 
 
@@ -173,8 +198,14 @@ def _tensor_parts(tensor: Tensor, where: str) -> Sequence[Any]:
     if problem:
         raise _not_comparable(where, f"a tensor that {problem}")
     plain = tensor.detach().cpu().resolve_conj().resolve_neg()
-    flat = plain.clone(memory_format=torch.contiguous_format).reshape(-1)  # a single number may count as contiguous
-    return [str(tensor.dtype).encode(), str(list(tensor.shape)).encode(), flat.view(torch.uint8).numpy()]
+    flat = plain.clone(memory_format=torch.contiguous_format).reshape(
+        -1
+    )  # a single number may count as contiguous
+    return [
+        str(tensor.dtype).encode(),
+        str(list(tensor.shape)).encode(),
+        flat.view(torch.uint8).numpy(),
+    ]
 
 
 def _no_bytes(tensor: Tensor) -> str:

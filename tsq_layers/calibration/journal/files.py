@@ -96,7 +96,9 @@ def _locked(path: Path) -> IO[str]:
     """The lock file, open and locked; ``BlockingIOError`` if another process has it."""
     if fcntl is None:
         try:
-            path.unlink(missing_ok=True)  # left by a dead process; not possible while a living one has it open
+            path.unlink(
+                missing_ok=True
+            )  # left by a dead process; not possible while a living one has it open
             return path.open("x", encoding="utf-8")
         except (PermissionError, FileExistsError) as error:
             raise BlockingIOError from error
@@ -120,4 +122,6 @@ def _holder(path: Path) -> str:
 
 
 def _in_use(directory: Path, by: str) -> StateError:
-    return StateError(f"another run uses {directory} ({by}): wait until it has ended, or give another checkpoint_dir")
+    return StateError(
+        f"another run uses {directory} ({by}): wait until it has ended, or give another checkpoint_dir"
+    )

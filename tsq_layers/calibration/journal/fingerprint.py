@@ -51,7 +51,9 @@ class Fingerprint:
 
     def __post_init__(self) -> None:
         for name in ("config", "layers", "options", "tensors"):
-            object.__setattr__(self, name, json.loads(json.dumps(getattr(self, name), allow_nan=False)))
+            object.__setattr__(
+                self, name, json.loads(json.dumps(getattr(self, name), allow_nan=False))
+            )
         object.__setattr__(self, "data", None if self.data is None else tuple(self.data))
 
     def to_dict(self) -> dict[str, Any]:
@@ -92,13 +94,17 @@ def read(path: Path) -> Fingerprint:
     except ValueError as error:
         raise CheckpointError(f"{path} is damaged: {error}; {START_AGAIN}") from None
     if not isinstance(values, dict) or values.get("format") != FORMAT:
-        raise CheckpointError(f'{path} does not say "format": "{FORMAT}": it is not of a calibration; {START_AGAIN}')
+        raise CheckpointError(
+            f'{path} does not say "format": "{FORMAT}": it is not of a calibration; {START_AGAIN}'
+        )
     if values.get("schema_version") != SCHEMA_VERSION:
         raise CheckpointError(
             f"{path} has schema_version={values.get('schema_version')!r}, this version of tsq_layers reads {SCHEMA_VERSION}; {START_AGAIN}"
         )
     if values.get("sha256") != _sha256(values.get("fingerprint")):
-        raise CheckpointError(f"{path} is damaged: its content is not what was written; {START_AGAIN}")
+        raise CheckpointError(
+            f"{path} is damaged: its content is not what was written; {START_AGAIN}"
+        )
     return Fingerprint.from_dict(values["fingerprint"])
 
 
@@ -153,7 +159,8 @@ def _of_weights(what: str, saved: Mapping[str, Any], current: Mapping[str, Any])
 def _of_data(saved: tuple[str, ...], current: tuple[str, ...]) -> Iterator[str]:
     for what, held_out in (("batch", False), ("held-out batch", True)):
         there, here = (
-            [digest for digest in data if digest.startswith(HELD_OUT) == held_out] for data in (saved, current)
+            [digest for digest in data if digest.startswith(HELD_OUT) == held_out]
+            for data in (saved, current)
         )
         if there != here and sorted(there) == sorted(here):
             yield f"the {what}es come in another order: give them in the same one (a loader must not shuffle)"

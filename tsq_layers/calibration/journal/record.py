@@ -49,7 +49,11 @@ class Entry:
         try:
             with safe_open(self.path, framework="pt") as file:
                 for buffer in _stored(layer):
-                    setattr(layer, buffer, _fitting(file.get_tensor(f"{self.index}.{buffer}"), getattr(layer, buffer)))
+                    setattr(
+                        layer,
+                        buffer,
+                        _fitting(file.get_tensor(f"{self.index}.{buffer}"), getattr(layer, buffer)),
+                    )
         except (OSError, SafetensorError, ValueError) as error:
             raise CheckpointError(
                 f"layer {self.name!r} cannot be read from {self.path}: {error}; start again"
@@ -58,7 +62,9 @@ class Entry:
         return layer
 
 
-def encode(solved: Mapping[str, tuple[QuantLinear, LayerReport]], number: int, run: str) -> tuple[str, bytes]:
+def encode(
+    solved: Mapping[str, tuple[QuantLinear, LayerReport]], number: int, run: str
+) -> tuple[str, bytes]:
     """Name and content of the file of a stage.
 
     Args:
@@ -73,9 +79,13 @@ def encode(solved: Mapping[str, tuple[QuantLinear, LayerReport]], number: int, r
         layers.append({"name": name, "spec": spec.to_dict(), "report": report.to_dict()})
         for buffer in _stored(layer):
             # Copied: layers of a stack may be slices of one tensor, which safetensors refuses.
-            tensors[f"{index}.{buffer}"] = getattr(layer, buffer).detach().to("cpu", copy=True).contiguous()
+            tensors[f"{index}.{buffer}"] = (
+                getattr(layer, buffer).detach().to("cpu", copy=True).contiguous()
+            )
     metadata = json.dumps({"run": run, "stage": number, "layers": layers}, allow_nan=False)
-    content = save(tensors, {_METADATA: metadata})  # one key: safetensors writes several in random order
+    content = save(
+        tensors, {_METADATA: metadata}
+    )  # one key: safetensors writes several in random order
     return _file_name(number, hashlib.sha256(content).hexdigest()), content
 
 
@@ -123,7 +133,9 @@ def _entry(path: Path, index: int, values: Mapping[str, Any]) -> Entry:
 
 def _stored(layer: QuantLinear) -> list[str]:
     """The buffers that a file holds of a layer."""
-    return [name for name, _ in layer.named_buffers() if name not in layer._non_persistent_buffers_set]
+    return [
+        name for name, _ in layer.named_buffers() if name not in layer._non_persistent_buffers_set
+    ]
 
 
 def _fitting(tensor: Tensor, empty: Tensor) -> Tensor:

@@ -8,7 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tsq_layers.calibration.journal import Fingerprint, Journal, fingerprint_batch, fingerprint_weights
+from tsq_layers.calibration.journal import (
+    Fingerprint,
+    Journal,
+    fingerprint_batch,
+    fingerprint_weights,
+)
 from tsq_layers.calibration.preparation import Preparation
 from tsq_layers.config.versions import library_versions
 from tsq_layers.layers.offloading import present
@@ -54,7 +59,10 @@ def journal_of(
         "versions": library_versions(),
     }
     fingerprint = Fingerprint(
-        config=preparation.config.to_dict(), layers=weights, options=options, tensors=fingerprint_weights(rest)
+        config=preparation.config.to_dict(),
+        layers=weights,
+        options=options,
+        tensors=fingerprint_weights(rest),
     )
     return Journal(directory, fingerprint)
 
@@ -64,7 +72,9 @@ def _named(function: Any) -> str:
     if function is None:
         return "none"
     if isinstance(function, functools.partial):
-        arguments = fingerprint_batch((function.args, function.keywords), f"partial of {_named(function.func)}")
+        arguments = fingerprint_batch(
+            (function.args, function.keywords), f"partial of {_named(function.func)}"
+        )
         return f"partial of {_named(function.func)}, {arguments}"
     named = function if hasattr(function, "__qualname__") else type(function)
     return f"{named.__module__}.{named.__qualname__}"

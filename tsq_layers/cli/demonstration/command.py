@@ -14,7 +14,9 @@ from tsq_layers.integrations.transformers.texts import read_text
 def add(command: argparse.ArgumentParser) -> None:
     """Its arguments."""
     command.add_argument(
-        "--quick", action="store_true", help="fewer methods and fewer tokens: minutes, and rougher numbers"
+        "--quick",
+        action="store_true",
+        help="fewer methods and fewer tokens: minutes, and rougher numbers",
     )
     command.add_argument(
         "--out",
@@ -22,7 +24,9 @@ def add(command: argparse.ArgumentParser) -> None:
         default="tsq-demo",
         help="results.json, perplexity.png and the saved models (default: %(default)s)",
     )
-    command.add_argument("--text", metavar="FILE", nargs="+", default=[], help="more texts to evaluate on")
+    command.add_argument(
+        "--text", metavar="FILE", nargs="+", default=[], help="more texts to evaluate on"
+    )
     options.add_json(command, "the results, at the end,")
     command.set_defaults(run=run)
 

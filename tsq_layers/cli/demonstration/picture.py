@@ -9,7 +9,11 @@ from tsq_layers.cli.demonstration.results import Row
 
 _NAMES = {"rtn": "round to nearest", "gptq": "GPTQ", "two-stage": "two-stage"}
 # Colour, marker, and where the value is written, in points from the marker.
-_STYLES = {"rtn": ("#8c8c8c", "s", (7, 5)), "gptq": ("#d98032", "^", (7, 5)), "two-stage": ("#1f5fa8", "o", (-6, -14))}
+_STYLES = {
+    "rtn": ("#8c8c8c", "s", (7, 5)),
+    "gptq": ("#d98032", "^", (7, 5)),
+    "two-stage": ("#1f5fa8", "o", (-6, -14)),
+}
 # The axis ends at so many times the perplexity of the float model; what lies above is told in words.
 _HIGHEST = 40
 # Behind each value, so that no line crosses it.
@@ -34,7 +38,9 @@ def _panel(panel: Any, rows: Sequence[Row], text: str) -> None:
     worst = max(row.perplexity[text] for row in rows)
     top = min(worst * 1.6, base * _HIGHEST)
     for method, (color, marker, offset) in _STYLES.items():
-        points = sorted((row.bits_per_weight, row.perplexity[text]) for row in rows if row.method == method)
+        points = sorted(
+            (row.bits_per_weight, row.perplexity[text]) for row in rows if row.method == method
+        )
         if points:
             panel.plot(
                 *zip(*points, strict=True),
@@ -67,7 +73,9 @@ def _panel(panel: Any, rows: Sequence[Row], text: str) -> None:
                     color=color,
                     bbox=_PLATE,
                 )
-    panel.axhline(base, color="#333333", linestyle="--", linewidth=1.2, label=f"float ({base:.1f})", zorder=2)
+    panel.axhline(
+        base, color="#333333", linestyle="--", linewidth=1.2, label=f"float ({base:.1f})", zorder=2
+    )
     _axes(panel, text, base * 0.8, top)
 
 

@@ -44,7 +44,11 @@ class Row:
     @property
     def label(self) -> str:
         """For example ``two-stage, 2 bits, g=64``."""
-        return self.method if self.group_size is None else f"{self.method}, {self.bits} bits, g={self.group_size}"
+        return (
+            self.method
+            if self.group_size is None
+            else f"{self.method}, {self.bits} bits, g={self.group_size}"
+        )
 
 
 def fingerprint(*parts: Any) -> str:
@@ -55,14 +59,18 @@ def fingerprint(*parts: Any) -> str:
 def library_digest() -> str:
     """A hash of the library's own source: results of other code under the same version number are not taken."""
     root = Path(__file__).parents[1]
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(root.rglob("*.py")))).hexdigest()[:16]
+    return hashlib.sha256(
+        b"".join(path.read_bytes() for path in sorted(root.rglob("*.py")))
+    ).hexdigest()[:16]
 
 
 def keep(path: Path, key: str, row: Row) -> None:
     """Append a result to a file of JSON lines; the file is closed, so an interruption cannot lose it."""
     torn = path.exists() and not path.read_bytes().endswith(b"\n")
     with path.open("a", encoding="utf-8") as file:
-        file.write(("\n" if torn else "") + json.dumps({"key": key, "row": dataclasses.asdict(row)}) + "\n")
+        file.write(
+            ("\n" if torn else "") + json.dumps({"key": key, "row": dataclasses.asdict(row)}) + "\n"
+        )
 
 
 def kept(path: Path) -> dict[str, Row]:
@@ -85,7 +93,10 @@ def machine() -> dict[str, Any]:
     except OSError:  # not Linux
         lines = []
     named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return {"processor": next(named, platform.processor() or platform.machine()), "threads": torch.get_num_threads()}
+    return {
+        "processor": next(named, platform.processor() or platform.machine()),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def table(rows: Sequence[Row]) -> list[str]:
@@ -107,7 +118,8 @@ def table(rows: Sequence[Row]) -> list[str]:
 def _cells(row: Row, base: Row, texts: Sequence[str]) -> list[str]:
     perplexities = [f"{row.perplexity[text]:.2f}" for text in texts]
     ratios = [
-        BLANK if row is base else f"{math.log(row.perplexity[text] / base.perplexity[text]):.3f}" for text in texts
+        BLANK if row is base else f"{math.log(row.perplexity[text] / base.perplexity[text]):.3f}"
+        for text in texts
     ]
     group = BLANK if row.group_size is None else str(row.group_size)
     seconds = BLANK if row is base else f"{row.seconds:.1f}"
@@ -139,5 +151,9 @@ def markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
             + " |"
         )
 
-    rule = "|" + "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])]) + "|"
+    rule = (
+        "|"
+        + "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])])
+        + "|"
+    )
     return [line(titles), rule, *map(line, rows)]

@@ -23,7 +23,11 @@ from tsq_layers.config import QuantConfig
 from tsq_layers.config.versions import library_versions
 from tsq_layers.errors import CheckpointError, ConfigError, FewTokensWarning
 from tsq_layers.evaluation import perplexity
-from tsq_layers.integrations.transformers.causal_lm import load_causal_lm, load_tokenizer, save_causal_lm
+from tsq_layers.integrations.transformers.causal_lm import (
+    load_causal_lm,
+    load_tokenizer,
+    save_causal_lm,
+)
 from tsq_layers.integrations.transformers.texts import read_tokens, windows
 from tsq_layers.numerics.memory import model_bytes
 
@@ -82,7 +86,9 @@ _AT_THREE_BITS = (Case("rtn", 3, 64), Case("gptq", 3, 64), Case("two-stage", 3, 
 _AT_FOUR_BITS = (Case("two-stage", 4, 128, saved=True),)
 
 
-def run_demo(out: Path, *, quick: bool, texts: list[Path], write: Write, cache: Path | None = None) -> list[Row]:
+def run_demo(
+    out: Path, *, quick: bool, texts: list[Path], write: Write, cache: Path | None = None
+) -> list[Row]:
     """Run all configurations, print what they give, and write ``results.json`` and ``perplexity.png`` to ``out``.
 
     A run that was interrupted goes on where it was: configurations whose results are in ``out`` for the
@@ -97,7 +103,9 @@ def run_demo(out: Path, *, quick: bool, texts: list[Path], write: Write, cache: 
     """
     assets.require("transformers", "matplotlib")
     out.mkdir(parents=True, exist_ok=True)
-    material = _material(out, QUICK if quick else FULL, texts, cache or assets.cache_directory(), write)
+    material = _material(
+        out, QUICK if quick else FULL, texts, cache or assets.cache_directory(), write
+    )
     cases = _AT_TWO_BITS + _AT_FOUR_BITS if quick else _AT_TWO_BITS + _AT_THREE_BITS + _AT_FOUR_BITS
     rows = [_remembered(material, None, write)]
     rows += [_remembered(material, case, write) for case in cases]
@@ -107,7 +115,9 @@ def run_demo(out: Path, *, quick: bool, texts: list[Path], write: Write, cache: 
     return rows
 
 
-def _material(out: Path, settings: Settings, texts: list[Path], cache: Path, write: Write) -> Material:
+def _material(
+    out: Path, settings: Settings, texts: list[Path], cache: Path, write: Write
+) -> Material:
     names = [_SPEECHES, *[path.stem for path in texts]]
     if len(set(names)) < len(names):
         raise ConfigError(f"texts {', '.join(names)}: two have the same name; rename a file")
@@ -124,8 +134,12 @@ def _material(out: Path, settings: Settings, texts: list[Path], cache: Path, wri
     return Material(
         model=model,
         tokenizer=tokenizer,
-        calibration=windows(calibration, settings.length, settings.calibration_windows, settings.batch_size),
-        evaluation={name: _drawn(tokens, settings) for name, tokens in zip(names, evaluation, strict=True)},
+        calibration=windows(
+            calibration, settings.length, settings.calibration_windows, settings.batch_size
+        ),
+        evaluation={
+            name: _drawn(tokens, settings) for name, tokens in zip(names, evaluation, strict=True)
+        },
         settings=settings,
         out=out,
     )
@@ -134,7 +148,10 @@ def _material(out: Path, settings: Settings, texts: list[Path], cache: Path, wri
 def _drawn(tokens: Tensor, settings: Settings) -> Tensor:
     """The evaluation windows of a text, one behind the other: int64 (windows · length,)."""
     return torch.cat(
-        [batch["input_ids"].flatten() for batch in windows(tokens, settings.length, settings.evaluation_windows)]
+        [
+            batch["input_ids"].flatten()
+            for batch in windows(tokens, settings.length, settings.evaluation_windows)
+        ]
     )
 
 
@@ -149,7 +166,13 @@ def _remembered(material: Material, case: Case | None, write: Write) -> Row:
     values = ", ".join(f"{value:.2f} on {text}" for text, value in row.perplexity.items())
     write(
         f"{row.label}: perplexity {values}"
-        + (" (from an earlier run)" if known else f"; quantised in {row.seconds:.1f} s" if case else "")
+        + (
+            " (from an earlier run)"
+            if known
+            else f"; quantised in {row.seconds:.1f} s"
+            if case
+            else ""
+        )
     )
     return row
 
@@ -159,7 +182,12 @@ def _key(material: Material, case: Case | None) -> str:
     evaluation = {name: ids.tolist() for name, ids in material.evaluation.items()}
     what = [case.config.to_dict(), case.saved] if case else ["float"]
     return results.fingerprint(
-        dataclasses.asdict(material.settings), what, tokens, evaluation, _versions(), results.library_digest()
+        dataclasses.asdict(material.settings),
+        what,
+        tokens,
+        evaluation,
+        _versions(),
+        results.library_digest(),
     )
 
 
@@ -171,23 +199,38 @@ def _float_row(material: Material) -> Row:
     model = load_causal_lm(material.model)
     size = model_bytes(model)
     return Row(
-        method="float", bits=32, group_size=None, bits_per_weight=32.0, size=size, seconds=0.0,
-        perplexity=_perplexities(model, material), sentence=_sentence(model, material.tokenizer),
-    )  # fmt: skip
+        method="float",
+        bits=32,
+        group_size=None,
+        bits_per_weight=32.0,
+        size=size,
+        seconds=0.0,
+        perplexity=_perplexities(model, material),
+        sentence=_sentence(model, material.tokenizer),
+    )
 
 
 def _quantised_row(material: Material, case: Case) -> Row:
     model = load_causal_lm(material.model)
     started = time.perf_counter()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FewTokensWarning)  # the quick demo has few tokens on purpose
-        model = tsq.quantize(model, case.config, material.calibration if case.config.needs_calibration else None)
+        warnings.simplefilter(
+            "ignore", FewTokensWarning
+        )  # the quick demo has few tokens on purpose
+        model = tsq.quantize(
+            model, case.config, material.calibration if case.config.needs_calibration else None
+        )
     seconds = time.perf_counter() - started
     report = tsq.report(model)
     row = Row(
-        method=case.method, bits=case.bits, group_size=case.group_size, bits_per_weight=report.bits_per_weight or 0.0,
-        size=report.size_after, seconds=seconds, perplexity=_perplexities(model, material),
-    )  # fmt: skip
+        method=case.method,
+        bits=case.bits,
+        group_size=case.group_size,
+        bits_per_weight=report.bits_per_weight or 0.0,
+        size=report.size_after,
+        seconds=seconds,
+        perplexity=_perplexities(model, material),
+    )
     if not case.saved:
         return row
     directory = material.out / f"smollm2-{case.method}-{case.bits}bit-g{case.group_size}"
@@ -195,7 +238,9 @@ def _quantised_row(material: Material, case: Case) -> Row:
     sentence = _sentence(model, material.tokenizer)
     del model
     return dataclasses.replace(
-        row, sentence=sentence, reloaded=_in_fresh_process(material, directory, row.perplexity[_SPEECHES])
+        row,
+        sentence=sentence,
+        reloaded=_in_fresh_process(material, directory, row.perplexity[_SPEECHES]),
     )
 
 
@@ -224,7 +269,16 @@ def _in_fresh_process(material: Material, directory: Path, expected: float) -> f
     tokens = material.out / "evaluation.safetensors"
     save_file({"tokens": material.evaluation[_SPEECHES]}, tokens)
     settings = material.settings
-    command = [sys.executable, "-m", "tsq_layers", "eval", str(directory), "--token-file", str(tokens), "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "tsq_layers",
+        "eval",
+        str(directory),
+        "--token-file",
+        str(tokens),
+        "--json",
+    ]
     command += ["--window", str(settings.length), "--batch-size", str(settings.batch_size)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  (no shell, fixed arguments)
     if result.returncode:
@@ -247,7 +301,9 @@ def _write_json(material: Material, rows: list[Row]) -> None:
         "versions": _versions(),
         "machine": results.machine(),
     }
-    (material.out / "results.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    (material.out / "results.json").write_text(
+        json.dumps(values, indent=2) + "\n", encoding="utf-8"
+    )
 
 
 def _show(material: Material, rows: list[Row], write: Write) -> None:
@@ -262,4 +318,6 @@ def _show(material: Material, rows: list[Row], write: Write) -> None:
     for row in rows:
         if row.sentence is not None:
             write(f"{row.label}: {' '.join(row.sentence.split())}")
-    write(f"\n{material.out / 'results.json'} has all numbers, {material.out / 'perplexity.png'} shows them")
+    write(
+        f"\n{material.out / 'results.json'} has all numbers, {material.out / 'perplexity.png'} shows them"
+    )

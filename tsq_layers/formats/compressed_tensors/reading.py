@@ -44,7 +44,9 @@ def layers(files: TensorFiles, config: Mapping[str, Any]) -> list[PackedLayer]:
                 "the checkpoint quantises inputs of layers too, and only weights are read: quantise it with a scheme of weights alone"
             )
     ends = (".weight_packed", ".weight_scale")
-    names = sorted({key.removesuffix(end) for key in files.keys for end in ends if key.endswith(end)})
+    names = sorted(
+        {key.removesuffix(end) for key in files.keys for end in ends if key.endswith(end)}
+    )
     found = []
     for name in names:
         parts = _PARTS if f"{name}.weight_packed" in files.keys else (*_PARTS, "weight")
@@ -56,7 +58,10 @@ def layers(files: TensorFiles, config: Mapping[str, Any]) -> list[PackedLayer]:
 def _read(files: TensorFiles, groups: Mapping[str, Any], name: str) -> QuantizedWeight:
     scheme = _scheme(name, groups)
     if scheme.get("type", "int") != "int" or not 1 <= int(scheme["num_bits"]) <= 8:
-        refuse(name, f"its weights are {scheme.get('type')}{scheme['num_bits']}, and integers of 1 to 8 bits are read")
+        refuse(
+            name,
+            f"its weights are {scheme.get('type')}{scheme['num_bits']}, and integers of 1 to 8 bits are read",
+        )
     bits, scales = int(scheme["num_bits"]), files.take(f"{name}.weight_scale")
     scales = scales.reshape(-1, 1) if scales.dim() < 2 else scales
     codes = _codes(files, name, bits)
@@ -75,8 +80,13 @@ def _scheme(name: str, groups: Mapping[str, Any]) -> Mapping[str, Any]:
     found: Mapping[str, Any] | None = None
     for group in groups.values():
         targets = group.get("targets", ())
-        named = any(re.match(target[3:], name) if target.startswith("re:") else target == name for target in targets)
-        if named or (found is None and any("." not in target and target[0].isupper() for target in targets)):
+        named = any(
+            re.match(target[3:], name) if target.startswith("re:") else target == name
+            for target in targets
+        )
+        if named or (
+            found is None and any("." not in target and target[0].isupper() for target in targets)
+        ):
             found = group.get("weights")
         if named:
             break

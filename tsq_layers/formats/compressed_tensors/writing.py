@@ -61,7 +61,9 @@ def tensors(contents: Contents) -> list[Stored]:
         ]
         if not layer.symmetric:
             zero_words = (bitstream.word_count(rows, bits), groups)
-            found.append(Stored(f"{name}.weight_zero_point", torch.int32, zero_words, _zero_points(layer)))
+            found.append(
+                Stored(f"{name}.weight_zero_point", torch.int32, zero_words, _zero_points(layer))
+            )
         found += [] if layer.bias is None else [Stored.of(f"{name}.bias", layer.bias)]
     return found
 
@@ -95,12 +97,18 @@ def scale_dtype(layer: QuantLinear) -> torch.dtype:
 
 
 def _scheme(layer: QuantLinear) -> _Scheme:
-    return layer.bits, layer.group_size if layer.group_size < layer.in_features else None, layer.symmetric
+    return (
+        layer.bits,
+        layer.group_size if layer.group_size < layer.in_features else None,
+        layer.symmetric,
+    )
 
 
 def _arguments(scheme: _Scheme) -> dict[str, Any]:
     bits, group_size, symmetric = scheme
-    grouped = {"strategy": "group", "group_size": group_size} if group_size else {"strategy": "channel"}
+    grouped = (
+        {"strategy": "group", "group_size": group_size} if group_size else {"strategy": "channel"}
+    )
     return {"num_bits": bits, "type": "int", "symmetric": symmetric, **grouped}
 
 

@@ -29,7 +29,10 @@ def blocks(layer: QuantLinear) -> Tensor:
         torch.Size([8, 2, 22])
     """
     return pack(
-        unpack(layer.words, layer.bits, layer.in_features).cpu(), layer.scales.cpu(), layer.bits, layer.group_size
+        unpack(layer.words, layer.bits, layer.in_features).cpu(),
+        layer.scales.cpu(),
+        layer.bits,
+        layer.group_size,
     )
 
 

@@ -16,7 +16,12 @@ Value = bool | int | float | str | list[str] | list[int] | list[float]
 
 ALIGNMENT = 32
 _UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9
-_KINDS = {bool: _BOOL, int: _UINT32, float: _FLOAT32, str: _STRING}  # in this order: a bool is an int too
+_KINDS = {
+    bool: _BOOL,
+    int: _UINT32,
+    float: _FLOAT32,
+    str: _STRING,
+}  # in this order: a bool is an int too
 _CODES = {_UINT32: "I", _INT32: "i", _FLOAT32: "f", _BOOL: "?"}
 
 
@@ -76,7 +81,10 @@ def write_gguf(path: Path, metadata: Mapping[str, Value], tensors: Sequence[GGUF
         offset = 0
         for tensor in tensors:
             dimensions = tensor.shape[::-1]
-            file.write(_string(tensor.name) + struct.pack(f"<I{len(dimensions)}Q", len(dimensions), *dimensions))
+            file.write(
+                _string(tensor.name)
+                + struct.pack(f"<I{len(dimensions)}Q", len(dimensions), *dimensions)
+            )
             file.write(struct.pack("<IQ", tensor.type.number, offset))
             offset += _aligned(tensor.size)
         file.write(bytes(-file.tell() % ALIGNMENT))

@@ -47,7 +47,10 @@ def tokenizer_metadata(tokenizer: Any, vocabulary: int) -> dict[str, Value]:
     values = _split(type(tokenizer).__name__, described)
     tokens, types = _tokens(described, vocabulary)
     values |= {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
-    merges = [merge if isinstance(merge, list) else merge.split(" ") for merge in described["model"]["merges"]]
+    merges = [
+        merge if isinstance(merge, list) else merge.split(" ")
+        for merge in described["model"]["merges"]
+    ]
     if values["tokenizer.ggml.model"] == "gpt2":
         values["tokenizer.ggml.merges"] = [f"{first} {second}" for first, second in merges]
     else:
@@ -71,7 +74,10 @@ def _split(name: str, described: Mapping[str, Any]) -> dict[str, Value]:
         raise _refusal(name, "its pre-tokenizer is none that is known")
     pre, whole_words = _NAMES[steps]
     if bool(model.get("ignore_merges")) != whole_words:
-        raise _refusal(name, f"ignore_merges={bool(model.get('ignore_merges'))} does not go with its pre-tokenizer")
+        raise _refusal(
+            name,
+            f"ignore_merges={bool(model.get('ignore_merges'))} does not go with its pre-tokenizer",
+        )
     return {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": pre}
 
 
@@ -82,9 +88,13 @@ def _steps(described: Mapping[str, Any] | None) -> tuple[tuple[str, Any], ...]:
     if described["type"] == "Sequence":
         return tuple(step for part in described["pretokenizers"] for step in _steps(part))
     options = {
-        "ByteLevel": described.get("use_regex", True) if not described.get("add_prefix_space") else "prefix",
+        "ByteLevel": described.get("use_regex", True)
+        if not described.get("add_prefix_space")
+        else "prefix",
         "Digits": described.get("individual_digits"),
-        "Split": described.get("pattern", {}).get("Regex") if described.get("behavior") == "Isolated" else None,
+        "Split": described.get("pattern", {}).get("Regex")
+        if described.get("behavior") == "Isolated"
+        else None,
     }
     return ((described["type"], options.get(described["type"])),)
 
@@ -101,7 +111,11 @@ def _tokens(described: Mapping[str, Any], vocabulary: int) -> tuple[list[str], l
     if model.get("byte_fallback"):
         bytes_ = {f"<0x{byte:02X}>" for byte in range(256)}
         known |= {number: (text, _BYTE) for number, (text, _) in known.items() if text in bytes_}
-        known |= {number: (text, _UNKNOWN) for number, (text, _) in known.items() if text == model.get("unk_token")}
+        known |= {
+            number: (text, _UNKNOWN)
+            for number, (text, _) in known.items()
+            if text == model.get("unk_token")
+        }
     for token in described["added_tokens"]:
         if known.get(token["id"], ("", 0))[1] != _UNKNOWN:
             known[token["id"]] = (token["content"], _CONTROL if token["special"] else _USER_DEFINED)

@@ -34,7 +34,12 @@ from tsq_layers.runtime.linear import QuantLinear
 
 FILE = "model.gguf"
 LIMITS = Limits(
-    format_name="gguf", bits=tuple(TYPES), asymmetric=False, columns=32, ragged=True, scale_dtype=torch.float16
+    format_name="gguf",
+    bits=tuple(TYPES),
+    asymmetric=False,
+    columns=32,
+    ragged=True,
+    scale_dtype=torch.float16,
 )
 _FLOATS = {torch.float32: F32, torch.float16: F16, torch.bfloat16: BF16}
 _FILE_TYPES = {4: 2, 5: 8, 8: 7}  # by the width that most layers have
@@ -80,7 +85,9 @@ def check_contents(contents: Contents) -> None:
     config = contents.config
     window = getattr(config, "sliding_window", None)
     if window is not None and window < config.max_position_embeddings:
-        raise ExportError(f"sliding_window={window}: llama.cpp runs this architecture without a window; set it to None")
+        raise ExportError(
+            f"sliding_window={window}: llama.cpp runs this architecture without a window; set it to None"
+        )
     check(contents.held, LIMITS)
     _rope(config)
     for name in (*contents.held, *(stored.key.rpartition(".")[0] for stored in contents.floats)):
@@ -103,7 +110,9 @@ def write(contents: Contents, tokenizer: Any, folder: Path) -> None:
         if name != _HEAD or not tied:
             tensors += _packed_tensors(config, name, layer)
     if factors:
-        tensors.append(GGUFTensor("rope_freqs.weight", F32, (len(factors),), lambda: torch.tensor(factors)))
+        tensors.append(
+            GGUFTensor("rope_freqs.weight", F32, (len(factors),), lambda: torch.tensor(factors))
+        )
     write_gguf(folder / FILE, metadata, sorted(tensors, key=_order))
 
 
@@ -115,7 +124,9 @@ def _packed_tensors(config: Any, name: str, layer: QuantLinear) -> list[GGUFTens
 
     def blocks() -> Tensor:
         codes = _reordered(config, name, unpack(layer.words, layer.bits, layer.in_features)).cpu()
-        return pack(codes, _reordered(config, name, layer.scales).cpu(), layer.bits, layer.group_size)
+        return pack(
+            codes, _reordered(config, name, layer.scales).cpu(), layer.bits, layer.group_size
+        )
 
     tensors = [GGUFTensor(f"{gguf_name}.weight", TYPES[layer.bits], shape, blocks)]
     if layer.bias is not None and name != _TABLE:
@@ -193,28 +204,39 @@ def _metadata(contents: Contents) -> dict[str, Value]:
 
 
 def _head_size(config: Any) -> int:
-    size: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    size: int = (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
     return size
 
 
 def _rope(config: Any) -> tuple[dict[str, Value], list[float]]:
     """The metadata of the rotary embedding; and factors by which its wavelengths are stretched, if they differ."""
-    rope = dict(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})
+    rope = dict(
+        getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    )
     kind = rope.get("rope_type", rope.get("type", "default"))
     base = float(rope.get("rope_theta", getattr(config, "rope_theta", 1e4)))
     values: dict[str, Value] = {"rope.freq_base": base}
     if kind == "linear":
-        return values | {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}, []
+        return values | {
+            "rope.scaling.type": "linear",
+            "rope.scaling.factor": float(rope["factor"]),
+        }, []
     if kind == "llama3":
         return values, _llama3_factors(rope, base, _head_size(config))
     if kind != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ExportError(f"rope of type {kind!r}: gguf files are written with the types default, linear and llama3")
+        raise ExportError(
+            f"rope of type {kind!r}: gguf files are written with the types default, linear and llama3"
+        )
     return values, []
 
 
 def _llama3_factors(rope: dict[str, Any], base: float, head: int) -> list[float]:
     """Long wavelengths are stretched by ``factor``, short ones not, those between partly."""
-    factor, low, high = (float(rope[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
+    factor, low, high = (
+        float(rope[key]) for key in ("factor", "low_freq_factor", "high_freq_factor")
+    )
     context = rope["original_max_position_embeddings"]
     factors = []
     for i in range(0, head, 2):

@@ -44,7 +44,9 @@ def layers(files: TensorFiles, config: Mapping[str, Any]) -> list[PackedLayer]:
         )
     pack_dtype = config.get("pack_dtype") or "int32"
     if pack_dtype != "int32":
-        raise CheckpointError(f"pack_dtype={pack_dtype!r} is not known: words of 'int32' are read; save it with these")
+        raise CheckpointError(
+            f"pack_dtype={pack_dtype!r} is not known: words of 'int32' are read; save it with these"
+        )
     names = sorted(key.removesuffix(".qweight") for key in files.keys if key.endswith(".qweight"))
     found = []
     for name in names:
@@ -59,16 +61,22 @@ def _read(files: TensorFiles, config: Mapping[str, Any], name: str) -> Quantized
     rows, groups = qweight.shape[1], scales.shape[0]
     bits, columns = _width(name, qweight, order, config)
     size = group_size_of(name, columns, groups, _group_size(name, config))
-    cure = "quantise it with desc_act=False, which GPTQModel does without loss by act_group_aware=True"
+    cure = (
+        "quantise it with desc_act=False, which GPTQModel does without loss by act_group_aware=True"
+    )
     check_order(name, order, size, cure)
     if tuple(scales.shape) != (groups, rows):
-        refuse(name, f"its scales are of shape {tuple(scales.shape)}, {(groups, rows)} was expected")
+        refuse(
+            name, f"its scales are of shape {tuple(scales.shape)}, {(groups, rows)} was expected"
+        )
     codes = unpack(qweight.T.contiguous(), bits, columns)
     zeros = _zeros(files.take(f"{name}.qzeros"), bits, rows, config)
     return weight_of(codes, scales.T, zeros.T, bits, size)
 
 
-def _width(name: str, qweight: Tensor, order: Tensor | None, config: Mapping[str, Any]) -> tuple[int, int]:
+def _width(
+    name: str, qweight: Tensor, order: Tensor | None, config: Mapping[str, Any]
+) -> tuple[int, int]:
     """Bits and columns; the columns of ``g_idx`` tell both, where there is one."""
     bits = _override(name, config).get("bits", config.get("bits"))
     if order is not None:

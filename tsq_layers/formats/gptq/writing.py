@@ -63,7 +63,12 @@ def check_contents(contents: Contents, version: int) -> None:
                 f"width and one group size: the nearest is a configuration without overrides, or format='compressed-tensors'"
             )
         planned = layer.words.is_meta  # then it has no zero points yet
-        if version == 1 and not layer.symmetric and not planned and bool((_zeros(layer) == 0).any()):
+        if (
+            version == 1
+            and not layer.symmetric
+            and not planned
+            and bool((_zeros(layer) == 0).any())
+        ):
             raise ExportError(
                 f"layer {name!r} has zero points of 0, which version 1 of gptq stores as −1: "
                 "the nearest is format='gptq' (version 2), or QuantConfig(symmetric=True)"
@@ -142,7 +147,9 @@ def _list_around(model: nn.Module, name: str) -> str | None:
 def _first_grouped(contents: Contents) -> tuple[str, QuantLinear]:
     """The first layer with several groups a row, whose group size is that of the file; or else the first layer."""
     layers = list(contents.held.items())
-    return next(((name, layer) for name, layer in layers if _group_size(layer) is not None), layers[0])
+    return next(
+        ((name, layer) for name, layer in layers if _group_size(layer) is not None), layers[0]
+    )
 
 
 def _group_size(layer: QuantLinear) -> int | None:

@@ -36,7 +36,9 @@ FORMAT = "tsq_layers"
 SCHEMA_VERSION = 1
 DESCRIPTION_FILE = "tsq.json"
 TENSORS_FILE = "model.safetensors"
-DESCRIPTION_DIGEST = "tsq_description_sha256"  # in the metadata of the tensors file, whose description it belongs to
+DESCRIPTION_DIGEST = (
+    "tsq_description_sha256"  # in the metadata of the tensors file, whose description it belongs to
+)
 NON_PERSISTENT = "non_persistent:"
 
 _SECTIONS: dict[str, tuple[type, ...]] = {
@@ -74,7 +76,12 @@ def entries(model: nn.Module, prefix: str = "") -> Iterator[Entry]:
         for local, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
             persistent = local not in module._non_persistent_buffers_set
             if persistent or not isinstance(module, QuantLinear):
-                yield Entry(dot + local if persistent else NON_PERSISTENT + dot + local, module, local, buffer)
+                yield Entry(
+                    dot + local if persistent else NON_PERSISTENT + dot + local,
+                    module,
+                    local,
+                    buffer,
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +130,9 @@ class Description:
 
     def digest(self) -> str:
         """SHA-256 of all but ``header_sha256``; the tensors file carries it, so that no two saves can be mixed up."""
-        return hashlib.sha256(dataclasses.replace(self, header_sha256="").to_json().encode()).hexdigest()
+        return hashlib.sha256(
+            dataclasses.replace(self, header_sha256="").to_json().encode()
+        ).hexdigest()
 
     def to_json(self) -> str:
         """The text of ``tsq.json``."""
@@ -135,7 +144,10 @@ class Description:
             "layers": {name: spec.to_dict() for name, spec in self.layers.items()},
             "composites": list(self.composites),
             "aliases": dict(self.aliases),
-            "tensors": {key: {"dtype": spec.dtype, "shape": list(spec.shape)} for key, spec in self.tensors.items()},
+            "tensors": {
+                key: {"dtype": spec.dtype, "shape": list(spec.shape)}
+                for key, spec in self.tensors.items()
+            },
             "report": None if self.report is None else self.report.to_dict(),
         }
         if self.placeholders:
@@ -151,7 +163,9 @@ class Description:
         """
         values = _sections(text)
         layers = {
-            name: LayerSpec(**checked_fields(LayerSpec, spec, f"{DESCRIPTION_FILE}: layer {name!r}"))
+            name: LayerSpec(
+                **checked_fields(LayerSpec, spec, f"{DESCRIPTION_FILE}: layer {name!r}")
+            )
             for name, spec in values["layers"].items()
         }
         tensors = {key: _tensor_spec(key, spec) for key, spec in values["tensors"].items()}
@@ -170,8 +184,14 @@ def sort_metadata(file: Path) -> None:
         length = int.from_bytes(handle.read(8), "little")
         header = json.loads(handle.read(length))
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8").ljust(length)
-        if len(text) == length:  # not so if safetensors escapes a rare character in another way: then the order stays
+        text = (
+            json.dumps(header, separators=(",", ":"), ensure_ascii=False)
+            .encode("utf-8")
+            .ljust(length)
+        )
+        if (
+            len(text) == length
+        ):  # not so if safetensors escapes a rare character in another way: then the order stays
             handle.seek(8)
             handle.write(text)
 
@@ -203,7 +223,9 @@ def _sections(text: str) -> dict[str, Any]:
         values.setdefault(key, [])
     for key, value in values.items():
         if key not in _SECTIONS or not isinstance(value, _SECTIONS[key]):
-            problem = "has unknown key" if key not in _SECTIONS else f"has a {type(value).__name__} under"
+            problem = (
+                "has unknown key" if key not in _SECTIONS else f"has a {type(value).__name__} under"
+            )
             raise CheckpointError(f"{DESCRIPTION_FILE} {problem} {key!r}; {_DAMAGED}")
     missing = [key for key in _SECTIONS if key not in values]
     if missing:

@@ -23,9 +23,17 @@ REPORT = "tsq_report"
 AGAIN = "copy the whole directory again, or save the model again"
 
 _DTYPES = {
-    "BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64",
-    "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64",
-}  # fmt: skip
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "I16": "int16",
+    "I32": "int32",
+    "I64": "int64",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F32": "float32",
+    "F64": "float64",
+}
 
 
 def tensor_files(directory: Path) -> list[Path]:
@@ -41,7 +49,9 @@ def tensor_files(directory: Path) -> list[Path]:
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
         return [directory / name for name in sorted(set(names))]
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{INDEX_FILE} in {directory} cannot be read: {error}; {AGAIN}") from error
+        raise CheckpointError(
+            f"{INDEX_FILE} in {directory} cannot be read: {error}; {AGAIN}"
+        ) from error
 
 
 def is_described(directory: Path) -> bool:
@@ -73,7 +83,9 @@ def read_headers(files: Iterable[Path]) -> tuple[dict[str, TensorSpec], dict[str
                 for key in opened.keys():  # noqa: SIM118  (not a mapping)
                     tensor = opened.get_slice(key)
                     code = str(tensor.get_dtype())
-                    specs[key] = TensorSpec(dtype=_DTYPES.get(code, code), shape=tuple(tensor.get_shape()))
+                    specs[key] = TensorSpec(
+                        dtype=_DTYPES.get(code, code), shape=tuple(tensor.get_shape())
+                    )
         except FileNotFoundError:
             raise CheckpointError(f"no {file.name} in {file.parent}; {AGAIN}") from None
         except (OSError, SafetensorError) as error:
@@ -90,7 +102,9 @@ def outlined(directory: Path) -> Outline | None:
         CheckpointError: it is, and cannot be used.
     """
     try:
-        values = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8")).get("quantization_config")
+        values = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8")).get(
+            "quantization_config"
+        )
     except (OSError, ValueError, AttributeError):
         return None
     if not isinstance(values, Mapping) or values.get("quant_method") != QUANT_METHOD:

@@ -42,7 +42,9 @@ class Plan:
 
 def plan(model: nn.Module, description: Description, device: torch.device | None) -> Plan:
     """Compare a model with a description; raises :class:`~tsq_layers.errors.CheckpointError` where they do not fit."""
-    weights = {name: replaced_weight(model, name, spec) for name, spec in description.layers.items()}
+    weights = {
+        name: replaced_weight(model, name, spec) for name, spec in description.layers.items()
+    }
     layers = new_layers(model, description)
     added = {name: list(entries(layer, name)) for name, layer in layers.items()}
     kept = [entry for entry in entries(model) if not is_under(entry.key, weights)]
@@ -54,9 +56,17 @@ def plan(model: nn.Module, description: Description, device: torch.device | None
             _check_shape(entry, description)
     for entry in (entry for name in added for entry in added[name]):
         _check_exactly(entry, description)
-    devices = {description.canonical(entry.key): device or _real(entry.tensor.device) for entry in reversed(kept)}
+    devices = {
+        description.canonical(entry.key): device or _real(entry.tensor.device)
+        for entry in reversed(kept)
+    }
     for name, weight in weights.items():
-        devices.update({description.canonical(entry.key): device or _real(weight.device) for entry in added[name]})
+        devices.update(
+            {
+                description.canonical(entry.key): device or _real(weight.device)
+                for entry in added[name]
+            }
+        )
     fill = [*kept, *(entry for name in added for entry in added[name])]
     return Plan(layers, fill, _following_attributes(model, kept, weights), devices)
 
@@ -67,11 +77,21 @@ def replaced_weight(model: nn.Module, name: str, spec: LayerSpec) -> Tensor:
     try:
         module = model.get_submodule(name)
     except AttributeError:
-        wrapper = next((prefix for prefix in _WRAPPERS if f".{name}".startswith(f".{prefix}.")), None)
-        cure = _OTHER_MODEL if wrapper is None else f"the model was saved inside a wrapper: save its .{wrapper} instead"
-        raise CheckpointError(f"layer {name!r} of the checkpoint is not in this {kind}; {cure}") from None
+        wrapper = next(
+            (prefix for prefix in _WRAPPERS if f".{name}".startswith(f".{prefix}.")), None
+        )
+        cure = (
+            _OTHER_MODEL
+            if wrapper is None
+            else f"the model was saved inside a wrapper: save its .{wrapper} instead"
+        )
+        raise CheckpointError(
+            f"layer {name!r} of the checkpoint is not in this {kind}; {cure}"
+        ) from None
     if isinstance(module, QuantLinear):
-        raise CheckpointError(f"layer {name!r} of this {kind} is quantised already; give a freshly built float model")
+        raise CheckpointError(
+            f"layer {name!r} of this {kind} is quantised already; give a freshly built float model"
+        )
     layer_kind = kind_of(module)
     if layer_kind is None:
         raise CheckpointError(
@@ -103,7 +123,9 @@ def new_layers(model: nn.Module, description: Description) -> dict[str, nn.Modul
         old_bias = getattr(old, "bias", None)
         if matrix.bias is not None and isinstance(old_bias, nn.Parameter):
             matrix.bias.requires_grad_(old_bias.requires_grad)
-        layers[name] = known.setdefault((id(old), spec, stored), kind.twin(old, matrix).train(old.training))
+        layers[name] = known.setdefault(
+            (id(old), spec, stored), kind.twin(old, matrix).train(old.training)
+        )
     return layers
 
 
@@ -123,7 +145,9 @@ def _check_keys(kept: Sequence[Entry], added: Sequence[str], description: Descri
     """
     stored = {*description.tensors, *description.aliases}
     wanted = {*added, *(entry.key for entry in kept if not entry.key.startswith(NON_PERSISTENT))}
-    underived = {entry.key for entry in kept if entry.key.startswith(NON_PERSISTENT) and entry.tensor.is_meta}
+    underived = {
+        entry.key for entry in kept if entry.key.startswith(NON_PERSISTENT) and entry.tensor.is_meta
+    }
     missing = sorted((wanted | underived) - stored)
     if missing:
         derived = all(key.startswith(NON_PERSISTENT) for key in missing)
@@ -156,7 +180,10 @@ def _check_shape(entry: Entry, description: Description) -> None:
 
 
 def _check_exactly(entry: Entry, description: Description) -> None:
-    stored, expected = description.tensors[description.canonical(entry.key)], TensorSpec.of(entry.tensor)
+    stored, expected = (
+        description.tensors[description.canonical(entry.key)],
+        TensorSpec.of(entry.tensor),
+    )
     if stored != expected:
         raise CheckpointError(
             f"tensor {entry.key!r} is {stored} in the checkpoint; its layer, as {DESCRIPTION_FILE} describes it, needs {expected}. "

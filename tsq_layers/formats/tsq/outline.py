@@ -88,7 +88,9 @@ class Outline:
         kinds = {"layers": list, "composites": list, "aliases": dict, "placeholders": list}
         for key, kind in kinds.items():
             if not isinstance(values.get(key), kind):
-                raise CheckpointError(f"{_WHERE} has no {kind.__name__} under {key!r}; save the model again")
+                raise CheckpointError(
+                    f"{_WHERE} has no {kind.__name__} under {key!r}; save the model again"
+                )
         layers: dict[str, LayerSpec] = {}
         for number, group in enumerate(values["layers"]):
             layers |= _layers(group, number)
@@ -120,9 +122,13 @@ def _layers(group: Any, number: int) -> dict[str, LayerSpec]:
     """The layers of one form."""
     names = group.get("names") if isinstance(group, Mapping) else None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise CheckpointError(f"{_WHERE}: entry {number} of layers has no list of names; save the model again")
+        raise CheckpointError(
+            f"{_WHERE}: entry {number} of layers has no list of names; save the model again"
+        )
     fields = {key: value for key, value in group.items() if key != "names"}
-    spec = LayerSpec(**checked_fields(LayerSpec, fields, f"{_WHERE}: layer {next(iter(names), '')!r}"))
+    spec = LayerSpec(
+        **checked_fields(LayerSpec, fields, f"{_WHERE}: layer {next(iter(names), '')!r}")
+    )
     return dict.fromkeys(names, spec)
 
 

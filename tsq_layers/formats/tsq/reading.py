@@ -18,7 +18,13 @@ from tsq_layers.formats.tsq.description import (
     TensorSpec,
     header_digest,
 )
-from tsq_layers.formats.tsq.headers import AGAIN, description_from_headers, is_described, outlined, tensor_files
+from tsq_layers.formats.tsq.headers import (
+    AGAIN,
+    description_from_headers,
+    is_described,
+    outlined,
+    tensor_files,
+)
 from tsq_layers.formats.tsq.layout import Plan, plan
 from tsq_layers.layers import composite_of, replace, split_of
 from tsq_layers.layers.composites import share_hooks
@@ -26,7 +32,9 @@ from tsq_layers.runtime.linear import QuantLinear
 from tsq_layers.workflow.hosts import tell_host
 
 
-def load(path: str | os.PathLike[str], model: nn.Module, *, device: torch.device | str | None = None) -> nn.Module:
+def load(
+    path: str | os.PathLike[str], model: nn.Module, *, device: torch.device | str | None = None
+) -> nn.Module:
     """Turn a float model into the quantised model that :func:`save` wrote.
 
     Every layer that was saved quantised is replaced, every parameter and buffer takes the stored
@@ -96,7 +104,9 @@ def _read_description(directory: Path) -> Description:
     try:
         text = (directory / DESCRIPTION_FILE).read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise CheckpointError(f"no {DESCRIPTION_FILE} in {directory}: give the directory that tsq.save wrote") from None
+        raise CheckpointError(
+            f"no {DESCRIPTION_FILE} in {directory}: give the directory that tsq.save wrote"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(
             f"cannot read {DESCRIPTION_FILE} in {directory}: {error}; give the directory that tsq.save wrote"
@@ -104,7 +114,9 @@ def _read_description(directory: Path) -> Description:
     return Description.from_json(text)
 
 
-def _read_tensors(directory: Path, description: Description, devices: Mapping[str, torch.device]) -> dict[str, Tensor]:
+def _read_tensors(
+    directory: Path, description: Description, devices: Mapping[str, torch.device]
+) -> dict[str, Tensor]:
     """All tensors that the model takes, on their devices; the file is first checked against the description."""
     files = tensor_files(directory)
     if description.header_sha256:  # of tsq.json
@@ -143,7 +155,9 @@ def _check_file(directory: Path, description: Description) -> None:
                 f"{TENSORS_FILE} and {DESCRIPTION_FILE} in {directory} are of different saves; {AGAIN}"
             )
     except FileNotFoundError:
-        raise CheckpointError(f"no {TENSORS_FILE} in {directory}, only {DESCRIPTION_FILE}; {AGAIN}") from None
+        raise CheckpointError(
+            f"no {TENSORS_FILE} in {directory}, only {DESCRIPTION_FILE}; {AGAIN}"
+        ) from None
     except (OSError, SafetensorError) as error:
         raise _unreadable(file, error) from error
 
@@ -154,7 +168,9 @@ def _unreadable(file: Path, error: Exception) -> CheckpointError:
     )
 
 
-def _apply(model: nn.Module, todo: Plan, description: Description, tensors: Mapping[str, Tensor]) -> nn.Module:
+def _apply(
+    model: nn.Module, todo: Plan, description: Description, tensors: Mapping[str, Tensor]
+) -> nn.Module:
     """The only changes to the model: assign tensors, put in the new layers, attach the report."""
     parameters: dict[str, nn.Parameter] = {}
     for entry in todo.fill:
@@ -176,12 +192,16 @@ def _apply(model: nn.Module, todo: Plan, description: Description, tensors: Mapp
     return model
 
 
-def _new_value(entry: Entry, key: str, tensor: Tensor, parameters: dict[str, nn.Parameter]) -> Tensor:
+def _new_value(
+    entry: Entry, key: str, tensor: Tensor, parameters: dict[str, nn.Parameter]
+) -> Tensor:
     """The stored tensor, as a parameter where it replaces one; names that share a tensor share the parameter."""
     if not isinstance(entry.tensor, nn.Parameter):
         return tensor
     differentiable = tensor.is_floating_point() or tensor.is_complex()
-    return parameters.setdefault(key, nn.Parameter(tensor, requires_grad=entry.tensor.requires_grad and differentiable))
+    return parameters.setdefault(
+        key, nn.Parameter(tensor, requires_grad=entry.tensor.requires_grad and differentiable)
+    )
 
 
 def _leave_meta(layer: nn.Module) -> None:

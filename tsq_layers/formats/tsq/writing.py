@@ -107,15 +107,25 @@ def composites_of(model: nn.Module) -> list[str]:
 def _write(directory: Path, tensors: Mapping[str, Tensor], description: Description) -> None:
     """Both files in a new folder beside their final places, then renamed: a crash leaves no half-written file."""
     with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as temporary:
-        new_tensors, new_description = Path(temporary, TENSORS_FILE), Path(temporary, DESCRIPTION_FILE)
+        new_tensors, new_description = (
+            Path(temporary, TENSORS_FILE),
+            Path(temporary, DESCRIPTION_FILE),
+        )
         contiguous = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
         # "format" is what transformers asks for before it opens a file.
-        save_file(contiguous, new_tensors, metadata={"format": "pt", DESCRIPTION_DIGEST: description.digest()})
+        save_file(
+            contiguous,
+            new_tensors,
+            metadata={"format": "pt", DESCRIPTION_DIGEST: description.digest()},
+        )
         sort_metadata(new_tensors)
         new_description.write_text(
-            replace(description, header_sha256=header_digest(new_tensors)).to_json(), encoding="utf-8"
+            replace(description, header_sha256=header_digest(new_tensors)).to_json(),
+            encoding="utf-8",
         )
-        new_tensors.chmod(new_description.stat().st_mode)  # safetensors makes a file that only its owner can read
+        new_tensors.chmod(
+            new_description.stat().st_mode
+        )  # safetensors makes a file that only its owner can read
         for file in (new_tensors, new_description):
             _flush(file)
         new_tensors.replace(directory / TENSORS_FILE)
@@ -137,7 +147,11 @@ def _check_state(model: nn.Module) -> None:
             )
     known = {memory_extent(entry.tensor) for entry in entries(model)}
     state = model.state_dict(keep_vars=True)
-    kept = {key for key, value in state.items() if isinstance(value, Tensor) and memory_extent(value) in known}
+    kept = {
+        key
+        for key, value in state.items()
+        if isinstance(value, Tensor) and memory_extent(value) in known
+    }
     lost = next((key for key in state if key not in kept), None)
     if lost is not None:
         names = {name for name, _ in model.named_modules() if lost.startswith(f"{name}.")}
@@ -155,7 +169,9 @@ def shared_once(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     aliases: dict[str, str] = {}
     for entry in entries(model):
         tensor = entry.tensor
-        key = first.setdefault((memory_extent(tensor), tensor.dtype, tensor.shape, tensor.stride()), entry.key)
+        key = first.setdefault(
+            (memory_extent(tensor), tensor.dtype, tensor.shape, tensor.stride()), entry.key
+        )
         if key == entry.key:
             tensors[key] = tensor
         else:
@@ -182,9 +198,13 @@ def _check_overlaps(tensors: Mapping[str, Tensor]) -> None:
     Only tensors without holes are compared; interleaved slices of one storage need not overlap.
     """
     dense = [
-        (memory_extent(tensor), key) for key, tensor in tensors.items() if tensor.numel() and _spans_itself(tensor)
+        (memory_extent(tensor), key)
+        for key, tensor in tensors.items()
+        if tensor.numel() and _spans_itself(tensor)
     ]
-    for ((storage, start, size), key), ((other_storage, other_start, _), other) in pairwise(sorted(dense)):
+    for ((storage, start, size), key), ((other_storage, other_start, _), other) in pairwise(
+        sorted(dense)
+    ):
         if storage == other_storage and other_start < start + size:
             raise CheckpointError(
                 f"tensors {key!r} and {other!r} share memory but are not the same tensor, which a checkpoint cannot keep; clone one of them"
@@ -192,5 +212,7 @@ def _check_overlaps(tensors: Mapping[str, Tensor]) -> None:
 
 
 def _spans_itself(tensor: Tensor) -> bool:
-    reach = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    reach = 1 + sum(
+        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
     return reach == tensor.numel()

@@ -82,7 +82,10 @@ def check_length(model: nn.Module, length: int, option: str) -> None:
         if rows is not None and name.rpartition(".")[2] in _POSITION_TABLES:
             first = getattr(module, "padding_idx", None)  # RoBERTa counts positions from behind it
             free = rows if first is None else rows - first - 1
-            limit = min(free, getattr(getattr(model, "config", None), "max_position_embeddings", None) or free)
+            limit = min(
+                free,
+                getattr(getattr(model, "config", None), "max_position_embeddings", None) or free,
+            )
             if length > limit:
                 raise ConfigError(
                     f"{option} {length}: this {type(model).__name__} has learned positions for {limit} tokens; give at most so many"
@@ -100,14 +103,24 @@ def load_tokenizer(directory: Directory) -> Any:
     path = _model_directory(directory)
     if not any(
         (path / name).exists()
-        for name in ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+        for name in (
+            "tokenizer_config.json",
+            "tokenizer.json",
+            "tokenizer.model",
+            "vocab.json",
+            "vocab.txt",
+        )
     ):
-        raise ConfigError(f"{path} holds no tokenizer: save it there with tokenizer.save_pretrained({str(path)!r})")
+        raise ConfigError(
+            f"{path} holds no tokenizer: save it there with tokenizer.save_pretrained({str(path)!r})"
+        )
     try:
         with quiet(transformers):
             return transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"the tokenizer in {path} cannot be loaded: {_first_line(error)}") from error
+        raise ConfigError(
+            f"the tokenizer in {path} cannot be loaded: {_first_line(error)}"
+        ) from error
 
 
 def save_causal_lm(model: nn.Module, tokenizer: Any, directory: Directory) -> None:
@@ -125,12 +138,16 @@ def save_causal_lm(model: nn.Module, tokenizer: Any, directory: Directory) -> No
     path = Path(directory)
     config: Any = getattr(model, "config", None)
     if config is None or not hasattr(config, "save_pretrained"):
-        raise ConfigError(f"{type(model).__name__} has no transformers config; save it with tsq.save")
+        raise ConfigError(
+            f"{type(model).__name__} has no transformers config; save it with tsq.save"
+        )
     outline = Outline.of(model)
     write(model, path, outline.placeholders)
     report = getattr(model, "tsq_report", None)
     bridge = importlib.import_module("tsq_layers.integrations.transformers.config")
-    config.quantization_config = bridge.TsqConfig(None if report is None else report.config, outline=outline)
+    config.quantization_config = bridge.TsqConfig(
+        None if report is None else report.config, outline=outline
+    )
     config.architectures = [type(model).__name__]
     config.save_pretrained(path)
     if getattr(model, "generation_config", None) is not None:
@@ -168,7 +185,9 @@ def _load_float(transformers: ModuleType, path: Path, dtype: torch.dtype | str) 
             f"{path} is not a causal language model that transformers knows: {_first_line(error)}"
         ) from error
     except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"the model in {path} cannot be loaded: {_first_line(error)}") from error
+        raise CheckpointError(
+            f"the model in {path} cannot be loaded: {_first_line(error)}"
+        ) from error
     for what in ("missing_keys", "mismatched_keys"):
         if info.get(what):
             first = min(map(str, info[what]))
@@ -186,7 +205,9 @@ def is_quantised(path: Path) -> bool:
 def _load_quantised(transformers: ModuleType, path: Path) -> nn.Module:
     if is_described(path):
         return tsq.load(path, _built_empty(transformers, path))
-    importlib.import_module("tsq_layers.integrations.transformers")  # so that it knows packed layers
+    importlib.import_module(
+        "tsq_layers.integrations.transformers"
+    )  # so that it knows packed layers
     return _load_float(transformers, path, "auto")
 
 
@@ -206,7 +227,9 @@ def _model_directory(directory: Directory) -> Path:
     if not path.is_dir():
         raise ConfigError(f"no directory {path}")
     if not (path / "config.json").exists():
-        raise ConfigError(f"{path} holds no config.json: give the directory of a transformers model")
+        raise ConfigError(
+            f"{path} holds no config.json: give the directory of a transformers model"
+        )
     return path
 
 

@@ -34,28 +34,41 @@ class TsqConfig(QuantizationConfigMixin):
         'rtn'
     """
 
-    def __init__(self, config: QuantConfig | None = None, *, outline: Outline | None = None, **fields: Any) -> None:
+    def __init__(
+        self, config: QuantConfig | None = None, *, outline: Outline | None = None, **fields: Any
+    ) -> None:
         if config is not None and fields:
-            raise ConfigError(f"TsqConfig was given a config and {', '.join(fields)}: give one or the other")
+            raise ConfigError(
+                f"TsqConfig was given a config and {', '.join(fields)}: give one or the other"
+            )
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # a name of one's own is allowed
         self.config = config if config is not None else _from_fields(fields)
         self.outline = outline
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values; what ``config.json`` holds under ``quantization_config``."""
-        values: dict[str, Any] = {"quant_method": QUANT_METHOD, _VERSION: library_versions()["tsq_layers"]}
+        values: dict[str, Any] = {
+            "quant_method": QUANT_METHOD,
+            _VERSION: library_versions()["tsq_layers"],
+        }
         if self.config is not None:
             values[_RECIPE] = self.config.to_dict()
         return values if self.outline is None else values | self.outline.to_dict()
 
     @classmethod
-    def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+    def from_dict(
+        cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Any:
         """Inverse of :meth:`to_dict`; takes fields of ``QuantConfig`` beside ``quant_method`` too.
 
         Raises:
             CheckpointError, ConfigError: a value that is not allowed.
         """
-        values = {key: value for key, value in config_dict.items() if key not in ("quant_method", _VERSION)}
+        values = {
+            key: value
+            for key, value in config_dict.items()
+            if key not in ("quant_method", _VERSION)
+        }
         made = cls._from_values(values)
         return (made, kwargs) if return_unused_kwargs else made
 
@@ -76,4 +89,6 @@ def _from_fields(fields: dict[str, Any]) -> QuantConfig | None:
     try:
         return QuantConfig(**fields) if fields else None
     except TypeError as error:
-        raise ConfigError(f"TsqConfig: {error}; its fields are those of tsq_layers.QuantConfig") from None
+        raise ConfigError(
+            f"TsqConfig: {error}; its fields are those of tsq_layers.QuantConfig"
+        ) from None

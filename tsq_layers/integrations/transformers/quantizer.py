@@ -52,19 +52,31 @@ class TsqHfQuantizer(HfQuantizer):
                     "quantization_config in config.json names no layers: save the model again with save_pretrained or save_causal_lm"
                 )
         elif recipe is None:
-            raise ConfigError("TsqConfig says nothing of how to quantise: give it a QuantConfig(method='rtn', …)")
+            raise ConfigError(
+                "TsqConfig says nothing of how to quantise: give it a QuantConfig(method='rtn', …)"
+            )
         elif recipe.needs_calibration:
             raise ConfigError(
                 f"method={recipe.method!r}, channel_scaling={recipe.channel_scaling} needs calibration batches, which from_pretrained does not have: "
                 "load the float model and call tsq_layers.quantize(model, config, batches), or give method='rtn'"
             )
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
+    def update_weight_conversions(
+        self, weight_conversions: list[Any], model: nn.Module
+    ) -> list[Any]:
         """None for a quantised checkpoint: its names are those of the modules."""
-        return [] if self.pre_quantized else super().update_weight_conversions(weight_conversions, model)
+        return (
+            []
+            if self.pre_quantized
+            else super().update_weight_conversions(weight_conversions, model)
+        )
 
     def _process_model_before_weight_loading(
-        self, model: Any, checkpoint_files: Iterable[str] | None = None, dtype: torch.dtype | None = None, **_: Any
+        self,
+        model: Any,
+        checkpoint_files: Iterable[str] | None = None,
+        dtype: torch.dtype | None = None,
+        **_: Any,
     ) -> None:
         if not self.pre_quantized:
             return
@@ -72,16 +84,23 @@ class TsqHfQuantizer(HfQuantizer):
         assert outline is not None
         files = [Path(file) for file in checkpoint_files or ()]
         stored, metadata = read_headers(files)
-        self._skeleton = skeleton(model, outline, stored if files else None, model._get_dtype_plan(dtype))
+        self._skeleton = skeleton(
+            model, outline, stored if files else None, model._get_dtype_plan(dtype)
+        )
         self._report = _report(metadata, files)
         ignored = {
             rf"^{NON_PERSISTENT}",
             *(rf"(^|\.){key.replace('.', chr(92) + '.')}$" for key in outline.placeholders),
         }
-        model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *ignored}
+        model._keys_to_ignore_on_load_unexpected = {
+            *(model._keys_to_ignore_on_load_unexpected or ()),
+            *ignored,
+        }
         tied = model.all_tied_weights_keys.items()
         model.all_tied_weights_keys = {
-            key: other for key, other in tied if not any(is_under(name, self._skeleton.layers) for name in (key, other))
+            key: other
+            for key, other in tied
+            if not any(is_under(name, self._skeleton.layers) for name in (key, other))
         }
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
@@ -97,7 +116,9 @@ class TsqHfQuantizer(HfQuantizer):
                 model.tsq_report = self._report
         attach(model)
 
-    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+    def get_state_dict_and_metadata(
+        self, model: Any
+    ) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
         """What ``save_pretrained`` writes; ``model.config`` gets the outline of the model as it is now.
 
         Tensors that packed layers share among themselves are written once. Of a model with adapters only these are saved.
@@ -118,14 +139,18 @@ class TsqHfQuantizer(HfQuantizer):
         _forget_outlines(model)
         model.config.quantization_config = TsqConfig(recipe, outline=outline)
         model._weight_conversions = []  # the names that are saved are those of the modules
-        apart = shared_once(model)[1].keys() - outline.aliases.keys()  # shared by a packed layer and by float ones
+        apart = (
+            shared_once(model)[1].keys() - outline.aliases.keys()
+        )  # shared by a packed layer and by float ones
         state = {
             key: tensor.clone() if outline.aliases.get(key, key) in apart else tensor
             for key, tensor in model.state_dict().items()
             if key not in outline.aliases or not is_under(key, outline.layers)
         }
         empty = dict.fromkeys(outline.placeholders, torch.empty(0))
-        return state | empty, {} if report is None else {REPORT: json.dumps(report.to_dict(), allow_nan=False)}
+        return state | empty, {} if report is None else {
+            REPORT: json.dumps(report.to_dict(), allow_nan=False)
+        }
 
     def is_serializable(self) -> bool:
         """Whether ``save_pretrained`` can write the model."""
@@ -144,7 +169,9 @@ def attach(model: nn.Module) -> None:
         >>> attach(nn.Linear(2, 2))  # nothing of transformers in it: nothing is done
     """
     for module in model.modules():
-        if not isinstance(module, PreTrainedModel) or isinstance(getattr(module, "hf_quantizer", None), TsqHfQuantizer):
+        if not isinstance(module, PreTrainedModel) or isinstance(
+            getattr(module, "hf_quantizer", None), TsqHfQuantizer
+        ):
             continue
         if any(isinstance(inner, QuantLinear) for inner in module.modules()):
             module.hf_quantizer = TsqHfQuantizer(TsqConfig())  # type: ignore[assignment]

@@ -49,7 +49,10 @@ class Skeleton:
 
 
 def skeleton(
-    model: Any, outline: Outline, stored: Mapping[str, TensorSpec] | None, dtypes: Mapping[str, torch.dtype]
+    model: Any,
+    outline: Outline,
+    stored: Mapping[str, TensorSpec] | None,
+    dtypes: Mapping[str, torch.dtype],
 ) -> Skeleton:
     """Put empty packed layers into a model in the place of float ones.
 
@@ -71,10 +74,16 @@ def skeleton(
         raise CheckpointError(
             f"layer {first!r} of the checkpoint, like all others, is not in this {type(model).__name__}"
         )
-    specs = {own: _in_dtype(model, own, outline.layers[name], dtypes) for name, own in names.items()}
+    specs = {
+        own: _in_dtype(model, own, outline.layers[name], dtypes) for name, own in names.items()
+    }
     keys = None if stored is None else {_own_key(key, names): spec for key, spec in stored.items()}
-    shared = {_own_key(key, names): _own_key(other, names) for key, other in outline.aliases.items()}
-    layers = new_layers(model, _description(specs, shared if keys is None else present_aliases(shared, keys)))
+    shared = {
+        _own_key(key, names): _own_key(other, names) for key, other in outline.aliases.items()
+    }
+    layers = new_layers(
+        model, _description(specs, shared if keys is None else present_aliases(shared, keys))
+    )
     first_layers, later = _apart(layers, keys)
     if keys is not None:
         _check(first_layers, keys)
@@ -97,7 +106,10 @@ def _own_name(model: Any, name: str) -> str | None:
     for own in (name, f"{prefix}{name}", name.removeprefix(prefix)):
         if _has(model, own):
             return own
-    top, base = name.removeprefix(prefix).partition(".")[0], getattr(model, model.base_model_prefix, model)
+    top, base = (
+        name.removeprefix(prefix).partition(".")[0],
+        getattr(model, model.base_model_prefix, model),
+    )
     if _has(model, top) or _has(base, top):
         raise CheckpointError(
             f"layer {name!r} of the checkpoint is not in this {type(model).__name__}: its config.json is that of another model"
@@ -125,15 +137,21 @@ def _own_key(key: str, names: Mapping[str, str]) -> str:
     return key
 
 
-def _in_dtype(model: nn.Module, name: str, spec: LayerSpec, dtypes: Mapping[str, torch.dtype]) -> LayerSpec:
+def _in_dtype(
+    model: nn.Module, name: str, spec: LayerSpec, dtypes: Mapping[str, torch.dtype]
+) -> LayerSpec:
     """The specification of a layer that computes in the dtype that the model is loaded in."""
     weight = replaced_weight(model, name, spec)
-    wanted = next((dtype for part, dtype in dtypes.items() if part in name.split(".")), weight.dtype)
+    wanted = next(
+        (dtype for part, dtype in dtypes.items() if part in name.split(".")), weight.dtype
+    )
     return dataclasses.replace(spec, dtype=dtype_name(wanted))
 
 
 def _description(specs: Mapping[str, LayerSpec], aliases: Mapping[str, str]) -> Description:
-    return Description(layers=specs, composites=[], aliases=aliases, tensors={}, report=None, library_version="")
+    return Description(
+        layers=specs, composites=[], aliases=aliases, tensors={}, report=None, library_version=""
+    )
 
 
 def _apart(
@@ -143,7 +161,9 @@ def _apart(
     holders: dict[int, str] = {}
     for name, layer in layers.items():
         (_, _, matrix), *_ = packed(layer)
-        if id(matrix) not in holders or not {f"{name}.words", f"{name}.matrix.words"}.isdisjoint(keys or ()):
+        if id(matrix) not in holders or not {f"{name}.words", f"{name}.matrix.words"}.isdisjoint(
+            keys or ()
+        ):
             holders[id(matrix)] = name
     first = set(holders.values())
     return (
@@ -160,8 +180,12 @@ def _check(layers: Mapping[str, nn.Module], keys: Mapping[str, TensorSpec]) -> N
             if entry.key.startswith("non_persistent:"):
                 continue
             if found is None:
-                raise CheckpointError(f"layer {name!r}: its tensor {entry.key!r} is not in the checkpoint; {AGAIN}")
-            if found.shape != wanted.shape or (found.dtype != wanted.dtype and not entry.tensor.is_floating_point()):
+                raise CheckpointError(
+                    f"layer {name!r}: its tensor {entry.key!r} is not in the checkpoint; {AGAIN}"
+                )
+            if found.shape != wanted.shape or (
+                found.dtype != wanted.dtype and not entry.tensor.is_floating_point()
+            ):
                 raise CheckpointError(
                     f"layer {name!r}: its tensor {entry.key!r} is {found} in the checkpoint and should be {wanted}; {AGAIN}"
                 )

@@ -29,7 +29,9 @@ def read_tokens(text: str | Path, tokenizer: Any) -> Tensor:
     return torch.tensor(ids, dtype=torch.int64)
 
 
-def windows(tokens: Tensor, length: int, count: int, batch_size: int = 1) -> list[dict[str, Tensor]]:
+def windows(
+    tokens: Tensor, length: int, count: int, batch_size: int = 1
+) -> list[dict[str, Tensor]]:
     """``count`` windows of ``length`` tokens, spread evenly over a text; no two overlap.
 
     The same arguments give the same windows. Window i starts at token ⌊i·T / count⌋.
@@ -74,4 +76,6 @@ def read_text(path: str | Path) -> str:
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+        raise ConfigError(
+            f"{path} is not UTF-8 text: {error.reason} at byte {error.start}"
+        ) from error

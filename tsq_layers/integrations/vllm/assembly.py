@@ -70,7 +70,9 @@ class Intake:
                 f"layer {name!r} is {spec.out_features}×{spec.in_features} in the file, and vLLM expects {shape[0]}×{shape[1]}: config.json and tsq.json do not belong together"
             )
         self.share_spec = None if spec is None else share_of(name, spec, cut)
-        self.expected = {"weight": torch.empty(shape, device="meta")} if spec is None else _buffers(name, spec)
+        self.expected = (
+            {"weight": torch.empty(shape, device="meta")} if spec is None else _buffers(name, spec)
+        )
         self._tensors: dict[str, Tensor] = {}
 
     def take(self, key: str, tensor: Tensor) -> None:
@@ -84,7 +86,9 @@ class Intake:
             raise CheckpointError(
                 f"layer {self.name!r} has no {key!r}, it has {', '.join(self.expected)}: tsq.json and the tensors do not belong together"
             )
-        fits = tensor.shape == expected.shape and (self.spec is None or tensor.dtype == expected.dtype)
+        fits = tensor.shape == expected.shape and (
+            self.spec is None or tensor.dtype == expected.dtype
+        )
         if not fits:
             raise CheckpointError(
                 f"{self.name}.{key} is {dtype_name(tensor.dtype)} {list(tensor.shape)}, and tsq.json needs "
@@ -100,7 +104,9 @@ class Intake:
         """
         missing = [key for key in self.expected if key not in self._tensors]
         if missing:
-            raise CheckpointError(f"the file holds no {self.name}.{missing[0]}: it is incomplete; save the model again")
+            raise CheckpointError(
+                f"the file holds no {self.name}.{missing[0]}: it is incomplete; save the model again"
+            )
         return Share(self.name, self.share_spec, self._tensors)
 
 
@@ -132,7 +138,9 @@ class Matrices(nn.Module):
         outputs, first = [], 0
         for matrix in matrices:
             rows = matrix.out_features
-            outputs.append(_product(matrix, x, None if bias is None else bias.narrow(0, first, rows)))
+            outputs.append(
+                _product(matrix, x, None if bias is None else bias.narrow(0, first, rows))
+            )
             first += rows
         return torch.cat(outputs, -1)
 
@@ -140,7 +148,10 @@ class Matrices(nn.Module):
         """Compile what runs with one row of input and with few, so that no request waits for it."""
         with torch.inference_mode():
             for rows in (1, 2):
-                self(torch.zeros(rows, self._matrices()[0].in_features, dtype=dtype, device=device), bias)
+                self(
+                    torch.zeros(rows, self._matrices()[0].in_features, dtype=dtype, device=device),
+                    bias,
+                )
 
     def _matrices(self) -> list[QuantLinear | nn.Linear]:
         return [matrix for matrix in self.parts if isinstance(matrix, QuantLinear | nn.Linear)]
@@ -165,7 +176,11 @@ def _fit_together(upper: Share, lower: Share) -> bool:
         return upper.spec is lower.spec
     if _form(upper.spec) != _form(lower.spec) or upper.spec.outliers or upper.spec.outlier_columns:
         return False
-    return all(torch.equal(upper.tensors[key], lower.tensors[key]) for key in _BASIS if key in upper.tensors)
+    return all(
+        torch.equal(upper.tensors[key], lower.tensors[key])
+        for key in _BASIS
+        if key in upper.tensors
+    )
 
 
 def _form(spec: LayerSpec) -> LayerSpec:
@@ -203,7 +218,11 @@ def _buffers(name: str, spec: LayerSpec) -> dict[str, Tensor]:
 
 
 def _named(layer: QuantLinear) -> dict[str, Tensor]:
-    return {key: buffer for key, buffer in layer.named_buffers() if key not in layer._non_persistent_buffers_set}
+    return {
+        key: buffer
+        for key, buffer in layer.named_buffers()
+        if key not in layer._non_persistent_buffers_set
+    }
 
 
 # --- running ---------------------------------------------------------------------------------------
@@ -236,7 +255,9 @@ def _run(
     if signs is scaling is values is None and activation_bits is None:
         return kernels.linear(x, words, grids, shifts, bias, bits, group_size, columns)
     parts = running.Parts(words, grids, shifts, signs, scaling, values, places)
-    return running.linear(x, bias, parts, running.Form(bits, group_size, columns, rotation), activation_bits)
+    return running.linear(
+        x, bias, parts, running.Form(bits, group_size, columns, rotation), activation_bits
+    )
 
 
 _operation = torch.library.custom_op("tsq_layers::serve", _run, mutates_args=())

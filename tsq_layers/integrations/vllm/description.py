@@ -34,8 +34,12 @@ def layer_specs(values: Mapping[str, Any]) -> dict[str, LayerSpec] | None:
         return None
     if isinstance(layers, Mapping):
         return {name: _spec(name, spec) for name, spec in layers.items()}
-    if not isinstance(layers, list) or not all(isinstance(group, Mapping) and "names" in group for group in layers):
-        raise CheckpointError("'layers' names no layers: the description is damaged; save the model again")
+    if not isinstance(layers, list) or not all(
+        isinstance(group, Mapping) and "names" in group for group in layers
+    ):
+        raise CheckpointError(
+            "'layers' names no layers: the description is damaged; save the model again"
+        )
     return {
         name: _spec(name, {key: value for key, value in group.items() if key != "names"})
         for group in layers
@@ -57,7 +61,9 @@ def foreign_keys(values: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(values.get("placeholders", ()))
 
 
-def parts_of(prefix: str, fused: Mapping[str, Sequence[str]], layers: Mapping[str, LayerSpec]) -> list[str]:
+def parts_of(
+    prefix: str, fused: Mapping[str, Sequence[str]], layers: Mapping[str, LayerSpec]
+) -> list[str]:
     """The names in the file of what vLLM runs as the layer ``prefix``: several, where it fuses them.
 
     Args:

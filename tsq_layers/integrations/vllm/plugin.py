@@ -8,7 +8,12 @@ import torch
 from torch import Tensor, nn
 from vllm.distributed import get_pp_group
 from vllm.model_executor.layers.fused_moe import RoutedExperts
-from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, QKVParallelLinear, UnquantizedLinearMethod
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    LinearMethodBase,
+    QKVParallelLinear,
+    UnquantizedLinearMethod,
+)
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
@@ -56,7 +61,12 @@ class TsqConfig(QuantizationConfig):  # type: ignore[misc]
     def _describe(self, values: Mapping[str, Any]) -> None:
         self.layers, self._foreign = layer_specs(values), foreign_keys(values)
 
-    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:  # noqa: ARG002
+    def maybe_update_config(
+        self,
+        model_name: str,
+        hf_config: Any = None,
+        revision: str | None = None,  # noqa: ARG002
+    ) -> None:
         """Read ``tsq.json`` beside the model, if ``config.json`` does not name the layers.
 
         Raises:
@@ -155,9 +165,13 @@ class TsqLinearMethod(LinearMethodBase):  # type: ignore[misc]
 
     def _loader(self, key: str) -> Callable[..., None]:
         def load(_: nn.Parameter, tensor: Tensor, shard: str | int | None = None) -> None:
-            place = 0 if shard is None else _QKV.get(shard, shard) if isinstance(shard, str) else shard
+            place = (
+                0 if shard is None else _QKV.get(shard, shard) if isinstance(shard, str) else shard
+            )
             if not isinstance(place, int) or place >= len(self._intakes):
-                raise ConfigError(f"layer {self.names[0]!r}: vLLM loads a part {shard!r}, which is not served packed")
+                raise ConfigError(
+                    f"layer {self.names[0]!r}: vLLM loads a part {shard!r}, which is not served packed"
+                )
             self._intakes[place].take(key, tensor)
 
         return load
@@ -188,11 +202,16 @@ class TsqLinearMethod(LinearMethodBase):  # type: ignore[misc]
         )
 
 
-def _cuts(layer: Any, names: list[str], sizes: list[int], columns: Span | None) -> list[tuple[int, Cut]]:
+def _cuts(
+    layer: Any, names: list[str], sizes: list[int], columns: Span | None
+) -> list[tuple[int, Cut]]:
     """Rows that the file holds of each named layer, and what of it this process runs."""
     if isinstance(layer, ParallelLMHead):
         indices = layer.shard_indices
-        span = Span(indices.org_vocab_start_index, indices.org_vocab_end_index - indices.org_vocab_start_index)
+        span = Span(
+            indices.org_vocab_start_index,
+            indices.org_vocab_end_index - indices.org_vocab_start_index,
+        )
         rows = None if span.length == layer.org_vocab_size else (span,)
         return [(layer.org_vocab_size, Cut(rows, columns, padding=sum(sizes) - span.length))]
     wholes = _wholes(layer, sizes)
@@ -203,7 +222,9 @@ def _cuts(layer: Any, names: list[str], sizes: list[int], columns: Span | None) 
         raise ConfigError(
             f"layer {layer.prefix!r} of vLLM has {len(sizes)} parts, and the file holds {', '.join(names)}: such a layer is not served packed; quantise with skip={tuple(names)!r}"
         )
-    spans = [row_spans([size], [whole], rank, ranks) for size, whole in zip(sizes, wholes, strict=True)]
+    spans = [
+        row_spans([size], [whole], rank, ranks) for size, whole in zip(sizes, wholes, strict=True)
+    ]
     return [(whole, Cut(rows, columns)) for whole, rows in zip(wholes, spans, strict=True)]
 
 
@@ -213,5 +234,9 @@ def _wholes(layer: Any, sizes: list[int]) -> list[int]:
         _QKV
     ):  # output_sizes counts heads that several processes run several times
         kv_heads = layer.total_num_kv_heads
-        return [layer.total_num_heads * layer.head_size, kv_heads * layer.head_size, kv_heads * layer.v_head_size]
+        return [
+            layer.total_num_heads * layer.head_size,
+            kv_heads * layer.head_size,
+            kv_heads * layer.v_head_size,
+        ]
     return list(getattr(layer, "output_sizes", [layer.output_size] if len(sizes) == 1 else sizes))

@@ -45,7 +45,9 @@ class Cut(NamedTuple):
     padding: int = 0
 
 
-def row_spans(sizes: list[int], wholes: list[int], rank: int, ranks: int) -> tuple[Span, ...] | None:
+def row_spans(
+    sizes: list[int], wholes: list[int], rank: int, ranks: int
+) -> tuple[Span, ...] | None:
     """The rows that process ``rank`` of ``ranks`` runs of matrices that the file holds one below the other.
 
     A matrix with fewer heads than there are processes is run by several of them.
@@ -113,7 +115,10 @@ def share_of(name: str, spec: LayerSpec, cut: Cut) -> LayerSpec:
 def _check_columns(name: str, spec: LayerSpec, columns: Span) -> None:
     """Cuts may be where groups and blocks of the rotation end: all start there, and all but the last end there."""
     whole_groups = spec.tables == "row" or spec.group_size >= spec.in_features
-    steps = {"groups": None if whole_groups else spec.group_size, "blocks of the rotation": spec.rotation}
+    steps = {
+        "groups": None if whole_groups else spec.group_size,
+        "blocks of the rotation": spec.rotation,
+    }
     for what, step in steps.items():
         at_end = columns.start + columns.length == spec.in_features
         if step is not None and (columns.start % step or (columns.length % step and not at_end)):
@@ -164,7 +169,9 @@ def _columns(key: str, tensor: Tensor, spec: LayerSpec | None, columns: Span) ->
     first = columns.start // spec.group_size
     groups = Span(first, grid.group_count(columns.length, spec.group_size))
     if key == "zero_words":
-        return _repacked(tensor, spec.bits, grid.group_count(spec.in_features, spec.group_size), groups)
+        return _repacked(
+            tensor, spec.bits, grid.group_count(spec.in_features, spec.group_size), groups
+        )
     return tensor.narrow(1, *groups)
 
 

@@ -8,7 +8,11 @@ from tsq_layers.reports import series
 from tsq_layers.reports.html.frame import LEFT, RIGHT, Frame, Height
 from tsq_layers.reports.layer import STEPS, LayerReport
 
-_DOTS = (1.0, 1.25, 0.75)  # large dots, step by step: a later one leaves a ring of an equal earlier one
+_DOTS = (
+    1.0,
+    1.25,
+    0.75,
+)  # large dots, step by step: a later one leaves a ring of an equal earlier one
 _LARGE = 6.0
 
 
@@ -67,21 +71,43 @@ def loss_chart(layers: Sequence[LayerReport]) -> Chart | None:
         step: [series.positive(layer.losses.get(step)) for layer in layers]
         for step in series.steps((layer.losses for layer in layers), STEPS)
     }
-    everything = [value for values in (*by_step.values(), held_out) for value in values if value is not None]
+    everything = [
+        value for values in (*by_step.values(), held_out) for value in values if value is not None
+    ]
     if not everything:
         return None
     frame = Frame(count=len(layers), plot=300)
     y, ticks = _logarithmic(frame, min(everything), max(everything))
-    ranges = [[value for value in values if value is not None] for values in zip(*by_step.values(), strict=True)]
-    drawn = [Series(label="", style="stem", path=frame.stems(y, ranges), stroke=max(frame.dot / 5, 0.6))]
+    ranges = [
+        [value for value in values if value is not None]
+        for values in zip(*by_step.values(), strict=True)
+    ]
+    drawn = [
+        Series(label="", style="stem", path=frame.stems(y, ranges), stroke=max(frame.dot / 5, 0.6))
+    ]
     for order, (step, values) in enumerate(by_step.items()):
         size = frame.dot * (_DOTS[min(order, 2)] if frame.dot > _LARGE else 1.0)
-        drawn.append(Series(label=step, style=f"dot {_style(step, order)}", path=frame.dots(y, values), stroke=size))
-    drawn.append(Series(label="held out, last step", style="ring", path=frame.rings(y, held_out), stroke=1.4))
-    medians = series.block_medians([series.positive(series.final_loss(layer)) for layer in layers], axis)
+        drawn.append(
+            Series(
+                label=step,
+                style=f"dot {_style(step, order)}",
+                path=frame.dots(y, values),
+                stroke=size,
+            )
+        )
+    drawn.append(
+        Series(label="held out, last step", style="ring", path=frame.rings(y, held_out), stroke=1.4)
+    )
+    medians = series.block_medians(
+        [series.positive(series.final_loss(layer)) for layer in layers], axis
+    )
     path = frame.levels(y, medians)
-    drawn.append(Series(label="median of a block, last step", style="median", path=path, stroke=2.5))
-    return _chart(frame, "Output error of every layer, after each step", "relative error", ticks, drawn, axis)
+    drawn.append(
+        Series(label="median of a block, last step", style="median", path=path, stroke=2.5)
+    )
+    return _chart(
+        frame, "Output error of every layer, after each step", "relative error", ticks, drawn, axis
+    )
 
 
 def bar_charts(layers: Sequence[LayerReport]) -> list[Chart]:
@@ -101,7 +127,11 @@ def _bits(layers: Sequence[LayerReport], axis: series.LayerAxis) -> Chart | None
     base = [0.0] * len(layers)
     drawn = [
         Series(label="codes", style=f"{frame.bar} codes", path=frame.bars(y, base, codes)),
-        Series(label="scales and zero points", style=f"{frame.bar} overhead", path=frame.bars(y, codes, stored)),
+        Series(
+            label="scales and zero points",
+            style=f"{frame.bar} overhead",
+            path=frame.bars(y, codes, stored),
+        ),
     ]
     return _chart(frame, "Stored bits per weight", "bits", ticks, drawn, axis)
 
@@ -114,7 +144,9 @@ def _seconds(layers: Sequence[LayerReport], axis: series.LayerAxis) -> Chart | N
     frame = Frame(count=len(layers), plot=120)
     y, ticks = _linear(frame, highest)
     drawn = [
-        Series(label=step, style=f"{frame.bar} {_style(step, order)}", path=frame.bars(y, bottom, top))
+        Series(
+            label=step, style=f"{frame.bar} {_style(step, order)}", path=frame.bars(y, bottom, top)
+        )
         for order, (step, bottom, top) in enumerate(stacked)
     ]
     return _chart(frame, "Seconds in the solver", "seconds", ticks, drawn, axis)
@@ -139,14 +171,18 @@ def _chart(
         step=frame.step,
         y_ticks=y_ticks,
         x_ticks=tuple((frame.x(place), text) for place, text in axis.ticks),
-        bands=tuple((frame.x(start - 0.5), (end - start) * frame.step) for start, end in axis.blocks[1::2]),
+        bands=tuple(
+            (frame.x(start - 0.5), (end - start) * frame.step) for start, end in axis.blocks[1::2]
+        ),
         series=tuple(part for part in drawn if part.path),
         slanted=axis.slanted,
         x_title="" if axis.slanted else axis.title,
     )
 
 
-def _logarithmic(frame: Frame, low: float, high: float) -> tuple[Height, tuple[tuple[float, str], ...]]:
+def _logarithmic(
+    frame: Frame, low: float, high: float
+) -> tuple[Height, tuple[tuple[float, str], ...]]:
     """Height of a value, and the marks, for values from ``low`` to ``high``."""
     margin = max(0.04 * math.log10(high / low), 0.05)
     bottom, top = math.log10(low) - margin, math.log10(high) + margin

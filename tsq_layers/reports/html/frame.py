@@ -56,7 +56,11 @@ class Frame:
 
     def dots(self, y: Height, values: Sequence[float | None]) -> str:
         """Lines without length, to be drawn with round caps."""
-        return "".join(f"M{_n(self.x(i))} {_n(y(value))}h0" for i, value in enumerate(values) if value is not None)
+        return "".join(
+            f"M{_n(self.x(i))} {_n(y(value))}h0"
+            for i, value in enumerate(values)
+            if value is not None
+        )
 
     def rings(self, y: Height, values: Sequence[float | None]) -> str:
         """Circles, half as wide again as dots."""
@@ -77,7 +81,9 @@ class Frame:
 
     def levels(self, y: Height, spans: Sequence[tuple[int, int, float]]) -> str:
         """A line at a value, over the columns from a start up to an end."""
-        return "".join(f"M{_n(self.x(a - 0.5))} {_n(y(value))}H{_n(self.x(b - 0.5))}" for a, b, value in spans)
+        return "".join(
+            f"M{_n(self.x(a - 0.5))} {_n(y(value))}H{_n(self.x(b - 0.5))}" for a, b, value in spans
+        )
 
     def bars(self, y: Height, bottom: Sequence[float], top: Sequence[float]) -> str:
         """A bar for each column; one outline for all, where they are too narrow for gaps between them."""
@@ -85,8 +91,13 @@ class Frame:
         if all(high <= low for low, high in pairs):
             return ""
         if self.count > _BAR_GAPS:
-            there = "".join(f"V{_n(y(high))}H{_n(self.x(i + 0.5))}" for i, (_, high) in enumerate(pairs))
-            back = "".join(f"V{_n(y(low))}H{_n(self.x(i - 0.5))}" for i, (low, _) in reversed(list(enumerate(pairs))))
+            there = "".join(
+                f"V{_n(y(high))}H{_n(self.x(i + 0.5))}" for i, (_, high) in enumerate(pairs)
+            )
+            back = "".join(
+                f"V{_n(y(low))}H{_n(self.x(i - 0.5))}"
+                for i, (low, _) in reversed(list(enumerate(pairs)))
+            )
             return f"M{_n(self.x(-0.5))} {_n(y(bottom[0]))}{there}{back}z"
         width = 0.74 * self.step
         return "".join(

@@ -37,15 +37,25 @@ class Part:
 def how(report: "Report") -> str:
     """The configuration in a line."""
     config = report.config
-    group = f"groups of {config.group_size}" if config.group_size is not None else "one group per row"
+    group = (
+        f"groups of {config.group_size}" if config.group_size is not None else "one group per row"
+    )
     if config.tables is not None:
         kind = "with look-up tables"
     elif config.has_offsets:
         kind = "with float offsets"
     else:
         kind = "symmetric" if config.symmetric else "with zero points"
-    exceptions = f"{len(config.overrides)} overrides" if len(config.overrides) != 1 else "1 override"
-    parts = [config.method, f"{config.bits} bits", group, kind, *([exceptions] if config.overrides else [])]
+    exceptions = (
+        f"{len(config.overrides)} overrides" if len(config.overrides) != 1 else "1 override"
+    )
+    parts = [
+        config.method,
+        f"{config.bits} bits",
+        group,
+        kind,
+        *([exceptions] if config.overrides else []),
+    ]
     return " · ".join(parts)
 
 
@@ -54,7 +64,11 @@ def tiles(report: "Report") -> list[Tile]:
     smaller = f"{report.size_before / report.size_after:.2f}×" if report.size_after else _BLANK
     sizes = f"{table.format_bytes(report.size_before)} → {table.format_bytes(report.size_after)}"
     bits = sorted({layer.bits for layer in report.quantized if layer.bits is not None})
-    codes = f"codes of {', '.join(map(str, bits))} bits, with their scales" if bits else "no layer was quantised"
+    codes = (
+        f"codes of {', '.join(map(str, bits))} bits, with their scales"
+        if bits
+        else "no layer was quantised"
+    )
     stored = f"{report.bits_per_weight:.2f}" if report.bits_per_weight is not None else _BLANK
     layers = f"{len(report.quantized)} of {len(report.layers)} layers"
     share = table.share(report.coverage)
@@ -66,7 +80,11 @@ def tiles(report: "Report") -> list[Tile]:
         Tile(label="Bits per weight", value=stored, note=codes),
         Tile(label="Quantised", value=share, note=f"{covered}, {layers}"),
         _error_tile(report),
-        Tile(label="Time", value=duration(report.seconds), note=f"{passes}; {duration(solver)} in the solver"),
+        Tile(
+            label="Time",
+            value=duration(report.seconds),
+            note=f"{passes}; {duration(solver)} in the solver",
+        ),
     ]
 
 
@@ -85,7 +103,9 @@ def sizes(report: "Report") -> list[tuple[str, int, list[Part]]]:
     if report.parameters:  # what was not replaced is still there
         packed = max(report.size_after - (report.size_before - replaced), 0)
     else:
-        packed = round(sum(layer.weights * (layer.bits_per_weight or 0.0) / 8 for layer in report.quantized))
+        packed = round(
+            sum(layer.weights * (layer.bits_per_weight or 0.0) / 8 for layer in report.quantized)
+        )
     bars = []
     for label, total, quantized, name in (
         ("before", report.size_before, replaced, "to be quantised"),
@@ -105,14 +125,25 @@ def sizes(report: "Report") -> list[tuple[str, int, list[Part]]]:
 def coverage_parts(report: "Report") -> list[Part]:
     """What was quantised, and what was not, by reason."""
     gaps = coverage.by_reason(report)
-    parts = [Part(label="quantised", share=report.coverage, note="", style="quantized")] if report.coverage else []
+    parts = (
+        [Part(label="quantised", share=report.coverage, note="", style="quantized")]
+        if report.coverage
+        else []
+    )
     for index, gap in enumerate(gaps[:_SLICES]):
         parts.append(Part(label=gap.reason, share=gap.share, note=gap.place, style=f"gap-{index}"))
     rest = gaps[_SLICES:]
     if rest:
         names = sum(len(gap.names) for gap in rest)
         label = f"{len(rest)} other reasons"
-        parts.append(Part(label=label, share=sum(gap.share for gap in rest), note=f"in {names}", style="gap-rest"))
+        parts.append(
+            Part(
+                label=label,
+                share=sum(gap.share for gap in rest),
+                note=f"in {names}",
+                style="gap-rest",
+            )
+        )
     return parts
 
 

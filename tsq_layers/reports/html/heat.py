@@ -53,7 +53,11 @@ def heat_map(layers: Sequence[LayerReport]) -> HeatMap | None:
             fields.setdefault(place, []).append((loss, index))
     rows = list(dict.fromkeys(row for row, _ in fields))
     columns = sorted({column for _, column in fields}, key=int)
-    if not 2 <= len(rows) <= _MOST_ROWS or len(columns) < _FEWEST_COLUMNS or len(fields) < 2 * len(rows):
+    if (
+        not 2 <= len(rows) <= _MOST_ROWS
+        or len(columns) < _FEWEST_COLUMNS
+        or len(fields) < 2 * len(rows)
+    ):
         return None
     worst = {place: max(found) for place, found in fields.items()}
     losses = sorted(loss for loss, _ in worst.values())
@@ -69,14 +73,20 @@ def heat_map(layers: Sequence[LayerReport]) -> HeatMap | None:
         )
         for (row, column), (loss, index) in worst.items()
     ]
-    return HeatMap(rows=tuple(_labels(rows)), columns=tuple(columns), cells=tuple(cells), low=low, high=high)
+    return HeatMap(
+        rows=tuple(_labels(rows)), columns=tuple(columns), cells=tuple(cells), low=low, high=high
+    )
 
 
 def _place(name: str) -> tuple[str, str] | None:
     """Row and column of a layer: its name with a star for each number, and the first number."""
     parts = name.split(".")
     numbers = [part for part in parts if part.isdecimal()]
-    return (".".join("*" if part.isdecimal() else part for part in parts), numbers[0]) if numbers else None
+    return (
+        (".".join("*" if part.isdecimal() else part for part in parts), numbers[0])
+        if numbers
+        else None
+    )
 
 
 def _level(loss: float, low: float, high: float) -> int:

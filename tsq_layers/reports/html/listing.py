@@ -111,7 +111,11 @@ def _loss(step: str) -> Column:
 _COLUMNS = (
     Column(title="layer", value=lambda layer: layer.name or "(model)"),
     Column(title="kind", value=lambda layer: layer.kind),
-    Column(title="shape", value=lambda layer: layer.weights, text=lambda layer: f"{layer.rows}×{layer.columns}"),
+    Column(
+        title="shape",
+        value=lambda layer: layer.weights,
+        text=lambda layer: f"{layer.rows}×{layer.columns}",
+    ),
     Column(title="status", value=lambda layer: layer.status),
     Column(title="method", value=lambda layer: layer.method, shared=True),
     Column(title="bits", value=lambda layer: layer.bits, spec="d"),
@@ -125,9 +129,17 @@ _COLUMNS = (
     Column(title="tokens", value=lambda layer: layer.tokens, spec=",d", shared=True),
     Column(title="damping", value=lambda layer: layer.damping, spec=".2g", shared=True),
     Column(title="deviation", value=lambda layer: layer.deviation, shared=True),
-    Column(title="its share", value=lambda layer: layer.deviation_strength, spec=".2g", shared=True),
-    Column(title="its damping", value=lambda layer: layer.deviation_damping, spec=".2g", shared=True),
+    Column(
+        title="its share", value=lambda layer: layer.deviation_strength, spec=".2g", shared=True
+    ),
+    Column(
+        title="its damping", value=lambda layer: layer.deviation_damping, spec=".2g", shared=True
+    ),
     *map(_loss, STEPS),
     Column(title="held out", value=series.final_held_out, spec=".3g", bar=True),
-    Column(title="seconds", value=lambda layer: series.seconds(layer) if layer.seconds else None, spec=".2f"),
+    Column(
+        title="seconds",
+        value=lambda layer: series.seconds(layer) if layer.seconds else None,
+        spec=".2f",
+    ),
 )

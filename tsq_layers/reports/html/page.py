@@ -59,17 +59,29 @@ def render(report: "Report", title: str) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"size": table.format_bytes, "percent": table.share, "short": headlines.short}
+    environment.filters |= {
+        "size": table.format_bytes,
+        "percent": table.share,
+        "short": headlines.short,
+    }
     script = _source("page.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     found = environment.get_template("page.html").render(
-        title=title, script=script, script_digest=digest, style=_source("page.css"), **_context(report)
+        title=title,
+        script=script,
+        script_digest=digest,
+        style=_source("page.css"),
+        **_context(report),
     )
     return str(found)
 
 
 def _source(name: str) -> str:
-    return importlib.resources.files("tsq_layers.reports.html").joinpath("templates", name).read_text(encoding="utf-8")
+    return (
+        importlib.resources.files("tsq_layers.reports.html")
+        .joinpath("templates", name)
+        .read_text(encoding="utf-8")
+    )
 
 
 def _context(report: "Report") -> dict[str, Any]:
@@ -104,7 +116,9 @@ def _notes(layers: Sequence[LayerReport]) -> list[tuple[str, int, str]]:
     asked = [layer for layer in layers if layer.status in ("fallback", "never called")]
     found: list[tuple[str, int, str]] = []
     for status in dict.fromkeys(layer.status for layer in asked):
-        items = [(layer.name, layer.weights, layer.reason) for layer in asked if layer.status == status]
+        items = [
+            (layer.name, layer.weights, layer.reason) for layer in asked if layer.status == status
+        ]
         found += [
             (status, len(group), coverage.common([reason for _, _, reason in group]))
             for group in coverage.grouped(items)
@@ -114,15 +128,24 @@ def _notes(layers: Sequence[LayerReport]) -> list[tuple[str, int, str]]:
 
 def _worst(layers: Sequence[LayerReport]) -> list[tuple[int, LayerReport, float, float]]:
     """Index, layer, loss, and loss as a share of the highest, for the layers with the highest."""
-    losses = [(loss, index) for index, loss in enumerate(map(series.final_loss, layers)) if loss is not None]
+    losses = [
+        (loss, index)
+        for index, loss in enumerate(map(series.final_loss, layers))
+        if loss is not None
+    ]
     highest = sorted(losses, reverse=True)[:_WORST]
-    return [(index, layers[index], loss, loss / highest[0][0] if highest[0][0] else 0.0) for loss, index in highest]
+    return [
+        (index, layers[index], loss, loss / highest[0][0] if highest[0][0] else 0.0)
+        for loss, index in highest
+    ]
 
 
 def _chips(layers: Sequence[LayerReport]) -> list[tuple[str, int]]:
     """Last parts of names that several layers have, and how many."""
     tails = Counter(layer.name.rpartition(".")[2] for layer in layers)
-    return [(tail, count) for tail, count in tails.items() if count > 1 and not tail.isdecimal()][:_CHIPS]
+    return [(tail, count) for tail, count in tails.items() if count > 1 and not tail.isdecimal()][
+        :_CHIPS
+    ]
 
 
 def kept_parameters(parameters: Sequence[ParameterReport]) -> list[KeptParameters]:
@@ -131,7 +154,9 @@ def kept_parameters(parameters: Sequence[ParameterReport]) -> list[KeptParameter
     for item in parameters:
         if item.kept:
             name = ".".join("*" if part.isdecimal() else part for part in item.name.split("."))
-            groups.setdefault((name, item.shape, item.dtype, coverage.without_numbers(item.reason)), []).append(item)
+            groups.setdefault(
+                (name, item.shape, item.dtype, coverage.without_numbers(item.reason)), []
+            ).append(item)
     rows = [
         KeptParameters(
             name=items[0].name if len(items) == 1 else str(name),
@@ -150,14 +175,21 @@ def kept_parameters(parameters: Sequence[ParameterReport]) -> list[KeptParameter
 def _settings(config: QuantConfig) -> list[tuple[str, str, bool]]:
     """Every field of the configuration, its value, and whether it is not the default."""
     default = QuantConfig().to_dict()
-    values = {name: value for name, value in config.to_dict().items() if name not in ("schema_version", "overrides")}
+    values = {
+        name: value
+        for name, value in config.to_dict().items()
+        if name not in ("schema_version", "overrides")
+    }
     return [(name, _setting(value), value != default[name]) for name, value in values.items()]
 
 
 def _overrides(config: QuantConfig) -> list[tuple[str, list[tuple[str, str]]]]:
     """Every pattern with the fields that it changes."""
     patterns = config.overrides.items()
-    return [(pattern, [(name, _setting(value)) for name, value in changes.items()]) for pattern, changes in patterns]
+    return [
+        (pattern, [(name, _setting(value)) for name, value in changes.items()])
+        for pattern, changes in patterns
+    ]
 
 
 def _setting(value: object) -> str:

@@ -27,7 +27,9 @@ FACTORS = (0.85, 0.95, 1.0, 1.05, 1.15)
 PASSES = 2
 
 
-def descend(problem: Coded, *, dtype: torch.dtype, nearest: bool, passes: int = PASSES) -> tuple[Tensor, Tensor]:
+def descend(
+    problem: Coded, *, dtype: torch.dtype, nearest: bool, passes: int = PASSES
+) -> tuple[Tensor, Tensor]:
     """Better scales, and the codes that go with them, group by group.
 
     Args:
@@ -56,14 +58,22 @@ def descend(problem: Coded, *, dtype: torch.dtype, nearest: bool, passes: int = 
         pulled = product(grid.scaled(steps, scales, group_size) - target, hessian)
         for group in range(scales.shape[1]):
             part = slice(group * group_size, min((group + 1) * group_size, target.shape[1]))
-            old, zero, metric = steps[:, part], zeros[:, group : group + 1], hessian[..., part, part]
+            old, zero, metric = (
+                steps[:, part],
+                zeros[:, group : group + 1],
+                hessian[..., part, part],
+            )
             values = old * scales[:, group : group + 1]
             goal = target[:, part] if nearest else values - divided(pulled[:, part], metric)
-            candidates = [grid.storable(scales[:, group : group + 1] * factor, dtype) for factor in FACTORS]
+            candidates = [
+                grid.storable(scales[:, group : group + 1] * factor, dtype) for factor in FACTORS
+            ]
             tried = [(scale, grid.steps(goal, scale, zero, bits)) for scale in candidates]
             if problem.free is not None:
                 tried = [(scale, new * problem.free[:, part]) for scale, new in tried]
-            scale, new = _best(values, pulled[:, part], metric, (scales[:, group : group + 1], old), tried)
+            scale, new = _best(
+                values, pulled[:, part], metric, (scales[:, group : group + 1], old), tried
+            )
             pulled[:, part.stop :] += product(new * scale - values, hessian[..., part, part.stop :])
             steps[:, part], scales[:, group : group + 1] = new, scale
     return grid.recoded(steps, zeros, group_size), scales

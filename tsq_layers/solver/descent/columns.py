@@ -24,7 +24,9 @@ from torch import Tensor
 _LEAF = 16
 _BLOCK = 128
 
-Choice = Callable[[Tensor, Tensor, Tensor, Tensor], None]  # of the values v (b, n) and the levels, into the last tensor
+Choice = Callable[
+    [Tensor, Tensor, Tensor, Tensor], None
+]  # of the values v (b, n) and the levels, into the last tensor
 
 
 @dataclass(frozen=True)
@@ -60,10 +62,17 @@ class Sweeper:
         free: Tensor | None = None,
     ) -> None:
         diagonal = hessian.diagonal(dim1=-2, dim2=-1)
-        self.curvature = torch.where(diagonal > 0, diagonal, torch.ones_like(diagonal)).unsqueeze(-1)
+        self.curvature = torch.where(diagonal > 0, diagonal, torch.ones_like(diagonal)).unsqueeze(
+            -1
+        )
         self.coupling = hessian / -self.curvature
         self.coupling.diagonal(dim1=-2, dim2=-1).zero_()
-        self.target, self.steps, self.scale, self.levels = turned(target), turned(steps), scale, levels
+        self.target, self.steps, self.scale, self.levels = (
+            turned(target),
+            turned(steps),
+            scale,
+            levels,
+        )
         self.free = free
         if free is not None:
             self.steps.mul_(free)
@@ -149,7 +158,9 @@ def _blocks(columns: int, group_size: int) -> list[list[_Leaf]]:
 
 def turned(values: Tensor) -> Tensor:
     """(b, n, K) ↔ (b, K, n), contiguous; a single matrix by the kernel for matrices, which is several times faster."""
-    return values[0].mT.contiguous().unsqueeze(0) if values.shape[0] == 1 else values.mT.contiguous()
+    return (
+        values[0].mT.contiguous().unsqueeze(0) if values.shape[0] == 1 else values.mT.contiguous()
+    )
 
 
 def _added(values: Tensor, left: Tensor, right: Tensor) -> Tensor:

@@ -46,14 +46,19 @@ def descend(problem: Coded, steps: int, reach: int | None = None) -> Tensor:
 def _best_pair(rows: Rows, column: int, distances: list[int]) -> Tensor:
     """Move this column by one of the distances, and the best other with it, where the two gain."""
     residual, low, high, weight, unit = (
-        values.narrow(1, column, 1) for values in (rows.residual, rows.low, rows.high, rows.weight, rows.unit)
+        values.narrow(1, column, 1)
+        for values in (rows.residual, rows.low, rows.high, rows.weight, rows.unit)
     )
     change = rows.response.view(-1, rows.columns, rows.response.shape[1])[:, column]
     if len(change) > 1:
         change = change.index_select(0, rows.first.squeeze(1) // rows.columns)
     change = change * rows.unit
     change.div_(unit)
-    best, move, reply = torch.zeros_like(residual), torch.zeros_like(residual), torch.zeros_like(residual)
+    best, move, reply = (
+        torch.zeros_like(residual),
+        torch.zeros_like(residual),
+        torch.zeros_like(residual),
+    )
     partner = torch.zeros_like(rows.first)
     for distance in distances:
         seen = torch.add(rows.residual, change, alpha=distance)
@@ -64,7 +69,10 @@ def _best_pair(rows: Rows, column: int, distances: list[int]) -> Tensor:
         gain = gain + weight * distance * (residual - distance / 2)
         better = (low <= distance) & (distance <= high) & (gain > best)
         best, move = torch.where(better, gain, best), torch.where(better, distance, move)
-        partner, reply = torch.where(better, other, partner), torch.where(better, replies.gather(1, other), reply)
+        partner, reply = (
+            torch.where(better, other, partner),
+            torch.where(better, replies.gather(1, other), reply),
+        )
     size = weight * move.square() + rows.weight.gather(1, partner) * reply.square()
     moved = worthwhile(best, size)
     rows.move(torch.full_like(partner, column), move * moved)

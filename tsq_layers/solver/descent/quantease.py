@@ -17,7 +17,9 @@ from tsq_layers.solver.blocks import fold, stack
 from tsq_layers.solver.coded import Coded
 from tsq_layers.solver.descent.columns import Sweeper, turned
 
-_CHUNK_ELEMENTS = 2**24  # weights whose columns advance together, where there are blocks: bounds the working memory
+_CHUNK_ELEMENTS = (
+    2**24
+)  # weights whose columns advance together, where there are blocks: bounds the working memory
 _LAST_RELAXED = 25  # the authors' code relaxes no sweep after this one
 
 
@@ -47,10 +49,14 @@ def descend(problem: Coded, sweeps: int, *, relax: bool = False) -> Tensor:
     together = max(1, _CHUNK_ELEMENTS * blocks // max(1, target.numel()))
     given = target, problem.steps(), scales.to(target.dtype), zeros.to(target.dtype)
     rows = [
-        fold(values, blocks) for values in (given if problem.free is None else (*given, problem.free.to(target.dtype)))
+        fold(values, blocks)
+        for values in (given if problem.free is None else (*given, problem.free.to(target.dtype)))
     ]
     parts = zip(*(values.split(together) for values in (metrics, *rows)), strict=True)
-    found = [_descend(*part, bits=bits, group_size=group_size, sweeps=sweeps, relax=relax) for part in parts]
+    found = [
+        _descend(*part, bits=bits, group_size=group_size, sweeps=sweeps, relax=relax)
+        for part in parts
+    ]
     return grid.recoded(torch.cat(found).flatten(0, 1), zeros, group_size)
 
 
@@ -80,7 +86,15 @@ def _descend(
     """:func:`descend` for some blocks: (b, K, K), twice (b, n, K), twice (b, n, G) and (b, n, K) → steps (b, n, K)."""
     low = turned(-zeros)
     levels = low, low + grid.code_max(bits)
-    run = Sweeper(hessian, target, steps, turned(scales), levels, group_size, None if free is None else turned(free))
+    run = Sweeper(
+        hessian,
+        target,
+        steps,
+        turned(scales),
+        levels,
+        group_size,
+        None if free is None else turned(free),
+    )
     kept: tuple[Tensor, Tensor] | None = None
     for sweep in range(sweeps):
         if relax and is_relaxed(sweep, sweeps):

@@ -77,7 +77,9 @@ class Rows:
         return (-self.low).narrow(1, 0, self.columns).to(torch.uint8)
 
 
-Step = Callable[[Rows, int], Tensor]  # moves the rows, in the step of this number, and says which it moved, bool (n, 1)
+Step = Callable[
+    [Rows, int], Tensor
+]  # moves the rows, in the step of this number, and says which it moved, bool (n, 1)
 
 
 def advance(problem: Coded, step: Step, steps: int, patience: int) -> Tensor:
@@ -122,10 +124,14 @@ def _pieces(problem: Coded) -> Iterator[Rows]:
     response = metrics / -curvature
     slope = product(problem.error(), response)
     response = _filled(response.flatten(0, 1))
-    for index in torch.arange(len(target), device=target.device).split(max(1, _CHUNK_ELEMENTS // columns)):
+    for index in torch.arange(len(target), device=target.device).split(
+        max(1, _CHUNK_ELEMENTS // columns)
+    ):
         block = index // (len(target) // len(metrics))
         code = codes[index].to(target.dtype)
-        scale = scales[index].to(target.dtype).repeat_interleave(group_size, 1).narrow(1, 0, columns)
+        scale = (
+            scales[index].to(target.dtype).repeat_interleave(group_size, 1).narrow(1, 0, columns)
+        )
         weight = scale.square() * curvature.squeeze(1)[block]
         yield Rows(
             residual=_filled(slope[index] / scale),
