@@ -147,9 +147,9 @@ class HessianObserver(nn.Module):
 
     def forward(
         self,
-        module: nn.Module,
+        module: nn.Module,  # noqa: ARG002
         args: tuple[Any, ...],
-        kwargs: Mapping[str, Any] | None = None,  # noqa: ARG002
+        kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         """The pre-hook: observe the layer's first tensor argument, change nothing.
 

@@ -236,9 +236,9 @@ class _Watch:
         self,
         name: str,
         groups: int,
-        module: nn.Module,
-        args: Any,
-        output: Tensor,  # noqa: ARG002
+        module: nn.Module,  # noqa: ARG002
+        args: Any,  # noqa: ARG002
+        output: Tensor,
     ) -> Tensor | None:
         place, calls = len(self.found[name]), self.found[name]
         if self.forward:

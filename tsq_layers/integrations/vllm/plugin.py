@@ -64,8 +64,8 @@ class TsqConfig(QuantizationConfig):  # type: ignore[misc]
     def maybe_update_config(
         self,
         model_name: str,
-        hf_config: Any = None,
-        revision: str | None = None,  # noqa: ARG002
+        hf_config: Any = None,  # noqa: ARG002
+        revision: str | None = None,
     ) -> None:
         """Read ``tsq.json`` beside the model, if ``config.json`` does not name the layers.
 
