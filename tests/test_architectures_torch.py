@@ -104,9 +104,7 @@ def whole_way(case, path):
     assert report.coverage >= case.coverage
 
     with expecting(case.never_called):
-        rough = tsq.quantize(
-            made(case), dataclasses.replace(CONFIG, bits=3), data[:2], paired=False
-        )
+        rough = tsq.quantize(made(case), CONFIG.changed(bits=3), data[:2], paired=False)
     assert 10 * distance(after, before) < distance(output(rough, data[0]), before)
 
     tsq.save(model, path)

@@ -1,6 +1,5 @@
 """Architectures of transformers, tiny and random, go the whole way, as ``test_architectures_torch.py`` says."""
 
-import dataclasses
 import re
 import sys
 from pathlib import Path
@@ -352,7 +351,7 @@ def test_weights_that_are_read_without_a_call_can_be_rounded():
     batch = text(0)
     model = made(CASES["mamba"])
     before = output(model, batch)
-    model = tsq.quantize(model, dataclasses.replace(CONFIG, method="rtn"))
+    model = tsq.quantize(model, CONFIG.changed(method="rtn"))
     names = {layer.name for layer in tsq.report(model).quantized}
     assert {
         f"backbone.layers.{i}.mixer.{x}" for i in range(2) for x in ("conv1d", "dt_proj")

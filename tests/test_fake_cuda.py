@@ -196,7 +196,7 @@ def test_quantizer_stays_on_the_device_and_reads_little(fake, reads, config, blo
         if isinstance(tensor, torch.Tensor):
             assert tensor.device.type == "cuda"
     assert result.weight.codes.shape == (12, 20)
-    descents = (config.method == "cdquant") * (1 + config.greedy_pairs)
+    descents = (config.method == "cdquant") * (1 + config.option("greedy_pairs", False))
     assert len(reads[rows]) == READS_A_DESCENT * descents
     assert len(reads[objective]) == (
         READS_A_SOLVER if config.needs_calibration else READS_WITHOUT_CALIBRATION

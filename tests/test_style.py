@@ -9,32 +9,19 @@ import tsq_layers
 
 ROOT = Path(tsq_layers.__file__).parent
 SOURCES = sorted(ROOT.rglob("*.py"))
+# Here a value is read by sync.to_host alone.
 ON_THE_DEVICE = {
-    "batches",
     "calibration",
-    "conversion",
-    "eligibility",
-    "few_rows",
-    "grid",
-    "kernels",
     "layers",
-    "linear",
-    "lockstep",
-    "native",
-    "observation",
+    "numerics",
     "observer",
-    "packing",
-    "preparation",
-}
-ON_THE_DEVICE |= {
-    "records",
+    "passes",
+    "runtime",
     "solver",
-    "solving",
-    "storage",
-    "targets",
-    "warming",
     "workflow",
-}  # here a value is read by sync.to_host alone
+}
+# The function itself.
+MAY_READ = {"numerics/sync.py"}
 MAY_PRINT = {ROOT / "__main__.py"}  # what a command says, it prints
 
 
@@ -118,12 +105,13 @@ def test_harmless_code_is_no_offence():
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_source_has_no_offence(path):
+    name = str(path.relative_to(ROOT))
     room = path.relative_to(ROOT).parts[0].removesuffix(".py")
     found = offences(
         path.read_text(encoding="utf-8"),
         may_print=path in MAY_PRINT,
-        may_read=room not in ON_THE_DEVICE,
+        may_read=room not in ON_THE_DEVICE or name in MAY_READ,
     )
-    if room == "precision":  # all device types that autocast knows
+    if name == "passes/modes.py":  # all device types that autocast knows
         found = [offence for offence in found if offence[1] != "device literal"]
     assert found == []

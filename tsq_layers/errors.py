@@ -50,6 +50,10 @@ class TSQWarning(UserWarning):
     """Base of every warning of this library."""
 
 
+class TSQDeprecationWarning(TSQWarning, FutureWarning):
+    """A name of an earlier version, which the next one will not have; the message gives the new one."""
+
+
 class DampingWarning(TSQWarning):
     """More damping than configured was needed to factorise a layer's Hessian."""
 

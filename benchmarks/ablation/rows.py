@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tsq_layers.config.quant_config import BEST
+from tsq_layers.config import presets
 
 PLAIN: dict[str, Any] = {"method": "two-stage", "deviation": "none"}
 
@@ -67,9 +67,9 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 
 BEST: dict[str, dict[str, Any]] = {
-    "best, integer zero points": {**BEST, "zero_points": "integer"},
-    "best, not rotated": {**BEST, "rotation": None},
-    "best, neither": {**BEST, "rotation": None, "zero_points": "integer"},
+    "best, integer zero points": {**presets.BEST, "zero_points": "integer"},
+    "best, not rotated": {**presets.BEST, "rotation": None},
+    "best, neither": {**presets.BEST, "rotation": None, "zero_points": "integer"},
     "best": {"method": "best"},
     "best, guided": {"method": "best", "guidance": 4},
     "best + distillation": {"method": "best", "distill_epochs": 3},

@@ -134,7 +134,11 @@ def test_quantize_by_the_best_method(
     ]
     assert cli.main([*arguments, "--method", "best", *amounts(text)]) == 0
     config = tsq.report(load(tmp_path / "out")).config
-    assert (config.rotation, config.zero_points, config.joint_rounds) == (64, "float", 2)
+    assert (config.rotation, config.options.zero_points, config.options.joint_rounds) == (
+        64,
+        "float",
+        2,
+    )
     capsys.readouterr()
     assert cli.main(["inspect", str(tmp_path / "out")]) == 0
     assert "refine loss" in (table := capsys.readouterr().out)

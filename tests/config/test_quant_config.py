@@ -9,27 +9,40 @@ from typing import Any
 import pytest
 import torch
 
-from tsq_layers.config.quant_config import (
-    BEST,
-    SCHEMA_VERSION,
-    QuantConfig,
-    explicit_patterns,
-    matches,
-)
-from tsq_layers.errors import ConfigError, TSQError
+from tsq_layers.config import methods, schema
+from tsq_layers.config.methods import GPTQ, LNQ, OPTIONS, RTN, TwoStage, option_names, readers
+from tsq_layers.config.patterns import matches
+from tsq_layers.config.presets import BEST
+from tsq_layers.config.quant_config import QuantConfig, explicit_patterns
+from tsq_layers.errors import ConfigError, TSQDeprecationWarning, TSQError
 
-RICH = {
+GENERAL = {
     "bits": 3,
     "group_size": None,
     "symmetric": True,
-    "method": "gptq",
+    "keep_zeros": True,
+    "guidance": 4,
+    "rotation": 64,
+    "channel_scaling": True,
+    "activation_bits": 8,
+    "distill_epochs": 2,
+    "distill_rate": 0.01,
+    "scale_dtype": "bfloat16",
+    "min_expert_tokens": 64,
+    "embeddings": True,
+    "skip": ("lm_head", "re:.*gate"),
+    "overrides": {
+        "*.down_proj": {"bits": 4, "group_size": 32},
+        "re:.*[qk]_proj": {"group_size": None},
+    },
+}
+OTHER_OPTIONS = {
     "damping": 0.05,
     "act_order": False,
     "grid_metric": "blocks",
     "deviation": "refine",
     "deviation_strength": 1.0,
     "deviation_damping": 0.3,
-    "keep_zeros": True,
     "descent_start": "nearest",
     "descent_sweeps": 7,
     "descent_relax": True,
@@ -46,21 +59,23 @@ RICH = {
     "codebook_sweeps": 3,
     "outliers": 0.01,
     "outlier_columns": 2,
-    "guidance": 4,
-    "rotation": 64,
-    "channel_scaling": True,
-    "activation_bits": 8,
-    "distill_epochs": 2,
-    "distill_rate": 0.01,
-    "scale_dtype": "bfloat16",
-    "min_expert_tokens": 64,
-    "embeddings": True,
-    "skip": ("lm_head", "re:.*gate"),
-    "overrides": {
-        "*.down_proj": {"bits": 4, "group_size": 32},
-        "re:.*[qk]_proj": {"group_size": None},
-    },
 }
+
+
+def rich(method: str) -> dict[str, Any]:
+    """Every field and every option of a method, with another value than the default one."""
+    options = {name: OTHER_OPTIONS[name] for name in option_names(method)}
+    symmetric = method not in ("lnq", "two-stage")  # which have tables, and float zero points
+    return {**GENERAL, "symmetric": symmetric, "method": method, **options}
+
+
+RICH = rich("gptq")
+
+
+def with_reader(field: str) -> dict[str, Any]:
+    """The method that a field needs, if it is an option of another than the default one."""
+    names = readers(field)
+    return {} if not names or "two-stage" in names else {"method": names[0]}
 
 
 # ---- values ----------------------------------------------------------------------------------------------------------
@@ -136,7 +151,7 @@ BAD_VALUES = [
 )
 def test_value_that_is_not_allowed_is_named(field: str, value: Any, allowed: str) -> None:
     with pytest.raises(ConfigError, match=allowed) as caught:
-        QuantConfig(**{field: value})
+        QuantConfig(**{field: value, **with_reader(field)})
     assert str(caught.value).startswith(f"{field}={value!r}: ")
 
 
@@ -155,7 +170,8 @@ def test_value_that_is_not_allowed_is_named(field: str, value: Any, allowed: str
     ],
 )
 def test_value_at_the_edge_is_allowed(field: str, value: Any) -> None:
-    assert getattr(QuantConfig(**{field: value}), field) == value
+    config = QuantConfig(**{field: value, **with_reader(field)})
+    assert config.values()[field] == value
 
 
 @pytest.mark.parametrize("pattern", ["", None, 3], ids=repr)
@@ -347,7 +363,7 @@ def test_scale_dtype_is_named_as_in_torch(dtype: torch.dtype) -> None:
 # ---- JSON ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("values", [{}, RICH], ids=["default", "rich"])
+@pytest.mark.parametrize("values", [{}, *map(rich, OPTIONS)], ids=["default", *OPTIONS])
 def test_json_round_trip(values: dict[str, Any]) -> None:
     config = QuantConfig(**values)
     again = QuantConfig.from_json(config.to_json())
@@ -356,20 +372,21 @@ def test_json_round_trip(values: dict[str, Any]) -> None:
     assert QuantConfig.from_dict(config.to_dict()) == config
 
 
-def test_rich_configuration_sets_every_field_to_another_than_its_default() -> None:
-    default, rich = QuantConfig(), QuantConfig(**RICH)
-    same = [
-        f.name
-        for f in dataclasses.fields(default)
-        if getattr(default, f.name) == getattr(rich, f.name)
-    ]
-    assert same == []
+def test_rich_configurations_set_every_field_and_option_to_another_than_its_default() -> None:
+    same: set[str] = set(QuantConfig().values())
+    for method in OPTIONS:
+        default, values = QuantConfig(method=method).values(), QuantConfig(**rich(method)).values()
+        assert all(values[name] != default[name] for name in option_names(method))
+        same &= {name for name in values if values[name] == QuantConfig().values().get(name)}
+    assert same == set()
 
 
 def test_dict_has_every_field_and_the_schema_version() -> None:
     values = QuantConfig().to_dict()
-    assert values.pop("schema_version") == SCHEMA_VERSION == 1
-    assert list(values) == [f.name for f in dataclasses.fields(QuantConfig)]
+    assert values.pop("schema_version") == schema.VERSION == 2
+    assert values.pop("method") == {"name": "two-stage", **dataclasses.asdict(TwoStage())}
+    names = [field.name for field in dataclasses.fields(QuantConfig)]
+    assert list(values) == [name for name in names if name not in ("method", "options")]
 
 
 def test_dict_does_not_share_its_overrides_with_the_configuration() -> None:
@@ -378,10 +395,10 @@ def test_dict_does_not_share_its_overrides_with_the_configuration() -> None:
     assert config.overrides == {"a": {"bits": 2}}
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None], ids=repr)
+@pytest.mark.parametrize("version", [0, 3, True, "1", None], ids=repr)
 def test_other_schema_version_is_refused(version: Any) -> None:
     with pytest.raises(
-        ConfigError, match=rf"schema_version={version!r}: this version of tsq_layers reads 1"
+        ConfigError, match=rf"schema_version={version!r}: this version of tsq_layers reads 1 and 2"
     ):
         QuantConfig.from_dict({"schema_version": version})
 
@@ -434,38 +451,54 @@ def test_tables_of_more_than_four_bits_are_refused() -> None:
 # ---- the preset ------------------------------------------------------------------------------------------------------
 
 
+def flat(config: QuantConfig) -> dict[str, Any]:
+    """Fields and options of a configuration, for a constructor."""
+    return {name: value for name, value in config.values().items() if name != "overrides"}
+
+
 def test_best_is_two_stage_with_the_fields_of_its_preset() -> None:
     best = QuantConfig(method="best", bits=2)
-    assert best == QuantConfig(bits=2, **BEST)
+    assert best == QuantConfig(bits=2, **BEST) == QuantConfig.best(bits=2)
     assert QuantConfig.from_json(best.to_json()) == best
 
 
 def test_best_leaves_fields_that_were_given() -> None:
-    given = QuantConfig(method="best", joint_rounds=1, overrides={"*.down_proj": {"bits": 4}})
-    assert given.joint_rounds == 1
+    given = QuantConfig.best(joint_rounds=1, overrides={"*.down_proj": {"bits": 4}})
+    assert given.options.joint_rounds == 1
     assert given.for_layer("mlp.down_proj") == QuantConfig(bits=4, **{**BEST, "joint_rounds": 1})
-    taken_back = dataclasses.replace(given, zero_points="integer", damping=0.01)
-    assert (taken_back.zero_points, taken_back.damping) == ("integer", 0.01)
+    taken_back = given.changed(zero_points="integer", damping=0.01)
+    assert (taken_back.options.zero_points, taken_back.options.damping) == ("integer", 0.01)
 
 
 @pytest.mark.parametrize("name", BEST)
 def test_best_leaves_a_field_that_was_given_its_default(name: str) -> None:
-    default = getattr(QuantConfig(), name)
+    default = QuantConfig().values()[name]
     wanted = QuantConfig(bits=2, **{**BEST, name: default})
     given = {"method": "best", name: default}
     assert QuantConfig(bits=2, **given) == wanted
-    assert QuantConfig.from_dict({"schema_version": SCHEMA_VERSION, "bits": 2, **given}) == wanted
+    for version in (1, 2):
+        assert QuantConfig.from_dict({"schema_version": version, "bits": 2, **given}) == wanted
     assert QuantConfig(bits=2).changed(**given) == wanted
     assert QuantConfig(bits=2, overrides={"fc": given}).for_layer("fc") == wanted
 
 
-def test_best_of_replace_leaves_fields_that_are_not_at_their_defaults() -> None:
-    config = dataclasses.replace(QuantConfig(bits=2, joint_rounds=5), method="best")
-    assert (
-        config
-        == QuantConfig(bits=2, **{**BEST, "joint_rounds": 5})
-        == QuantConfig(bits=2, joint_rounds=5).changed(method="best")
-    )
+def test_change_to_best_leaves_fields_that_are_not_at_their_defaults() -> None:
+    config = QuantConfig(bits=2, joint_rounds=5, rotation=32).changed(method="best")
+    assert config == QuantConfig(bits=2, **{**BEST, "joint_rounds": 5, "rotation": 32})
+
+
+def test_best_of_symmetric_grids_has_no_float_zero_points() -> None:
+    for config in (
+        QuantConfig.best(symmetric=True),
+        QuantConfig(symmetric=True).changed(method="best"),
+    ):
+        assert (config.options.zero_points, config.rotation) == ("integer", 64)
+
+
+def test_portable_is_best_within_what_other_software_stores() -> None:
+    portable = QuantConfig.portable(bits=4)
+    assert portable == QuantConfig(bits=4, **{**BEST, "zero_points": "integer", "rotation": None})
+    assert QuantConfig.portable(rotation=32).rotation == 32
 
 
 def test_one_layer_may_be_given_the_preset() -> None:
@@ -474,5 +507,197 @@ def test_one_layer_may_be_given_the_preset() -> None:
 
 
 def test_the_preset_changes_something_everywhere() -> None:
-    defaults = QuantConfig()
-    assert all(getattr(defaults, name) != value for name, value in BEST.items())
+    defaults = QuantConfig().values()
+    assert all(defaults[name] != value for name, value in BEST.items())
+
+
+# ---- methods and their options ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", OPTIONS)
+def test_method_by_name_is_that_method_with_its_defaults(method: str) -> None:
+    assert QuantConfig(method=method).options == OPTIONS[method]()
+    assert QuantConfig(method=OPTIONS[method]()) == QuantConfig(method=method)
+    assert QuantConfig(method=method, options=OPTIONS[method]()) == QuantConfig(method=method)
+
+
+@pytest.mark.parametrize(
+    ("method", "option"),
+    [
+        (method, option)
+        for method in OPTIONS
+        for option in OTHER_OPTIONS
+        if option not in option_names(method)
+    ],
+)
+def test_option_that_no_step_reads_is_refused_with_the_methods_that_read_it(
+    method: str, option: str
+) -> None:
+    others = " or ".join(repr(name) for name in readers(option))
+    message = (
+        f"{option}: no step of method '{method}' reads it; leave it out, or give method={others}"
+    )
+    with pytest.raises(ConfigError, match=message):
+        QuantConfig(method=method, **{option: OTHER_OPTIONS[option]})
+    with pytest.raises(ConfigError, match=message):
+        QuantConfig(method=method).changed(**{option: OTHER_OPTIONS[option]})
+    with pytest.raises(ConfigError, match=rf"overrides\['fc'\]: {message}"):
+        QuantConfig(method=method, overrides={"fc": {option: OTHER_OPTIONS[option]}})
+    with pytest.raises(ConfigError, match=message):
+        QuantConfig.from_dict(
+            {"schema_version": 2, "method": {"name": method, option: OTHER_OPTIONS[option]}}
+        )
+
+
+def test_options_of_another_method_are_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"they are not of method 'gptq'.*changed\(method='gptq'\)"
+    ):
+        dataclasses.replace(QuantConfig(), method="gptq")
+    with pytest.raises(ConfigError, match="give one of the two"):
+        QuantConfig(method=GPTQ(), options=RTN())
+    with pytest.raises(ConfigError, match=r"give config\.changed\(method='best'\)"):
+        QuantConfig(method="best", options=TwoStage())
+
+
+def test_field_that_there_is_not_is_a_type_error() -> None:
+    with pytest.raises(TypeError, match="QuantConfig has no field 'wbits'"):
+        QuantConfig(wbits=4)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("damping", 0.0), ("act_order", 1), ("refine_sweeps", 0)]
+)
+def test_options_are_checked_when_they_are_made(field: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"{field}={value}: give"):
+        TwoStage(**{field: value})
+
+
+def test_float_zero_points_of_a_symmetric_grid_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"symmetric=True with zero_points='float'"):
+        QuantConfig(symmetric=True, zero_points="float")
+
+
+def test_change_of_method_keeps_what_both_have() -> None:
+    config = QuantConfig(bits=3, damping=0.05, joint_rounds=2, overrides={"a": {"bits": 2}})
+    changed = config.changed(method="gptq")
+    assert changed == QuantConfig(bits=3, method=GPTQ(damping=0.05), overrides={"a": {"bits": 2}})
+    assert config.changed(method=GPTQ()).options == GPTQ()
+
+
+def test_options_of_earlier_overrides_end_with_their_method() -> None:
+    overrides = {"*": {"joint_rounds": 2, "damping": 0.05}, "*.down": {"method": "gptq"}}
+    config = QuantConfig(overrides=overrides)
+    assert config.for_layer("a.down").options == GPTQ(damping=0.05)
+    assert config.for_layer("a.up").options == TwoStage(damping=0.05, joint_rounds=2)
+
+
+def test_later_override_may_change_an_option_of_the_method_of_an_earlier_one() -> None:
+    overrides = {"*.up": {"method": "two-stage"}, "a.*": {"joint_rounds": 2}}
+    config = QuantConfig(method="gptq", overrides=overrides)
+    assert config.for_layer("a.up").options == TwoStage(joint_rounds=2)
+    with pytest.raises(
+        ConfigError, match=r"a\.down: joint_rounds: no step of method 'gptq' reads it"
+    ):
+        config.for_layer("a.down")
+
+
+def test_option_is_a_default_where_the_method_has_none() -> None:
+    assert QuantConfig(method="rtn").option("damping", 0.01) == 0.01
+    assert QuantConfig(damping=0.05).option("damping", 0.01) == 0.05
+
+
+def test_options_are_still_read_from_the_configuration_with_a_warning() -> None:
+    with pytest.warns(TSQDeprecationWarning, match=r"read config\.options\.damping"):
+        assert QuantConfig(damping=0.05).damping == 0.05
+    with pytest.raises(AttributeError, match="joint_rounds: method 'gptq' has no such option"):
+        _ = QuantConfig(method="gptq").joint_rounds
+    assert not hasattr(QuantConfig(), "wbits")
+
+
+# ---- version 0.1 -----------------------------------------------------------------------------------------------------
+
+FLAT = {
+    "bits": 4,
+    "group_size": 128,
+    "symmetric": False,
+    "method": "two-stage",
+    "damping": 0.01,
+    "act_order": True,
+    "grid_metric": "feedback",
+    "deviation": "target",
+    "deviation_strength": 0.5,
+    "deviation_damping": 0.01,
+    "descent_start": "gptq",
+    "descent_sweeps": 5,
+    "descent_relax": False,
+    "greedy_steps": 1.0,
+    "greedy_pairs": False,
+    "refine": "exact",
+    "refine_ridge": 0.01,
+    "refine_sweeps": 4,
+    "joint_rounds": 0,
+    "joint_sweeps": 1,
+    "zero_points": "integer",
+    "codebook": "row",
+    "codebook_rounds": 3,
+    "codebook_sweeps": 4,
+    "outliers": 0.0,
+    "outlier_columns": 0,
+    "guidance": 0,
+    "keep_zeros": None,
+    "rotation": None,
+    "channel_scaling": False,
+    "activation_bits": None,
+    "distill_epochs": 0,
+    "distill_rate": 0.003,
+    "scale_dtype": "float16",
+    "min_expert_tokens": None,
+    "embeddings": False,
+    "skip": ["lm_head"],
+    "overrides": {},
+}
+"""What version 0.1 wrote of its default configuration."""
+
+
+def of_version_1(**changes: Any) -> QuantConfig:
+    return QuantConfig.from_dict({"schema_version": 1, **FLAT, **changes})
+
+
+@pytest.mark.parametrize("method", OPTIONS)
+def test_file_of_version_0_1_is_read(method: str) -> None:
+    assert of_version_1(method=method) == QuantConfig(method=method)
+    symmetric = method not in ("lnq", "two-stage")
+    changes = {**GENERAL, "symmetric": symmetric, "method": method, **OTHER_OPTIONS}
+    assert of_version_1(**{**changes, "skip": list(GENERAL["skip"])}) == QuantConfig(**rich(method))
+
+
+def test_float_zero_points_of_symmetric_grids_were_ignored_by_version_0_1() -> None:
+    assert of_version_1(symmetric=True, zero_points="float") == QuantConfig(symmetric=True)
+    config = of_version_1(zero_points="float", overrides={"a": {"symmetric": True}})
+    assert config.for_layer("a") == QuantConfig(symmetric=True)
+    assert config.for_layer("b") == QuantConfig(zero_points="float")
+
+
+def test_override_of_the_method_by_version_0_1_takes_the_options_beside_it() -> None:
+    overrides = {
+        "fc": {"method": "two-stage", "outliers": 0.1},
+        "head": {"joint_rounds": 3, "bits": 8},
+    }
+    config = of_version_1(method="gptq", joint_rounds=2, damping=0.05, overrides=overrides)
+    assert config.options == GPTQ(damping=0.05)
+    assert config.for_layer("fc").options == TwoStage(damping=0.05, joint_rounds=2)
+    assert config.for_layer("head") == QuantConfig(bits=8, method=GPTQ(damping=0.05))
+
+
+def test_pickle_of_version_0_1_is_read() -> None:
+    config = QuantConfig.__new__(QuantConfig)
+    config.__setstate__({**FLAT, "skip": ("lm_head",), "method": "lnq", "codebook": "group"})
+    assert config == QuantConfig(method=LNQ(codebook="group"))
+
+
+def test_names_of_options_mean_the_same_in_every_method() -> None:
+    for option in OTHER_OPTIONS:
+        kinds = [OPTIONS[method] for method in readers(option)]
+        assert len({repr(getattr(kind(), option)) for kind in kinds}) == 1
+    assert set(methods.OPTIONS) == set(OPTIONS)

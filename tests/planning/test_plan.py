@@ -212,7 +212,7 @@ def stored_bytes(directory):
 def course(name):
     torch.manual_seed(0)
     make, sample, changes, options = COURSES[name]
-    return make(), sample(), dataclasses.replace(CONFIG, **changes), options
+    return make(), sample(), CONFIG.changed(**changes), options
 
 
 @functools.cache
@@ -298,11 +298,11 @@ def test_layers_are_those_of_a_calibration(name):
     ids=str,
 )
 def test_sizes_of_other_layouts(changes, tmp_path):
-    config = dataclasses.replace(CONFIG, method="rtn", **changes)
+    config = CONFIG.changed(method="rtn", **changes)
     model = perceptron()
     found, other = (
         plan(model, config, None, 0),
-        plan(model, dataclasses.replace(config, bits=2), None, 0),
+        plan(model, config.changed(bits=2), None, 0),
     )
     tsq.save(tsq.quantize(model, config), tmp_path)
     assert found.size_after == stored_bytes(tmp_path)
@@ -318,7 +318,7 @@ def test_sizes_of_other_layouts(changes, tmp_path):
     ],
 )
 def test_sizes_of_offsets_and_tables(kind, changes, tmp_path):
-    config, model = dataclasses.replace(CONFIG, **changes), perceptron()
+    config, model = CONFIG.changed(**changes), perceptron()
     found = plan(model, config, torch.randn(2, 64), 2)
     for layer in found.layers:
         linear = model.get_submodule(layer.name)
@@ -389,9 +389,7 @@ def test_one_pass_holds_half():
     assert paired.waiting == 2 * alone.waiting
     assert alone.statistics == 256 * 256 * 4 + 8
     assert (
-        plan(
-            perceptron(), dataclasses.replace(CONFIG, deviation="none"), torch.randn(512, 64), 4
-        ).paired
+        plan(perceptron(), CONFIG.changed(deviation="none"), torch.randn(512, 64), 4).paired
         is False
     )
 
@@ -421,7 +419,7 @@ def test_offloaded_passes_wait_elsewhere():
 
 def test_recording_pass_may_be_the_peak():
     model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 4096))
-    found = plan(model, dataclasses.replace(CONFIG, skip=("1",)), torch.randn(512, 32), 1)
+    found = plan(model, CONFIG.changed(skip=("1",)), torch.randn(512, 32), 1)
     assert found.peak_stage is None
     assert found.recording >= 512 * 4096 * 4
     assert "in the recording pass" in str(found)
@@ -448,7 +446,7 @@ SOLVED = {
 @pytest.mark.parametrize("name", SOLVED)
 def test_solver_bytes_are_those_of_the_solver(name):
     (n, k), blocks, changes = SOLVED[name]
-    config = dataclasses.replace(CONFIG, **changes)
+    config = CONFIG.changed(**changes)
     x = torch.randn(blocks, 2 * k, k)
     hessian = (x.mT @ x).squeeze(0)
     statistics = tsq.LayerStatistics(hessian, torch.tensor(2 * k), 0.01 * hessian)
@@ -689,7 +687,7 @@ def test_layers_that_are_left_alone_are_named_with_reasons():
         def forward(self, x):
             return self.recurrent(self.kept(self.used(x)))[0]
 
-    found = plan(Partial(), dataclasses.replace(CONFIG, skip=("kept",)), rows(), 1)
+    found = plan(Partial(), CONFIG.changed(skip=("kept",)), rows(), 1)
     status = {layer.name: layer.status for layer in found.left_alone()}
     assert {name: status[name] for name in ("unused", "kept")} == {
         "unused": "never called",
@@ -744,7 +742,7 @@ def test_what_is_not_counted_is_named():
 def test_json_both_ways():
     found = plan(
         blocks(),
-        dataclasses.replace(CONFIG, skip=("1.down",)),
+        CONFIG.changed(skip=("1.down",)),
         rows(),
         2,
         held_out=1,

@@ -1,23 +1,26 @@
 """`TwoStageGroupQuantizer` with tables, offsets and outliers: the steps together, and what is handed over."""
 
+import copy
 import dataclasses
 import itertools
 from typing import Any
 
 import pytest
 import torch
+from applicable import applicable
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
 import tsq_layers as tsq
 from tsq_layers.config import QuantConfig
+from tsq_layers.config.methods import option_names, readers
 from tsq_layers.errors import StateError
 from tsq_layers.numerics.statistics import LayerStatistics
 from tsq_layers.reports import STEPS
 from tsq_layers.solver import SolverResult, TwoStageGroupQuantizer
 from tsq_layers.solver import problem as objective
-from tsq_layers.solver.steps import asked_for
+from tsq_layers.solver.steps import METHODS, PROBLEM_READS, recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore::tsq_layers.errors.FewTokensWarning")
 N, K, GROUP, TOKENS = 12, 22, 8, 200
@@ -119,7 +122,11 @@ def test_parts_are_those_of_the_method(way: str) -> None:
 
 
 def test_reports_know_all_steps() -> None:
-    assert STEPS == tuple(asked_for(QuantConfig()))
+    names = {step.name for steps in METHODS.values() for step in steps}
+    assert set(STEPS) == names
+    for steps in METHODS.values():
+        order = [STEPS.index(step.name) for step in steps]
+        assert order == sorted(order)
 
 
 @every_way
@@ -240,16 +247,59 @@ def test_tables_without_codes_are_refused(call: str) -> None:
     ],
     ids=str,
 )
-def test_fields_of_other_methods_are_not_looked_at(changes: dict[str, Any]) -> None:
-    config = QuantConfig(**{"bits": 2, "group_size": GROUP, **changes})
-    plain = dataclasses.replace(config, zero_points="integer", outliers=0.0)
+def test_options_of_other_methods_in_files_of_version_0_1_are_not_looked_at(
+    changes: dict[str, Any],
+) -> None:
+    flat = {"schema_version": 1, "bits": 2, "group_size": GROUP, **changes}
+    plain = {**flat, "zero_points": "integer", "outliers": 0.0}
     found, expected = (
-        TwoStageGroupQuantizer(weight(), statistics(), c).run().weight for c in (config, plain)
+        TwoStageGroupQuantizer(weight(), statistics(), QuantConfig.from_dict(fields)).run().weight
+        for fields in (flat, plain)
     )
     assert torch.equal(found.codes, expected.codes)
     assert torch.equal(found.scales, expected.scales)
     assert found.offsets is None
     assert found.outliers is None
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_steps_read_every_option_of_their_method(method: str) -> None:
+    reads = {name for step in METHODS[method] for name in step.reads}
+    reads |= set(PROBLEM_READS) & set(option_names(method))
+    assert reads == set(option_names(method))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("descent_start", ["gptq", "nearest"])
+def test_steps_read_no_other_option_than_they_say(way: str, descent_start: str) -> None:
+    fields = applicable(**{"bits": 2, "group_size": GROUP, **WAYS[way]})
+    if readers("descent_start")[0] == fields.get("method"):
+        fields["descent_start"] = descent_start
+    config = QuantConfig(**fields)
+    names, recording = recorder(config)
+    quantizer = TwoStageGroupQuantizer(weight(), statistics(), recording)
+    # The order of the columns belongs to the problem; the others are conditions of steps.
+    assert names <= {*PROBLEM_READS, "act_order", "refine", "joint_rounds", "greedy_pairs"}
+    for name, step in recipe(config).items():
+        names.clear()
+        quantizer._run_step(name)
+        assert names <= {*step.reads}, name
+
+
+def recorder(config: QuantConfig) -> tuple[set[str], QuantConfig]:
+    """A configuration whose options note the names of those that are read, and these names."""
+    kind, names = type(config.options), set()
+
+    def read(options: Any, name: str) -> Any:
+        if name in option_names(kind.method):
+            names.add(name)
+        return object.__getattribute__(options, name)
+
+    noted = type(kind.__name__, (kind,), {"__getattribute__": read})
+    recording = copy.copy(config)
+    object.__setattr__(recording, "options", noted(**dataclasses.asdict(config.options)))
+    names.clear()
+    return names, recording
 
 
 def test_held_out_losses_are_relative_to_the_held_out_outputs() -> None:
@@ -316,13 +366,13 @@ def test_no_step_on_a_pruned_layer_raises_the_loss_of_a_row(way: str, bits: int)
     assert (result.weight.dequantize()[weight == 0] == 0).all()
     steps = [step for step in result.losses if step != "initialize"]
     for before, after in itertools.pairwise(steps):
-        if config.descent_start != "nearest":
+        if config.option("descent_start") != "nearest":
             assert (result.losses[after] <= result.losses[before] * (1 + 1e-4) + 1e-5).all(), (
                 before,
                 after,
             )
-    free = dataclasses.replace(config, keep_zeros=False)
+    free = config.changed(keep_zeros=False)
     plain = TwoStageGroupQuantizer(
-        weight, known, dataclasses.replace(free, keep_zeros=True, method="gptq")
+        weight, known, free.changed(keep_zeros=True, method="gptq")
     ).run()
     assert result.losses[steps[-1]].sum() < 0.8 * plain.losses["assign"].sum()

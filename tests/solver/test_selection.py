@@ -1,6 +1,5 @@
 """What is chosen on held-out tokens: deviation strength and damping."""
 
-import dataclasses
 import itertools
 from typing import Any
 
@@ -48,9 +47,7 @@ def test_strength_is_the_best_of_the_list_by_brute_force(fitted_tokens: int) -> 
     chosen = selection.settle(config, weight(), fitted, statistics(x, reference))
     errors = {}
     for strength in selection.STRENGTHS:
-        problem = objective.build(
-            weight(), fitted, dataclasses.replace(config, deviation_strength=strength)
-        )
+        problem = objective.build(weight(), fitted, config.changed(deviation_strength=strength))
         errors[strength] = (
             (x @ problem.refine_target.T - reference @ weight().T).square().mean().item()
         )
@@ -63,9 +60,7 @@ def test_damping_of_the_deviation_is_the_best_of_the_list_by_brute_force() -> No
     chosen = selection.settle(config, weight(), fitted, statistics(x, reference))
     errors = {}
     for damping in selection.DEVIATION_DAMPINGS:
-        problem = objective.build(
-            weight(), fitted, dataclasses.replace(config, deviation_damping=damping)
-        )
+        problem = objective.build(weight(), fitted, config.changed(deviation_damping=damping))
         errors[damping] = (
             (x @ problem.refine_target.T - reference @ weight().T).square().mean().item()
         )
@@ -111,7 +106,7 @@ def test_damping_is_the_best_of_the_list_by_brute_force(seed: int) -> None:
     chosen = selection.settle(config, weight(), fitted, statistics(x, reference))
     errors = {}
     for damping in selection.DAMPINGS:
-        plain = dataclasses.replace(config, damping=damping, refine="none", scale_dtype="float32")
+        plain = config.changed(damping=damping, refine="none", scale_dtype="float32")
         found = (
             tsq.TwoStageGroupQuantizer(weight(), fitted, plain)
             .run()

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from applicable import applicable
 from oracles import grid as oracle_grid
 from oracles import objective as oracle_objective
 from oracles import stage2 as oracle
@@ -62,7 +63,7 @@ def weight(rows: int = N, seed: int = 50) -> Tensor:
 
 
 def config(**changes: Any) -> QuantConfig:
-    return QuantConfig(**{"bits": 3, "group_size": GROUP, **changes})
+    return QuantConfig(**applicable(**{"bits": 3, "group_size": GROUP, **changes}))
 
 
 def solve(W: Tensor, S: LayerStatistics | None, **changes: Any) -> SolverResult:

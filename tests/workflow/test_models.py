@@ -1,7 +1,5 @@
 """Whole models of transformers, tiny and random: every layer is reached, and the model computes nearly what it did."""
 
-import dataclasses
-
 import pytest
 import torch
 from torch import nn
@@ -136,7 +134,7 @@ def test_logits_stay_close_and_the_closer_the_more_bits(make):
     before = logits(make(), data[0])
     found = {}
     for bits in (2, 4, 8):
-        model = tsq.quantize(make(), dataclasses.replace(CONFIG, bits=bits, group_size=16), data)
+        model = tsq.quantize(make(), CONFIG.changed(bits=bits, group_size=16), data)
         found[bits] = distance(logits(model, data[0]), before)
     assert 0 < found[8] < 0.02
     assert 4 * found[8] < found[4] < 0.4
@@ -148,9 +146,7 @@ def test_loss_hardly_changes(make):
     labels = batch["input_ids"][:, : 10 if make.original is t5 else 16].clone()
     with torch.no_grad():
         before = float(make()(**batch, labels=labels).loss)
-        model = tsq.quantize(
-            make(), dataclasses.replace(CONFIG, bits=8, group_size=16), batches(make)
-        )
+        model = tsq.quantize(make(), CONFIG.changed(bits=8, group_size=16), batches(make))
         after = float(model(**batch, labels=labels).loss)
     assert after == pytest.approx(before, rel=0.01)
     assert after != before
@@ -161,13 +157,13 @@ def test_paired_calibration_brings_the_outputs_closer_than_rounding(make):
     before = logits(make(), data[0])
     found = {}
     for method in ("rtn", "two-stage"):
-        model = tsq.quantize(make(), dataclasses.replace(CONFIG, bits=3, method=method), data)
+        model = tsq.quantize(make(), CONFIG.changed(bits=3, method=method), data)
         found[method] = distance(logits(model, data[0]), before)
     assert found["two-stage"] < 0.9 * found["rtn"]
 
 
 def test_generation_works(make):
-    model = tsq.quantize(make(), dataclasses.replace(CONFIG, bits=8, group_size=16), batches(make))
+    model = tsq.quantize(make(), CONFIG.changed(bits=8, group_size=16), batches(make))
     prompt = {
         key: value[:2] for key, value in batches(make)[0].items() if key != "decoder_input_ids"
     }
@@ -243,7 +239,7 @@ def test_branches_that_some_batches_take_are_quantised_from_those():
     data = [(torch.randint(64, (40, 16), generator=generator), choice) for choice in choices]
     before = [model(*batch).detach() for batch in data]
     with pytest.warns(tsq.errors.FewTokensWarning, match=r"statistics of all experts: experts\.3;"):
-        model = tsq.quantize(model, dataclasses.replace(CONFIG, bits=8, group_size=16), data)
+        model = tsq.quantize(model, CONFIG.changed(bits=8, group_size=16), data)
     tokens = {layer.name: layer.tokens for layer in tsq.report(model).quantized}
     assert tokens == {
         "up": 3200,

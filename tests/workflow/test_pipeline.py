@@ -1,7 +1,6 @@
 """`prepare`, `calibrate`, `convert`: what is run how often, what is seen, what is solved, and what is left behind."""
 
 import copy
-import dataclasses
 import warnings
 from collections import Counter, UserDict
 from collections.abc import Mapping
@@ -222,7 +221,7 @@ def toy_again():
 
 @pytest.mark.parametrize("method", ["two-stage", "gptq"])
 def test_loop_equals_the_solver_on_full_precision_statistics(method):
-    config = dataclasses.replace(CONFIG, method=method)
+    config = CONFIG.changed(method=method)
     model, reference, batches = toy(), toy_again(), ids()
     tsq.prepare(model, config)
     for batch in batches:
@@ -303,7 +302,7 @@ def test_calibrate_runs_every_batch_as_often_as_there_are_streams(paired, times)
 def test_calibrate_runs_one_stream_where_no_layer_uses_the_deviation():
     model, calls = toy(), []
     model.embed.register_forward_hook(lambda *_: calls.append(1))
-    tsq.calibrate(tsq.prepare(model, dataclasses.replace(CONFIG, deviation="none")), ids(3))
+    tsq.calibrate(tsq.prepare(model, CONFIG.changed(deviation="none")), ids(3))
     assert len(calls) == 1 + 3
 
 
@@ -430,7 +429,7 @@ def test_held_out_loss_of_the_fitted_data_is_the_fitted_loss():
 
 
 def test_rtn_needs_no_batches():
-    config = dataclasses.replace(CONFIG, method="rtn")
+    config = CONFIG.changed(method="rtn")
     model, reference = tsq.quantize(toy(), config), toy_again()
     for name, weight in weights_of(model).items():
         assert equal(
@@ -448,7 +447,7 @@ def test_overrides_mix_bits_and_methods_among_layers_with_the_same_input(seen):
         "*.v": {"method": "rtn"},
         "blocks.1.down": {"method": "gptq", "bits": 8},
     }
-    model = tsq.quantize(toy(), dataclasses.replace(CONFIG, overrides=overrides), ids())
+    model = tsq.quantize(toy(), CONFIG.changed(overrides=overrides), ids())
     assert list(seen)[:3] == ["blocks.0.q", "blocks.0.k", "blocks.0.v"]
     assert seen["blocks.0.q"] is seen["blocks.0.k"]
     assert seen["blocks.0.v"] is None
@@ -462,16 +461,12 @@ def test_overrides_mix_bits_and_methods_among_layers_with_the_same_input(seen):
     methods = {name: entry(model, f"blocks.1.{name}").method for name in ("q", "v", "down")}
     assert methods == {"q": "two-stage", "v": "rtn", "down": "gptq"}
     weight = toy_again().blocks[0].v.weight
-    rtn = (
-        tsq.TwoStageGroupQuantizer(weight, None, dataclasses.replace(CONFIG, method="rtn"))
-        .run()
-        .weight
-    )
+    rtn = tsq.TwoStageGroupQuantizer(weight, None, CONFIG.changed(method="rtn")).run().weight
     assert equal(weights_of(model)["blocks.0.v"], rtn)
 
 
 def test_rtn_layer_that_is_never_called_is_quantised_with_and_without_calibrate():
-    config = dataclasses.replace(CONFIG, overrides={"unused": {"method": "rtn"}})
+    config = CONFIG.changed(overrides={"unused": {"method": "rtn"}})
 
     def made():
         torch.manual_seed(0)
@@ -484,7 +479,7 @@ def test_rtn_layer_that_is_never_called_is_quantised_with_and_without_calibrate(
 
 def test_skip_leaves_layers_alone_and_reports_them():
     model, reference = (
-        tsq.quantize(toy(), dataclasses.replace(CONFIG, skip=("lm_head", "blocks.1.*")), ids()),
+        tsq.quantize(toy(), CONFIG.changed(skip=("lm_head", "blocks.1.*")), ids()),
         toy_again(),
     )
     assert set(weights_of(model)) == {
@@ -528,7 +523,7 @@ def test_tied_weights_are_skipped_with_a_warning_and_stay_tied():
     with pytest.warns(
         SkippedLayerWarning, match="lm_head stays in full precision: its weight is tied"
     ):
-        model = tsq.quantize(model, dataclasses.replace(CONFIG, skip=()), ids())
+        model = tsq.quantize(model, CONFIG.changed(skip=()), ids())
     assert model.lm_head.weight is model.embed.weight
     assert entry(model, "lm_head").status == "skipped"
     assert "tied" in entry(model, "lm_head").reason
@@ -582,7 +577,7 @@ def test_layer_called_in_a_loop_is_seen_at_all_calls_and_solved_once(seen):
     )
     model(x)
     handle.remove()
-    model = tsq.quantize(model, dataclasses.replace(CONFIG, deviation="none", skip=("b",)), [x])
+    model = tsq.quantize(model, CONFIG.changed(deviation="none", skip=("b",)), [x])
     assert list(seen) == ["layers.a"]
     assert int(seen["layers.a"].count) == entry(model, "layers.a").tokens == 900
     assert relative(seen["layers.a"].hessian, sum(x.T @ x for x in inputs).detach()) < 1e-5
@@ -921,7 +916,7 @@ def test_report_numbers_add_up():
 
 def test_report_loss_is_the_relative_output_error():
     linear, x = nn.Linear(16, 8, bias=False), rows(16)
-    model = tsq.quantize(nn.Sequential(linear), dataclasses.replace(CONFIG, bits=2), [x])
+    model = tsq.quantize(nn.Sequential(linear), CONFIG.changed(bits=2), [x])
     full = F.linear(x, linear.weight).detach().double()
     error = (F.linear(x, model[0].weight).double() - full).square().sum() / full.square().sum()
     assert entry(model, "0").losses["refine"] == pytest.approx(float(error), rel=1e-3)
@@ -1023,7 +1018,7 @@ def test_one_of_the_layers_with_an_input_may_need_no_statistics(rounded):
     data = [torch.randn(8, 16, 16) for _ in range(2)]
     block = Block()
     report = tsq.quantize(
-        copy.deepcopy(block), dataclasses.replace(CONFIG, overrides=overrides), data
+        copy.deepcopy(block), CONFIG.changed(overrides=overrides), data
     ).tsq_report
     alone = tsq.quantize(copy.deepcopy(block), CONFIG, data).tsq_report
     for entry, other in zip(report.layers[:3], alone.layers[:3], strict=True):
@@ -1060,7 +1055,7 @@ def test_a_loop_of_ones_own_lends_experts_the_statistics_of_all():
 
 @pytest.mark.filterwarnings("ignore::tsq_layers.errors.FewTokensWarning")
 def test_an_expert_that_needs_no_statistics_is_no_fallback():
-    config = dataclasses.replace(CONFIG, overrides={"experts.1": {"method": "rtn"}})
+    config = CONFIG.changed(overrides={"experts.1": {"method": "rtn"}})
     report = tsq.quantize(Routed(), config, [torch.randn(400, 16)]).tsq_report
     assert [entry.status for entry in report.layers] == ["quantized", "quantized", "fallback"]
 
@@ -1093,9 +1088,7 @@ def test_scales_that_their_dtype_cannot_hold_are_warned_of(factor, options):
     wide = made()
     with warnings.catch_warnings():
         warnings.simplefilter("error", ScaleRangeWarning)
-        tsq.quantize(
-            wide, dataclasses.replace(config, scale_dtype="float32"), [torch.randn(512, 16)]
-        )
+        tsq.quantize(wide, config.changed(scale_dtype="float32"), [torch.randn(512, 16)])
     expected = made()[0].weight.detach()
     assert (wide[0].dequantize(torch.float32) - expected).norm() < 0.2 * expected.norm()
 

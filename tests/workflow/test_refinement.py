@@ -1,7 +1,6 @@
 """Stage 2 on finished models: the same as within a run, codes frozen, no loss that rises, and what is refused."""
 
 import copy
-import dataclasses
 import warnings
 
 import pytest
@@ -81,7 +80,7 @@ def test_going_on_from_gptq_is_the_whole_run(options, blocks):
     weight, statistics = problem(0, blocks=blocks)
     whole = TwoStageGroupQuantizer(weight, statistics, config).run()
     first = TwoStageGroupQuantizer(
-        weight, statistics, dataclasses.replace(config, refine="none", joint_rounds=0)
+        weight, statistics, config.changed(refine="none", joint_rounds=0)
     ).run()
     rest = TwoStageGroupQuantizer(weight, statistics, config).run(start=first.weight)
     for name in ("codes", "zeros"):

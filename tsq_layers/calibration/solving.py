@@ -243,7 +243,7 @@ def _entry(target: Target) -> LayerReport:
         bits=config.bits,
         group_size=min(config.group_size or columns, columns),
         symmetric=config.symmetric,
-        deviation=config.deviation if target.uses_deviation else "none",
+        deviation=config.option("deviation") if target.uses_deviation else "none",
     )
 
 

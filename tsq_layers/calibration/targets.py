@@ -84,10 +84,10 @@ class Target:
         """What its packed matrix has beside codes, scales and zero points, by the names of ``QuantLinear``."""
         config, (rows, columns) = self.config, self.shape
         found: dict[str, Any] = {"offsets": config.has_offsets, "tables": config.tables}
-        if config.method == "quantease" and config.outlier_columns:
-            found["outlier_columns"] = min(config.outlier_columns, columns)
-        elif config.method == "quantease" and config.outliers:
-            found["outliers"] = max(1, round(config.outliers * rows * columns))
+        if config.option("outlier_columns"):
+            found["outlier_columns"] = min(config.option("outlier_columns"), columns)
+        elif config.option("outliers"):
+            found["outliers"] = max(1, round(config.option("outliers") * rows * columns))
         if self.kind.inputs is None:
             return found
         basis = {"rotation": config.rotation, "channel_scaling": config.channel_scaling}

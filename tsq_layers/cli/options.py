@@ -2,12 +2,14 @@
 
 import argparse
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tsq_layers.config.quant_config import Method, QuantConfig
+from tsq_layers.config import QuantConfig
+from tsq_layers.config.presets import PORTABLE
+from tsq_layers.config.quant_config import METHODS
 from tsq_layers.errors import ConfigError
 from tsq_layers.formats.engines import SERVICES
 from tsq_layers.formats.exporting import FORMATS
@@ -32,7 +34,7 @@ def add_configuration(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--method",
-        choices=get_args(Method),
+        choices=METHODS,
         default=unset,
         help=f"(default: {default.method}); best in another --format is without float zero points and rotation",
     )
@@ -71,7 +73,7 @@ def configuration(arguments: argparse.Namespace) -> QuantConfig:
         base = QuantConfig.from_json(texts.read_text(arguments.config))
     given = {name: getattr(arguments, name) for name in _CONFIG_OPTIONS if hasattr(arguments, name)}
     if given.get("method") == "best" and getattr(arguments, "format", OWN_FORMAT) != OWN_FORMAT:
-        given.update(zero_points="integer", rotation=None)
+        given.update(PORTABLE)
     return base.changed(**given)
 
 

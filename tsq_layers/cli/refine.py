@@ -1,7 +1,6 @@
 """`tsq refine`."""
 
 import argparse
-import dataclasses
 
 import tsq_layers as tsq
 from tsq_layers.cli import models, options
@@ -43,7 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
         {"the model that is read": arguments.model, "the float model": arguments.reference},
     )
     offload = options.offload(arguments)
-    config = dataclasses.replace(DEFAULT, joint_rounds=arguments.joint_rounds)
+    config = DEFAULT.changed(joint_rounds=arguments.joint_rounds)
     tokenizer = bridge.load_tokenizer(arguments.reference)
     batches = options.calibration(arguments, tokenizer)
     model = models.load_quantised(arguments.model)

@@ -1,4 +1,4 @@
-"""Say what to do with every layer: `QuantConfig`, its checks, patterns of names, and JSON both ways."""
+"""Say what to do with every layer: `QuantConfig`, options of each method, patterns of names, JSON both ways."""
 
 from tsq_layers.config.quant_config import QuantConfig
 

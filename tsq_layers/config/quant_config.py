@@ -1,68 +1,55 @@
 """`QuantConfig`: what to do with every layer. Frozen, checked when made, JSON both ways."""
 
 import dataclasses
-import functools
+import enum
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Final, Literal, Self
 
 import torch
 
-from tsq_layers.config.checks import check_values
+from tsq_layers.config import presets, schema
+from tsq_layers.config.checks import check_field
+from tsq_layers.config.methods import (
+    LNQ,
+    OPTIONS,
+    RTN,
+    Codebook,
+    Method,
+    Options,
+    QuantEase,
+    TwoStage,
+    check_readers,
+    option_names,
+    readers,
+)
 from tsq_layers.config.patterns import check_pattern, checked_patterns, matches
-from tsq_layers.errors import ConfigError
+from tsq_layers.errors import ConfigError, TSQDeprecationWarning
 
-SCHEMA_VERSION = 1
-
-# Why the deviation enters the target with strength 0.5: perplexity of SmolLM2-135M at 2 bits, groups of 64,
-# calibrated on 32,768 tokens of State of the Union addresses up to 1999; on those from 2000 on / on a novel.
-#
-#                               10 of 30 layers quantised     all 30 layers
-#     none                         35.4 / 53.6
-#     in the target, 0.25          28.7 / 44.2                 46.4 / 101.7
-#     in the target, 0.5           27.5 / 44.4                 45.4 /  94.4
-#     in the target, 0.75          27.9 / 43.6                 49.8 / 134.2
-#     in stage 2 only, 0.5         30.9 / 47.3
-#
-# (10 layers: four windows of 1024 tokens of each text; all layers: eight.)
-
-Method = Literal["rtn", "gptq", "quantease", "cdquant", "lnq", "two-stage", "best"]
-GridMetric = Literal["feedback", "blocks"]
-Deviation = Literal["target", "refine", "none"]
-DescentStart = Literal["gptq", "nearest"]
-Refine = Literal["exact", "descent", "none"]
-Auto = Literal["auto"]
-ZeroPoints = Literal["integer", "float"]
-Codebook = Literal["row", "group"]
 ScaleDtype = Literal["float16", "bfloat16", "float32"]
 
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "method": ("rtn", "gptq", "quantease", "cdquant", "lnq", "two-stage", "best"),
-    "grid_metric": ("feedback", "blocks"),
-    "deviation": ("target", "refine", "none"),
-    "descent_start": ("gptq", "nearest"),
-    "refine": ("exact", "descent", "none"),
-    "zero_points": ("integer", "float"),
-    "codebook": ("row", "group"),
-    "scale_dtype": ("float16", "bfloat16", "float32"),
-}
-_DEFAULT_SKIP = ("lm_head",)
+METHODS: tuple[str, ...] = (*OPTIONS, "best")
+"""Names that ``method`` may have: the methods, and the preset."""
 
-# What the method "best" changes in "two-stage", where the user does not give a field. benchmarks/README.md
-# has the table that decided it.
-BEST: dict[str, Any] = {
-    "deviation_strength": 1.0,
-    "deviation_damping": "auto",
-    "damping": "auto",
-    "joint_rounds": 2,
-    "zero_points": "float",
-    "rotation": 64,
-}
+DEFAULT_SKIP = ("lm_head",)
+_WIDEST_TABLE = 4  # bits: the 16 levels of a table stay in registers
 _MODEL_WIDE = ("embeddings", "distill_epochs", "distill_rate", "skip", "overrides")
+_NOT_PLAIN = ("method", "options", "skip", "overrides")  # checked in ways of their own
 
 
-@dataclass(frozen=True, kw_only=True)
+class _Unset(enum.Enum):
+    """Marks a field that was not given, where a preset needs to know."""
+
+    UNSET = "unset"
+
+
+_UNSET: Final = _Unset.UNSET
+
+
+@dataclass(frozen=True, init=False)
 class QuantConfig:
     """What to do with the layers of a model.
 
@@ -71,240 +58,366 @@ class QuantConfig:
         group_size: input columns that share a scale; ``None`` is one group for the whole row. It
             need not divide the layer's width: the last group is then short.
         symmetric: codes are centred on zero and no zero points are stored.
-        method: ``"rtn"`` rounds to the nearest code of a min-max grid and needs no calibration;
-            ``"gptq"`` is GPTQ (arXiv 2210.17323) on static grids with weight-MSE clipping;
-            ``"quantease"`` (arXiv 2309.01885) and ``"cdquant"`` (arXiv 2406.17542) are cyclic and greedy
-            coordinate descent on the codes of these grids; ``"lnq"`` (arXiv 2505.07004) replaces grids by look-up
-            tables; ``"two-stage"`` is arXiv 2602.02126; ``"best"`` is two-stage with what was measured to
-            generalise best, and is replaced by that: fields of :data:`BEST` that are not given take its values.
-            With ``zero_points="integer"`` and ``rotation=None`` other software can load what it makes.
-        damping: λ; λ·mean(diag H) is added to the diagonal of H. Multiplied by ten, with a
-            :class:`~tsq_layers.errors.DampingWarning`, while the factorisation fails. ``"auto"`` chooses it
-            for each layer, on a fifth of the calibration tokens that is held out for that. Where none can be, for
-            fused experts and in ``convert`` without ``calibrate``, it is 0.01 (``deviation_strength`` 0.5,
-            ``deviation_damping`` 0.1).
-        act_order: process columns by descending H_jj. Costs nothing at run time: grids are static.
-        grid_metric: what stage 1 minimises (two-stage only); ``"feedback"`` is the rounding error that
-            GPTQ's error feedback will leave, ``"blocks"`` the paper's group-wise reconstruction loss
-            with the diagonal blocks of H.
-        deviation: where the error of earlier layers, R = E[(x − x̃)xᵀ], enters (two-stage, quantease,
-            cdquant and lnq): ``"target"`` in every step, ``"refine"`` in stage 2 (the two-stage paper) or the
-            descent only, ``"none"``.
-        deviation_strength: share of R that is used, 0 to 1, or ``"auto"``, as with ``damping``.
-        deviation_damping: as ``damping``, where R is brought into the target. It is the ridge of a regression of
-            the full-precision outputs on the inputs, which needs more of it than GPTQ does, and how much
-            differs from layer to layer: ``"auto"`` chooses.
-        descent_start: codes from which quantease and cdquant start: those of GPTQ, or the nearest.
-        descent_sweeps: passes of quantease over the columns.
-        descent_relax: leave some sweeps of quantease unrounded, as its authors do, and keep the best
-            codes of each row.
-        greedy_steps: moves of cdquant that a row may make at most, as a multiple of its columns.
-        greedy_pairs: let cdquant go on with pairs of codes.
-        refine: stage 2; ``"exact"`` solves for all scales of a row at once, ``"descent"`` is the
-            paper's coordinate descent over groups, ``"none"`` stops after GPTQ.
-        refine_ridge: weight, relative to the curvature of each scale, of a pull of stage 2 towards
-            the scales of stage 1. Regularises scales that the calibration data hardly determine.
-        refine_sweeps: sweeps of ``refine="descent"``.
-        joint_rounds: how often, after stage 2, the codes are improved by coordinate descent and the
-            scales refined again (two-stage only).
-        joint_sweeps: passes over the columns in each of these rounds.
-        zero_points: ``"integer"`` ones are codes, as most formats hold them; ``"float"`` ones are any
-            number in ``scale_dtype``: ``weight = scale · code + offset`` (two-stage only, where not symmetric).
-        codebook: whose levels lnq fits: one table for each row, or for each group of each row.
-        codebook_rounds: how often lnq fits its tables and improves its codes in turn.
-        codebook_sweeps: passes over the columns in each of these rounds.
-        outliers: share of the weights that are kept apart, in full precision, as a sparse part (quantease only,
-            which then leaves no sweeps unrounded).
-        outlier_columns: number of whole input columns that are kept apart instead (quantease only).
-        guidance: groups of output channels whose Hessians are weighted by the gradients of the loss
-            (GuidedQuant, arXiv 2505.07004), tempered so that few tokens do not decide alone; 0 is off.
-        keep_zeros: whether weights that are exactly zero stay so; ``None``: in layers with many of them (over 5 %), that
-            is, pruned ones. Integer zero points can hold a zero exactly; a rotation, offsets, tables and outliers cannot.
-        rotation: largest block of input columns that is rotated by a Hadamard matrix, a power of two;
-            ``None`` is off. The input is rotated at run time.
-        channel_scaling: scale input columns so that those with large inputs are rounded more finely
-            (AWQ, arXiv 2306.00978). The input is scaled at run time, or by what stands before the layer.
-        distill_epochs: how often, after all layers are solved, the scales of all layers together are trained on
-            the calibration batches for the quantised model's output to be that of the full-precision one.
-        distill_rate: learning rate of that, relative to the size of a scale.
-        activation_bits: 8 quantises the layer's input too, symmetrically, by token, at run time.
+        method: the name of a method, or its options, for example
+            ``TwoStage(joint_rounds=2)`` (:mod:`tsq_layers.config.methods`):
+
+            * ``"rtn"`` rounds to the nearest code of a min-max grid and needs no calibration;
+            * ``"gptq"`` is GPTQ (arXiv 2210.17323) on static grids with weight-MSE clipping;
+            * ``"quantease"`` (arXiv 2309.01885) and ``"cdquant"`` (arXiv 2406.17542) are cyclic
+              and greedy coordinate descent on the codes of these grids;
+            * ``"lnq"`` (arXiv 2505.07004) replaces grids by look-up tables;
+            * ``"two-stage"`` is arXiv 2602.02126;
+            * ``"best"`` is the preset :meth:`best`.
+        options: options of the method; ``None`` is its defaults.
         scale_dtype: dtype in which scales are stored; the solver accounts for its rounding.
-        min_expert_tokens: experts that saw fewer calibration tokens than this are quantised with the
-            statistics of all experts of their module together, and named in the report; ``None``: as
-            many tokens as the layer has input columns.
-        embeddings: quantise the tables of ``nn.Embedding`` too (from their weights alone; a table that is
-            tied to an output layer goes with that, if the layer is not skipped).
+        rotation: largest block of input columns that is rotated by a Hadamard matrix, a power of
+            two; ``None`` is off, and the default but for ``method="best"``. The input is rotated
+            at run time.
+        channel_scaling: scale input columns so that those with large inputs are rounded more
+            finely (AWQ, arXiv 2306.00978). The input is scaled at run time, or by what stands
+            before the layer.
+        activation_bits: 8 quantises the layer's input too, symmetrically, by token, at run time.
+        guidance: groups of output channels whose Hessians are weighted by the gradients of the
+            loss (GuidedQuant, arXiv 2505.07004), tempered so that few tokens do not decide alone;
+            0 is off.
+        keep_zeros: whether weights that are exactly zero stay so; ``None``: in layers with many of
+            them (over 5 %), that is, pruned ones. Integer zero points can hold a zero exactly; a
+            rotation, offsets, tables and outliers cannot.
+        min_expert_tokens: experts that saw fewer calibration tokens than this are quantised with
+            the statistics of all experts of their module together, and named in the report;
+            ``None``: as many tokens as the layer has input columns.
+        embeddings: quantise the tables of ``nn.Embedding`` too (from their weights alone; a table
+            that is tied to an output layer goes with that, if the layer is not skipped).
+        distill_epochs: how often, after all layers are solved, the scales of all layers together
+            are trained on the calibration batches for the quantised model's output to be that of
+            the full-precision one.
+        distill_rate: learning rate of that, relative to the size of a scale.
         skip: patterns of layers that stay as they are.
-        overrides: pattern → changed fields, for the layers that it matches; later patterns win.
+        overrides: pattern → changed fields or options, for the layers that it matches; later
+            patterns win. An override of ``method`` starts from the method's defaults and from the
+            options that both methods have.
+        method_options: options of the method by name, in the place of ``options``:
+            ``QuantConfig(method="gptq", damping=0.05)``.
 
     A pattern is a glob, or a regular expression after ``re:``. It is compared with the full dotted
     name of the module and with every dotted tail of it, so ``"lm_head"`` also matches
     ``"model.lm_head"``, and ``"mlp.*"`` every layer in any ``mlp``.
 
     Raises:
-        ConfigError: a value that is not allowed; the message names field, value and what is allowed.
+        ConfigError: a value that is not allowed, or an option that no step of the method reads;
+            the message names field, value, what is allowed, and the methods that read the option.
 
     Example:
         >>> config = QuantConfig(bits=2, group_size=64, overrides={"*.down_proj": {"bits": 4}})
         >>> config.for_layer("model.layers.0.mlp.down_proj").bits
         4
-        >>> QuantConfig.from_json(config.to_json()) == config
+        >>> QuantConfig(method=TwoStage(joint_rounds=2)) == QuantConfig(joint_rounds=2)
         True
+        >>> QuantConfig(method="gptq", joint_rounds=2)
+        Traceback (most recent call last):
+        ...
+        tsq_layers.errors.ConfigError: joint_rounds: no step of method 'gptq' reads it; leave it out, or give method='two-stage'
     """
 
-    bits: int = 4
-    group_size: int | None = 128
-    symmetric: bool = False
-    method: Method = "two-stage"
-    damping: float | Auto = 0.01
-    act_order: bool = True
-    grid_metric: GridMetric = "feedback"
-    deviation: Deviation = "target"
-    deviation_strength: float | Auto = 0.5
-    deviation_damping: float | Auto = 0.01
-    descent_start: DescentStart = "gptq"
-    descent_sweeps: int = 5
-    descent_relax: bool = False
-    greedy_steps: float = 1.0
-    greedy_pairs: bool = False
-    refine: Refine = "exact"
-    refine_ridge: float = 0.01
-    refine_sweeps: int = 4
-    joint_rounds: int = 0
-    joint_sweeps: int = 1
-    zero_points: ZeroPoints = "integer"
-    codebook: Codebook = "row"
-    codebook_rounds: int = 3
-    codebook_sweeps: int = 4
-    outliers: float = 0.0
-    outlier_columns: int = 0
-    guidance: int = 0
-    keep_zeros: bool | None = None
-    rotation: int | None = None
-    channel_scaling: bool = False
-    activation_bits: int | None = None
-    distill_epochs: int = 0
-    distill_rate: float = 3e-3
-    scale_dtype: ScaleDtype = "float16"
-    min_expert_tokens: int | None = None
-    embeddings: bool = False
-    skip: tuple[str, ...] = _DEFAULT_SKIP
-    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    bits: int
+    group_size: int | None
+    symmetric: bool
+    method: Method
+    options: Options
+    scale_dtype: ScaleDtype
+    rotation: int | None
+    channel_scaling: bool
+    activation_bits: int | None
+    guidance: int
+    keep_zeros: bool | None
+    min_expert_tokens: int | None
+    embeddings: bool
+    distill_epochs: int
+    distill_rate: float
+    skip: tuple[str, ...]
+    overrides: Mapping[str, Mapping[str, Any]]
 
-    def __post_init__(self) -> None:
-        if self.method == "best":  # of dataclasses.replace, which gives every field
-            for name, value in self._preset().items():
-                object.__setattr__(self, name, value)
-        check_values({f.name: getattr(self, f.name) for f in dataclasses.fields(self)}, _CHOICES)
-        object.__setattr__(self, "skip", checked_patterns(self.skip))
+    def __init__(
+        self,
+        *,
+        bits: int = 4,
+        group_size: int | None = 128,
+        symmetric: bool = False,
+        method: Method | Options = "two-stage",
+        options: Options | None = None,
+        scale_dtype: ScaleDtype = "float16",
+        rotation: int | _Unset | None = _UNSET,
+        channel_scaling: bool = False,
+        activation_bits: int | None = None,
+        guidance: int = 0,
+        keep_zeros: bool | None = None,
+        min_expert_tokens: int | None = None,
+        embeddings: bool = False,
+        distill_epochs: int = 0,
+        distill_rate: float = 3e-3,
+        skip: tuple[str, ...] = DEFAULT_SKIP,
+        overrides: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+        **method_options: Any,
+    ) -> None:
+        check_field("symmetric", symmetric)
+        if method == "best" and options is not None:
+            raise ConfigError("method='best' with options: give config.changed(method='best')")
+        if method == "best":
+            fields = presets.best(symmetric=symmetric)
+            preset_rotation = fields.pop("rotation")
+            rotation = preset_rotation if isinstance(rotation, _Unset) else rotation
+            method, method_options = "two-stage", {**fields, **method_options}
+        rotation = None if isinstance(rotation, _Unset) else rotation
+        made_options = _made_options(method, options, method_options)
+        values = {
+            "bits": bits,
+            "group_size": group_size,
+            "symmetric": symmetric,
+            "method": made_options.method,
+            "options": made_options,
+            "scale_dtype": scale_dtype,
+            "rotation": rotation,
+            "channel_scaling": channel_scaling,
+            "activation_bits": activation_bits,
+            "guidance": guidance,
+            "keep_zeros": keep_zeros,
+            "min_expert_tokens": min_expert_tokens,
+            "embeddings": embeddings,
+            "distill_epochs": distill_epochs,
+            "distill_rate": distill_rate,
+            "skip": skip,
+            "overrides": overrides,
+        }
+        for name, value in values.items():
+            if name not in _NOT_PLAIN:
+                check_field(name, value)
+            object.__setattr__(self, name, value)
+        _check_together(bits, symmetric, made_options)
+        object.__setattr__(self, "skip", checked_patterns(skip))
         object.__setattr__(self, "overrides", self._checked_overrides())
+
+    @classmethod
+    def best(cls, **fields: Any) -> Self:
+        """Return two-stage with what was measured to generalise best.
+
+        Dampings and the deviation's strength are chosen for each layer on held-out tokens, codes
+        and scales are refined jointly, zero points are floats, and inputs are rotated in blocks of
+        64 (:data:`tsq_layers.config.presets.BEST`). Other software cannot load what it makes; see
+        :meth:`portable`.
+
+        Args:
+            fields: of the configuration; those that are given are not changed by the preset.
+
+        Example:
+            >>> QuantConfig.best(bits=2, group_size=64).rotation
+            64
+        """
+        return cls(method="best", **fields)
+
+    @classmethod
+    def portable(cls, **fields: Any) -> Self:
+        """Return :meth:`best` within what the files of other software store.
+
+        Zero points are integers, and inputs are not rotated.
+
+        Args:
+            fields: of the configuration; those that are given are not changed by the preset.
+
+        Example:
+            >>> config = QuantConfig.portable(bits=4, group_size=128)
+            >>> config.rotation, config.options.zero_points, config.options.joint_rounds
+            (None, 'integer', 2)
+        """
+        return cls(method="best", **{**presets.PORTABLE, **fields})
 
     def _checked_overrides(self) -> dict[str, dict[str, Any]]:
         if not isinstance(self.overrides, Mapping):
             raise ConfigError(
                 f"overrides={self.overrides!r}: give a mapping of pattern to changed fields"
             )
+        # What an override changes: this configuration, or one that an earlier override has made.
+        bases = [self]
         checked: dict[str, dict[str, Any]] = {}
         for pattern, changes in self.overrides.items():
             check_pattern(pattern)
-            if not isinstance(changes, Mapping):
-                raise ConfigError(
-                    f"overrides[{pattern!r}]={changes!r}: give a mapping of field to value"
-                )
-            allowed = [f.name for f in dataclasses.fields(self) if f.name not in _MODEL_WIDE]
-            unknown = [key for key in changes if key not in allowed]
-            if unknown:
-                raise ConfigError(
-                    f"overrides[{pattern!r}] has unknown field {unknown[0]!r}; allowed are {', '.join(allowed)}"
-                )
-            try:
-                self.changed(overrides={}, **changes)
-            except ConfigError as error:
-                raise ConfigError(f"overrides[{pattern!r}]: {error}") from None
+            _check_names(pattern, changes)
+            errors: list[ConfigError] = []
+            configs: list[QuantConfig] = []
+            for base in bases:
+                try:
+                    configs.append(base.changed(overrides={}, **changes))
+                except ConfigError as error:
+                    errors.append(error)
+            if not configs:
+                raise ConfigError(f"overrides[{pattern!r}]: {errors[0]}") from None
+            if "method" in changes:
+                bases += configs
             checked[pattern] = dict(changes)
         return checked
 
     def skips(self, name: str) -> bool:
-        """Whether the layer called ``name`` is to stay as it is."""
+        """Return whether the layer called ``name`` is to stay as it is."""
         return any(matches(pattern, name) for pattern in self.skip)
 
     def for_layer(self, name: str) -> "QuantConfig":
-        """The configuration of the layer called ``name``: overrides applied, none left in it."""
-        changes: dict[str, Any] = {}
-        for pattern, fields in self.overrides.items():
-            if matches(pattern, name):
-                changes.update(fields)
-        return self.changed(overrides={}, **changes)
-
-    def changed(self, **changes: Any) -> "QuantConfig":
-        """As ``dataclasses.replace``, but ``method="best"`` leaves all fields alone that are among the changes.
+        """Return the configuration of the layer called ``name``, with overrides applied and none left.
 
         Raises:
-            ConfigError: a value that is not allowed.
+            ConfigError: overrides of several patterns do not go together in this layer.
+        """
+        changes: dict[str, Any] = {}
+        for pattern, fields in self.overrides.items():
+            if not matches(pattern, name):
+                continue
+            if "method" in fields:
+                # Options of earlier patterns end with their method, unless the new one has them too.
+                changes = {
+                    field: value
+                    for field, value in changes.items()
+                    if not readers(field) or _reads(fields["method"], field)
+                }
+            changes.update(fields)
+        try:
+            return self.changed(overrides={}, **changes)
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {error}") from None
+
+    def changed(self, **changes: Any) -> "QuantConfig":
+        """Return a copy with other fields or options.
+
+        A change of ``method`` keeps the options that both methods have. ``method="best"`` changes
+        what the preset says, where that is neither among the changes nor set in this configuration.
+
+        Raises:
+            ConfigError: a value that is not allowed, or an option that the method does not have.
 
         Example:
-            >>> QuantConfig(bits=3).changed(method="best", zero_points="integer").zero_points
-            'integer'
+            >>> QuantConfig(bits=3).changed(method="best", zero_points="integer").rotation
+            64
+            >>> QuantConfig(damping=0.05).changed(method="gptq").options
+            GPTQ(damping=0.05, act_order=True)
         """
-        if changes.get("method") == "best":
-            changes = {**self._preset(), **changes, "method": "two-stage"}
-        return dataclasses.replace(self, **changes)
+        if "method" not in changes or "options" in changes:
+            return dataclasses.replace(self, **changes)
+        method = changes["method"]
+        fields = {name: getattr(self, name) for name in _general_fields()}
+        if isinstance(method, str):
+            fields |= self._carried_options(method)
+        if method == "best":
+            symmetric = changes.get("symmetric", self.symmetric)
+            preset = presets.best(symmetric=symmetric)
+            if self.rotation is not None:
+                del preset["rotation"]
+            fields = {**fields, **preset, **self._carried_options(method)}
+            changes = {**changes, "method": "two-stage"}
+        return QuantConfig(**{**fields, **changes})
 
-    def _preset(self) -> dict[str, Any]:
-        """What "best" makes of the fields that are at their defaults."""
-        defaults = {f.name: f.default for f in dataclasses.fields(self)}
-        found = {
-            name: value for name, value in BEST.items() if getattr(self, name) == defaults[name]
+    def _carried_options(self, method: str) -> dict[str, Any]:
+        """Return the options that are not at their defaults and that another method has too."""
+        defaults = OPTIONS[self.method]()
+        return {
+            name: getattr(self.options, name)
+            for name in option_names(self.method)
+            if _reads(method, name) and getattr(self.options, name) != getattr(defaults, name)
         }
-        return {**found, "method": "two-stage"}
+
+    def option(self, name: str, default: Any = None) -> Any:
+        """Return an option of the method, or ``default`` where the method has no such option.
+
+        Example:
+            >>> QuantConfig(method="rtn").option("damping", 0.01)
+            0.01
+        """
+        assert readers(name), name
+        return getattr(self.options, name, default)
+
+    def values(self) -> dict[str, Any]:
+        """Return every field, and every option of the method, by name.
+
+        Example:
+            >>> list(QuantConfig(method="gptq").values())[3:6]
+            ['method', 'damping', 'act_order']
+        """
+        values: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            if field.name == "options":
+                values |= dataclasses.asdict(self.options)
+            else:
+                values[field.name] = getattr(self, field.name)
+        return values
+
+    def __getattr__(self, name: str) -> Any:
+        """Give options that were fields of the configuration up to version 0.1, with a warning."""
+        if name.startswith("__") or not readers(name):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        options = object.__getattribute__(self, "options")
+        if not hasattr(options, name):
+            raise AttributeError(f"{name}: method {options.method!r} has no such option")
+        warnings.warn(
+            f"config.{name} is an option of the method now: read config.options.{name}",
+            TSQDeprecationWarning,
+            stacklevel=2,
+        )
+        return getattr(options, name)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over what was pickled, by version 0.1 too, which had no ``options``."""
+        if "options" not in state:
+            state = vars(type(self)(**schema.read_version_1(state)))
+        self.__dict__.update(state)
 
     @property
     def uses_deviation(self) -> bool:
         """Whether the method of this configuration makes use of R, that is of paired passes."""
-        return (
-            self.method not in ("rtn", "gptq")
-            and self.deviation != "none"
-            and self.deviation_strength != 0
-        )
+        enters = self.option("deviation", "none") != "none"
+        return bool(enters and self.option("deviation_strength") != 0)
 
     @property
     def is_settled(self) -> bool:
         """Whether nothing is left to be chosen on held-out tokens."""
-        return "auto" not in (self.damping, self.deviation_strength, self.deviation_damping)
+        names = ("damping", "deviation_strength", "deviation_damping")
+        return all(self.option(name) != "auto" for name in names)
 
     def settled(self) -> tuple[float, float, float]:
-        """Damping, strength and damping of the deviation, as numbers.
+        """Return damping, strength and damping of the deviation, as numbers.
 
         Raises:
             ConfigError: one is still to be chosen.
         """
-        damping, strength, ridge = self.damping, self.deviation_strength, self.deviation_damping
+        damping = self.option("damping", 0.01)
+        strength = self.option("deviation_strength", 0.0)
+        ridge = self.option("deviation_damping", damping)
         if isinstance(damping, str) or isinstance(strength, str) or isinstance(ridge, str):
             raise ConfigError(
-                f"damping={damping!r}, deviation_strength={strength!r}, deviation_damping={ridge!r}: calibrate() chooses what is 'auto'; give numbers here"
+                f"damping={damping!r}, deviation_strength={strength!r}, deviation_damping={ridge!r}: "
+                "calibrate() chooses what is 'auto'; give numbers here"
             )
         return damping, strength, ridge
 
     @property
     def has_offsets(self) -> bool:
-        """Whether grids are scales and offsets that are any number, and not scales and zero points."""
-        return self.method == "two-stage" and self.zero_points == "float" and not self.symmetric
+        """Whether grids are scales and offsets that are any number, not scales and zero points."""
+        return isinstance(self.options, TwoStage) and self.options.zero_points == "float"
+
+    @property
+    def has_outliers(self) -> bool:
+        """Whether some weights are stored apart, as a sparse part."""
+        return isinstance(self.options, QuantEase) and self.options.has_outliers
 
     @property
     def holds_zero(self) -> bool:
         """Whether a weight of exactly zero can be stored as that."""
-        apart = self.method == "quantease" and (self.outliers > 0 or self.outlier_columns > 0)
-        return not (apart or self.has_offsets or self.tables or self.rotation)
+        return not (self.has_outliers or self.has_offsets or self.tables or self.rotation)
 
     @property
     def tables(self) -> Codebook | None:
-        """Whose look-up tables there are, where these take the place of grids; ``None`` where there are grids."""
-        return self.codebook if self.method == "lnq" else None
+        """Rows or groups that have a look-up table each; ``None`` where there are grids."""
+        return self.options.codebook if isinstance(self.options, LNQ) else None
 
     @property
     def needs_calibration(self) -> bool:
         """Whether the method of this configuration needs statistics of the layer's inputs."""
-        return self.method != "rtn" or self.channel_scaling
+        return not isinstance(self.options, RTN) or self.channel_scaling
 
     @property
     def torch_scale_dtype(self) -> torch.dtype:
@@ -313,38 +426,41 @@ class QuantConfig:
         return dtype
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as plain JSON values, with a ``schema_version``."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        """Return the configuration as plain JSON values, with a ``schema_version``."""
+        values: dict[str, Any] = {"schema_version": schema.VERSION}
+        for field in dataclasses.fields(self):
+            if field.name != "options":
+                values[field.name] = getattr(self, field.name)
+        values["method"] = {"name": self.method, **dataclasses.asdict(self.options)}
         values["skip"] = list(self.skip)
         values["overrides"] = {
-            pattern: dict(changes) for pattern, changes in self.overrides.items()
+            pattern: {name: _json_value(value) for name, value in changes.items()}
+            for pattern, changes in self.overrides.items()
         }
-        return {"schema_version": SCHEMA_VERSION, **values}
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Inverse of :meth:`to_dict`. Unknown keys and versions raise :class:`ConfigError`."""
-        values = dict(values)
-        version = values.pop("schema_version", None)
-        if version != SCHEMA_VERSION:
-            raise ConfigError(
-                f"schema_version={version!r}: this version of tsq_layers reads {SCHEMA_VERSION}"
-            )
-        allowed = [f.name for f in dataclasses.fields(cls)]
-        unknown = [key for key in values if key not in allowed]
-        if unknown:
-            raise ConfigError(f"unknown field {unknown[0]!r}; allowed are {', '.join(allowed)}")
-        if isinstance(values.get("skip"), list):
-            values["skip"] = tuple(values["skip"])
-        return cls(**values)
+        """Return the configuration that :meth:`to_dict` has written, also in version 0.1.
+
+        Raises:
+            ConfigError: an unknown schema version, an unknown key, or a value that is not allowed.
+        """
+        fields = schema.read(values)
+        allowed = [name for name in _general_fields() if name != "options"]
+        names = [*allowed, *_all_options()]
+        for name in fields:
+            if name not in names:
+                raise ConfigError(f"unknown field {name!r}; allowed are {', '.join(names)}")
+        return cls(**fields)
 
     def to_json(self) -> str:
-        """The configuration as a JSON object."""
+        """Return the configuration as a JSON object."""
         return json.dumps(self.to_dict(), indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Inverse of :meth:`to_json`."""
+        """Return the configuration that :meth:`to_json` has written; raises as :meth:`from_dict`."""
         try:
             values = json.loads(text)
         except json.JSONDecodeError as error:
@@ -354,23 +470,89 @@ class QuantConfig:
         return cls.from_dict(values)
 
 
-def _with_preset(init: Callable[..., None]) -> Callable[..., None]:
-    """Let ``method="best"`` leave fields alone that are given, even if it is with their default values."""
+def _made_options(
+    method: str | Options, options: Options | None, method_options: dict[str, Any]
+) -> Options:
+    """Return the options of a method from the ways in which they can be given."""
+    if isinstance(method, Options):
+        if options is not None:
+            raise ConfigError(f"method={method!r}, options={options!r}: give one of the two")
+        options = method
+        method = options.method
+    if not isinstance(method, str) or method not in OPTIONS:
+        raise ConfigError(f"method={method!r}: give one of {', '.join(map(repr, METHODS))}")
+    unknown = [name for name in method_options if not readers(name)]
+    if unknown:
+        raise TypeError(
+            f"QuantConfig has no field {unknown[0]!r}, and no method has such an option"
+        )
+    check_readers(method, list(method_options))
+    if options is None:
+        return OPTIONS[method](**method_options)
+    if not isinstance(options, OPTIONS[method]):
+        raise ConfigError(
+            f"options={options!r}: they are not of method {method!r}; give options of the method, "
+            f"or config.changed(method={method!r}), which keeps what both methods have"
+        )
+    return dataclasses.replace(options, **method_options)
 
-    @functools.wraps(init)
-    def wrapped(self: QuantConfig, *args: Any, **given: Any) -> None:
-        if given.get("method") == "best" and len(given) < len(dataclasses.fields(QuantConfig)):
-            given = {**BEST, **given, "method": "two-stage"}
-        init(self, *args, **given)
 
-    return wrapped
+def _check_together(bits: int, symmetric: bool, options: Options) -> None:
+    """Refuse values that do not go together."""
+    if isinstance(options, LNQ) and bits > _WIDEST_TABLE:
+        raise ConfigError(
+            f"bits={bits} with method='lnq': give 1 to {_WIDEST_TABLE}; a table has 2^bits levels"
+        )
+    if isinstance(options, LNQ) and symmetric:
+        raise ConfigError("symmetric=True with method='lnq': give False; a table has no zero point")
+    if isinstance(options, TwoStage) and symmetric and options.zero_points == "float":
+        raise ConfigError(
+            "symmetric=True with zero_points='float': a symmetric grid has no zero points; "
+            "give zero_points='integer', or symmetric=False"
+        )
 
 
-QuantConfig.__init__ = _with_preset(QuantConfig.__init__)  # type: ignore[method-assign]
+def _check_names(pattern: str, changes: object) -> None:
+    """Refuse an override of a field that layers do not have."""
+    if not isinstance(changes, Mapping):
+        raise ConfigError(f"overrides[{pattern!r}]={changes!r}: give a mapping of field to value")
+    allowed = [name for name in _general_fields() if name not in (*_MODEL_WIDE, "options")]
+    allowed += _all_options()
+    for name in changes:
+        if name not in allowed:
+            raise ConfigError(
+                f"overrides[{pattern!r}] has unknown field {name!r}; allowed are {', '.join(allowed)}"
+            )
+
+
+def _general_fields() -> list[str]:
+    """Return the names of fields but for those that say the method."""
+    names = [field.name for field in dataclasses.fields(QuantConfig)]
+    names.remove("options")
+    return names
+
+
+def _all_options() -> list[str]:
+    """Return the names of the options of all methods, each once."""
+    return list(dict.fromkeys(name for method in OPTIONS for name in option_names(method)))
+
+
+def _reads(method: object, option: str) -> bool:
+    """Return whether a method, given by name or by its options, has an option."""
+    if isinstance(method, str):
+        base = "two-stage" if method == "best" else method
+        return base in OPTIONS and option in option_names(base)
+    return isinstance(method, Options) and hasattr(method, option)
+
+
+def _json_value(value: object) -> object:
+    """Return a value of an override as JSON holds it."""
+    if isinstance(value, Options):
+        return {"name": value.method, **dataclasses.asdict(value)}
+    return value
 
 
 def explicit_patterns(config: QuantConfig) -> list[str]:
-    """The patterns that the user gave: every override, and every skip but the default ones."""
-    return [pattern for pattern in config.skip if pattern not in _DEFAULT_SKIP] + list(
-        config.overrides
-    )
+    """Return the patterns that the user gave: every override, and every skip but the default ones."""
+    skip = [pattern for pattern in config.skip if pattern not in DEFAULT_SKIP]
+    return skip + list(config.overrides)

@@ -45,8 +45,8 @@ def _check_additions(config: QuantConfig, form: str) -> None:
         "zero_points": ("integer", config.has_offsets),
         "method": ("two-stage", config.tables is not None),
         "rotation": (None, config.rotation is not None),
-        "outliers": (0, config.outliers > 0),
-        "outlier_columns": (0, config.outlier_columns > 0),
+        "outliers": (0, config.option("outliers", 0) > 0),
+        "outlier_columns": (0, config.option("outlier_columns", 0) > 0),
         "activation_bits": (None, config.activation_bits is not None),
         "channel_scaling": (
             False,
@@ -55,7 +55,8 @@ def _check_additions(config: QuantConfig, form: str) -> None:
     }
     found = [field for field, (_, there) in wanted.items() if there]
     if found:
-        given = ", ".join(f"{field}={getattr(config, field)!r}" for field in found)
+        values = config.values()
+        given = ", ".join(f"{field}={values[field]!r}" for field in found)
         changed = ", ".join(f"{field}={wanted[field][0]!r}" for field in found)
         raise ExportError(f"{given}: {form} files hold plain codes and scales; give {changed}")
 

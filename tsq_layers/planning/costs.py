@@ -108,9 +108,9 @@ def solver_flops(
 
 
 def _refines(config: QuantConfig) -> bool:
-    return config.method == "two-stage" and config.refine != "none"
+    return bool(config.option("refine", "none") != "none")
 
 
 def _other_target(config: QuantConfig, *, shifted: bool) -> bool:
     """Whether losses are measured against another target than that of the codes."""
-    return shifted and config.deviation == "refine"
+    return shifted and bool(config.option("deviation") == "refine")

@@ -70,7 +70,7 @@ def _solved(target: Target, course: Course, stack: Sequence[str]) -> Solved:
         symmetric=config.symmetric,
         bits_per_weight=matrix.bits_per_weight,
         tokens=tokens,
-        deviation=config.deviation if target.uses_deviation else "none",
+        deviation=config.option("deviation") if target.uses_deviation else "none",
         shared_with=tuple(name for name in stack if name != target.name),
     )
     return Solved(matrix, entry)

@@ -247,12 +247,13 @@ class Plan:
 def _uncounted(config: QuantConfig) -> list[str]:
     costs = {
         "method": config.method in ("quantease", "cdquant", "lnq"),
-        "joint_rounds": config.method == "two-stage" and config.joint_rounds > 0,
+        "joint_rounds": config.option("joint_rounds", 0) > 0,
         **{
-            name: getattr(config, name) == "auto"
+            name: config.option(name) == "auto"
             for name in ("damping", "deviation_strength", "deviation_damping")
         },
         "guidance": config.guidance > 0,
         "distill_epochs": config.distill_epochs > 0,
     }
-    return [f"{name}={getattr(config, name)!r}" for name, there in costs.items() if there]
+    values = config.values()
+    return [f"{name}={values[name]!r}" for name, there in costs.items() if there]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Self, get_args
 
 from tsq_layers.config.json_fields import checked_fields, json_number, read_number
-from tsq_layers.config.quant_config import Deviation, Method
+from tsq_layers.config.methods import Deviation, Method
 from tsq_layers.errors import CheckpointError
 
 Status = Literal["quantized", "fallback", "skipped", "never called", "not supported"]

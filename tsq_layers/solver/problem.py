@@ -97,7 +97,7 @@ def build(
     diagonal = hessian.diagonal(dim1=-2, dim2=-1)
     order = (
         torch.argsort(diagonal, descending=True)
-        if config.act_order
+        if config.option("act_order", True)
         else torch.arange(diagonal.shape[-1], device=diagonal.device).expand_as(diagonal)
     )
     wanted, strength, ridged = config.settled()
@@ -114,7 +114,7 @@ def build(
         shifted = shift_target(weight, deviation / count, factor, order, strength)
     return Problem(
         weight=weight,
-        grid_target=shifted if config.deviation == "target" else weight,
+        grid_target=shifted if config.option("deviation") == "target" else weight,
         refine_target=shifted,
         hessian=damped,
         factor=factor,

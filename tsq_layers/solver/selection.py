@@ -9,8 +9,6 @@ Q = W − α W R H⁻¹: for one damping of H the error is a parabola in α, and
 products. The damping of GPTQ is chosen by GPTQ itself, run once with each.
 """
 
-import dataclasses
-
 import torch
 from torch import Tensor
 
@@ -61,20 +59,18 @@ def settle(
         return config
     if other is None or not to_host(other.count)[0] > 0:
         return _filled(config)
-    if "auto" in (config.deviation_strength, config.deviation_damping):
+    if "auto" in (config.option("deviation_strength"), config.option("deviation_damping")):
         chosen = _best_deviation(config, weight, fitted, other, name)
-        config = dataclasses.replace(chosen, damping=config.damping)
-    if config.damping == "auto":
-        config = dataclasses.replace(
-            config, damping=_best_damping(config, weight, fitted, other, name)
-        )
+        config = chosen.changed(damping=config.option("damping"))
+    if config.option("damping") == "auto":
+        config = config.changed(damping=_best_damping(config, weight, fitted, other, name))
     return config
 
 
 def _filled(config: QuantConfig) -> QuantConfig:
     """With a usual number in the place of every ``"auto"``."""
-    changes = {name: value for name, value in _USUAL.items() if getattr(config, name) == "auto"}
-    return dataclasses.replace(config, **changes)  # type: ignore[arg-type]
+    changes = {name: value for name, value in _USUAL.items() if config.option(name) == "auto"}
+    return config.changed(**changes)
 
 
 def error(difference: Tensor, weight: Tensor, statistics: LayerStatistics) -> Tensor:
@@ -102,22 +98,20 @@ def _best_deviation(
     if fitted.deviation is None:
         return _filled(config)
     weight = weight.detach().to(torch.float32)
-    strengths = STRENGTHS if config.deviation_strength == "auto" else (config.deviation_strength,)
-    dampings = (
-        DEVIATION_DAMPINGS if config.deviation_damping == "auto" else (config.deviation_damping,)
-    )
-    start = dataclasses.replace(_filled(config), deviation_strength=1.0)
+    strength = config.option("deviation_strength")
+    ridge = config.option("deviation_damping")
+    strengths = STRENGTHS if strength == "auto" else (strength,)
+    dampings = DEVIATION_DAMPINGS if ridge == "auto" else (ridge,)
+    start = _filled(config).changed(deviation_strength=1.0)
     candidates = [
-        dataclasses.replace(start, deviation_strength=strength, deviation_damping=damping)
+        start.changed(deviation_strength=strength, deviation_damping=damping)
         for damping in dampings
         for strength in strengths
     ]
     errors = []
     for damping in dampings:
         # With the same damping for GPTQ, whose factor is not used here, H is factorised once and not twice.
-        alike = dataclasses.replace(
-            start, damping=min(float(damping), 1.0), deviation_damping=damping
-        )
+        alike = start.changed(damping=min(float(damping), 1.0), deviation_damping=damping)
         whole = objective.build(weight, fitted, alike, name)
         shift = whole.refine_target - weight
         quadratic = error(shift, torch.zeros_like(weight), other)
@@ -136,9 +130,7 @@ def _best_damping(
     group_size = min(config.group_size or weight.shape[1], weight.shape[1])
     errors = []
     for damping in DAMPINGS:
-        problem = objective.build(
-            weight, fitted, dataclasses.replace(config, damping=damping), name
-        )
+        problem = objective.build(weight, fitted, config.changed(damping=damping), name)
         metric = stage1.feedback_metric(problem.factor, problem.order)
         scales, zeros = stage1.fit_grids(
             problem.grid_target, metric, config.bits, group_size, config.symmetric

@@ -30,6 +30,17 @@ from tsq_layers.solver.state import Layer, State
 __all__ = ["SolverResult", "TwoStageGroupQuantizer"]
 
 
+_ACTIONS = {
+    "initialize": "initialize_scales",
+    "assign": "assign_codes",
+    "descend": "descend_codes",
+    "pairs": "descend_pairs",
+    "refine": "refine_scales",
+    "joint": "refine_jointly",
+}
+"""Step → the method that runs it; a subclass may replace these."""
+
+
 class TwoStageGroupQuantizer:
     """Quantise one weight matrix, or several stacked ones that share their input.
 
@@ -77,6 +88,7 @@ class TwoStageGroupQuantizer:
         self.config, self.name = config, name
         self.group_size = min(config.group_size or weight.shape[1], weight.shape[1])
         values = weight.detach().to(torch.float32)
+        self._recipe = steps.recipe(config)
         self._state = State()
         started = clock(weight)
         if statistics is None:
@@ -89,16 +101,16 @@ class TwoStageGroupQuantizer:
         self._layer = Layer(values, self.problem, config, self.group_size, name, free)
 
     def initialize_scales(self) -> None:
-        """Step 1: the grids (or tables) of the configured method."""
+        """Fit the grids, or tables, of the method (step 1)."""
         self._state = State(seconds={"factorise": self._state.seconds["factorise"]})
-        self._do("initialize", steps.initialize)
+        self._run_step("initialize")
 
     def start_from(self, weight: QuantizedWeight) -> None:
-        """Steps 1 and 2 as somebody else has done them: the steps that follow go on from these codes and grids.
+        """Take over codes and grids in the place of steps 1 and 2.
 
         Args:
-            weight: (N, K), of the width, group size, symmetry and kind of grid (and the ``scale_dtype``) of the
-                configuration.
+            weight: (N, K), of the width, group size, symmetry and kind of grid (and the
+                ``scale_dtype``) of the configuration.
 
         Raises:
             LayerError: it is of another shape or kind.
@@ -109,41 +121,48 @@ class TwoStageGroupQuantizer:
         self._state.seconds["assign"] = clock(self._layer.weight) - started
 
     def assign_codes(self) -> None:
-        """Step 2: codes on the present grids, by GPTQ (the nearest, for ``"rtn"`` and where a descent starts there)."""
-        self._do("assign", steps.assign)
+        """Choose codes on the present grids (step 2).
+
+        By GPTQ; the nearest codes for ``"rtn"``, ``"lnq"`` and ``descent_start="nearest"``.
+        """
+        self._run_step("assign")
 
     def descend_codes(self) -> None:
-        """Coordinate descent on the codes; quantease, cdquant and lnq only."""
-        self._do("descend", steps.descend)
+        """Improve the codes by coordinate descent; quantease, cdquant and lnq only."""
+        self._run_step("descend")
 
     def descend_pairs(self) -> None:
-        """Coordinate descent on pairs of codes, grids frozen; cdquant only, if asked for."""
-        self._do("pairs", steps.descend_pairs)
+        """Improve pairs of codes, grids frozen; cdquant with ``greedy_pairs`` only."""
+        self._run_step("pairs")
 
     def refine_scales(self) -> None:
-        """Step 3: all scales on the layer-wise loss, codes frozen; two-stage only."""
-        self._do("refine", steps.refine)
+        """Solve for all scales on the layer-wise loss, codes frozen (step 3); two-stage only."""
+        self._run_step("refine")
 
     def refine_jointly(self) -> None:
-        """Step 4: codes and grids in turn, on what step 3 minimises; two-stage only, if asked for."""
-        self._do("joint", steps.refine_jointly)
+        """Improve codes and grids in turn, on the loss of step 3 (step 4).
+
+        Two-stage with ``joint_rounds`` only.
+        """
+        self._run_step("joint")
 
     @full_precision()
-    def _do(self, name: str, step: steps.Step) -> None:
+    def _run_step(self, name: str) -> None:
         """Run a step, if the configuration asks for it, and take its time."""
-        if not steps.asked_for(self.config)[name]:
+        step = self._recipe.get(name)
+        if step is None:
             return
-        started = clock(self._layer.weight)
-        if name != "refine":
-            self._state.change()
-        before = dataclasses.replace(self._state) if self._layer.free is not None else None
-        step(self._layer, self._state)
-        self._state.keep_zeros(self._layer)
+        layer, state = self._layer, self._state
+        started = clock(layer.weight)
+        if name != "refine":  # which makes use of the loss and the error that GPTQ has left
+            state.change()
+        before = None if layer.free is None else dataclasses.replace(state)
+        step.run(layer, state, self.config.options)
+        state.keep_zeros(layer)
         if before is not None and name in ("descend", "pairs", "joint"):
-            self._state.restore_rows(
-                self._layer, before
-            )  # a pair that one of these zeros was half of has lost
-        self._state.seconds[name] = clock(self._layer.weight) - started
+            # Moves of pairs count on both codes; where a zero was put back, the row has lost.
+            state.restore_rows(layer, before)
+        state.seconds[name] = clock(layer.weight) - started
 
     @full_precision()
     def run(
@@ -155,16 +174,9 @@ class TwoStageGroupQuantizer:
         """
         losses: dict[str, Tensor] = {}
         held_out_losses: dict[str, Tensor] = {}
-        for step, action in (
-            ("initialize", self.initialize_scales),
-            ("assign", self.assign_codes),
-            ("descend", self.descend_codes),
-            ("pairs", self.descend_pairs),
-            ("refine", self.refine_scales),
-            ("joint", self.refine_jointly),
-        ):
+        for step in self._recipe:
             if start is None or step not in ("initialize", "assign"):
-                action()
+                getattr(self, _ACTIONS[step])()
             elif step == "assign":
                 self.start_from(start)
             if self.problem is None or step not in self._state.seconds:
@@ -221,8 +233,8 @@ class TwoStageGroupQuantizer:
 
     def _is_next(self, step: str) -> bool:
         """Whether a step is the next one of those that are asked for."""
-        left = [name for name, wanted in steps.asked_for(self.config).items() if wanted]
-        return next((name for name in left if name not in self._state.seconds), None) == step
+        remaining = [name for name in self._recipe if name not in self._state.seconds]
+        return remaining[:1] == [step]
 
     @full_precision()
     def _signal(self, statistics: LayerStatistics | None = None) -> Tensor:

@@ -111,9 +111,7 @@ def refine(
     names = {
         name for name, _, _ in packed(model)
     }  # with those of tables, which may be tied to layers
-    preparation = preparations.inspect(
-        reference, dataclasses.replace(config, **_PREPARED), only=names
-    )
+    preparation = preparations.inspect(reference, config.changed(**_PREPARED), only=names)
     _check_same(model, reference, preparation, layers)
     preparation.targets = {
         name: _started(preparation.targets[name], config, layers[name]) for name in layers
@@ -156,9 +154,10 @@ def refine(
 def _checked(config: QuantConfig | None) -> QuantConfig:
     if config is None:
         return DEFAULT
-    if config.method != "two-stage" or config.refine == "none":
+    refine = config.option("refine", "none")
+    if refine == "none":
         raise ConfigError(
-            f"method={config.method!r}, refine={config.refine!r}: only two-stage refines scales; give method='two-stage' with refine='exact'"
+            f"method={config.method!r}, refine={refine!r}: only two-stage refines scales; give method='two-stage' with refine='exact'"
         )
     return config
 
@@ -205,11 +204,9 @@ def _started(target: Target, config: QuantConfig, matrix: QuantLinear) -> Target
         "rotation": matrix.rotation,
         "activation_bits": matrix.activation_bits,
     }
-    refined = dataclasses.replace(config, **_PREPARED, **own)
+    refined = config.changed(**_PREPARED, **own)
     keep = target.config.keep_zeros and refined.holds_zero
-    return dataclasses.replace(
-        target, config=dataclasses.replace(refined, keep_zeros=keep), given=weight
-    )
+    return dataclasses.replace(target, config=refined.changed(keep_zeros=keep), given=weight)
 
 
 def _check_same(

@@ -174,12 +174,9 @@ def kept_parameters(parameters: Sequence[ParameterReport]) -> list[KeptParameter
 
 def _settings(config: QuantConfig) -> list[tuple[str, str, bool]]:
     """Every field of the configuration, its value, and whether it is not the default."""
-    default = QuantConfig().to_dict()
-    values = {
-        name: value
-        for name, value in config.to_dict().items()
-        if name not in ("schema_version", "overrides")
-    }
+    default = QuantConfig(method=config.method).values() | {"method": QuantConfig().method}
+    values = config.values()
+    del values["overrides"]
     return [(name, _setting(value), value != default[name]) for name, value in values.items()]
 
 
@@ -193,7 +190,7 @@ def _overrides(config: QuantConfig) -> list[tuple[str, list[tuple[str, str]]]]:
 
 
 def _setting(value: object) -> str:
-    if isinstance(value, list):
+    if isinstance(value, tuple):
         return ", ".join(map(str, value)) or _BLANK
     if isinstance(value, bool):
         return "yes" if value else "no"
