@@ -285,7 +285,7 @@ def row(head: str, name: str, config: tsq.QuantConfig) -> Row:
         )
         values["seconds"] = round(time.perf_counter() - started, 2)
         found = output(quantised, batches[0])
-        values["coverage"] = round(tsq.report(quantised).coverage, 3)
+        values["coverage"] = round(quantised.tsq_report.coverage, 3)
         values["error"] = round(
             ((found - expected).norm() / (expected - expected.mean()).norm()).item(), 4
         )

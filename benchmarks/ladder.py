@@ -73,8 +73,8 @@ def main() -> None:
             method=name,
             bits=config.bits if config else 32,
             group_size=config.group_size if config else None,
-            bits_per_weight=(tsq.report(model).bits_per_weight or 0.0) if config else 32.0,
-            size=tsq.report(model).size_after if config else 0,
+            bits_per_weight=(model.tsq_report.bits_per_weight or 0.0) if config else 32.0,
+            size=model.tsq_report.size_after if config else 0,
             perplexity={text: tsq.perplexity(model, tokens) for text, tokens in texts.items()},
             seconds=seconds,
         )

@@ -20,7 +20,7 @@ from typing import Any
 
 import tsq_layers as tsq
 from tsq_layers.cli.demonstration import assets
-from tsq_layers.formats import export
+from tsq_layers.formats import export_checkpoint
 from tsq_layers.integrations.transformers import load_causal_lm, save_causal_lm
 
 SETTINGS = {
@@ -50,7 +50,7 @@ def directory_of(row: str, folder: Path) -> Path:
             save_causal_lm(model, None, target)
             name_method(target / "config.json")
         else:
-            export(model, target, format="compressed-tensors", engine="vllm")
+            export_checkpoint(model, target, format="compressed-tensors", engine="vllm")
     return target
 
 

@@ -49,7 +49,7 @@ def main() -> None:
         for method in ("rtn", "gptq", "two-stage"):
             config = tsq.QuantConfig(bits=bits, group_size=32, method=method)
             quantised = tsq.quantize(copy.deepcopy(model), config, batches)
-            report = tsq.report(quantised)
+            report = quantised.tsq_report
             print(
                 f"{bits} bits, {method:9}: cross-entropy {cross_entropy(quantised):.4f}, {report.size_after / 1000:.0f} kB"
             )

@@ -54,7 +54,7 @@ def main() -> None:
     tsq.prepare(model, tsq.QuantConfig(bits=4, group_size=64))
     tsq.calibrate(model, batches)
     model = tsq.convert(model)
-    report = tsq.report(model)
+    report = model.tsq_report
     print(report)
     print(
         f"experts with too few tokens of their own: {sum(layer.status == 'fallback' for layer in report.layers)}"

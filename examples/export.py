@@ -176,7 +176,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         known = (
             tokenizer if options.model or options.format != "gguf" else None
         )  # llama.cpp splits no texts as it does
-        path = tsq.export(model, Path(folder, "exported"), format=options.format, tokenizer=known)
+        path = tsq.export_checkpoint(
+            model, Path(folder, "exported"), format=options.format, tokenizer=known
+        )
         if options.format.startswith("gptq"):
             model.half()  # its kernels on a CPU compute in float16, so ours does
         ours, expected = measured(lambda ids: model(input_ids=ids).logits, ids)

@@ -40,7 +40,7 @@ def small(folder: Path) -> tuple[Path, nn.Module, Tensor]:
         copy.deepcopy(model), tsq.QuantConfig(bits=2, group_size=64, method="rtn")
     )
     return (
-        tsq.export(rounded, folder / "checkpoint", format="gptq"),
+        tsq.export_checkpoint(rounded, folder / "checkpoint", format="gptq"),
         model,
         torch.randint(500, (8192,)),
     )
@@ -77,7 +77,7 @@ def main() -> None:
             if isinstance(layer, tsq.QuantLinear)
         )
         form = "gptq" if half else "compressed-tensors"
-        tsq.export(model, out, format=form, tokenizer=tokenizer)
+        tsq.export_checkpoint(model, out, format=form, tokenizer=tokenizer)
         fresh = tsq.import_checkpoint(out, dtype=torch.float32)
         with torch.no_grad():
             print(

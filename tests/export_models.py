@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tsq_layers as tsq
-from tsq_layers.formats import directory, export
+from tsq_layers.formats import directory, export_checkpoint
 from tsq_layers.numerics.weight import QuantizedWeight
 from tsq_layers.runtime.linear import QuantLinear
 
@@ -74,7 +74,7 @@ def written_down(bits: int, *, symmetric: bool) -> Any:
 def digest(model: Any, folder: Path, form: str, monkeypatch: Any) -> str:
     """SHA-256 of the file of an export that names version 0 as the packer."""
     monkeypatch.setattr(directory, "library_versions", lambda: {"tsq_layers": "0"})
-    written = export(model, folder / "out", format=form)
+    written = export_checkpoint(model, folder / "out", format=form)
     return hashlib.sha256(
         (written if written.is_file() else written / "model.safetensors").read_bytes()
     ).hexdigest()

@@ -41,13 +41,11 @@ SCRIPTED = "its code is compiled by torch.jit; give the module that it was made 
 
 
 def unknown(kind):
-    return f"{kind} is no layer that is known; tsq_layers.register can teach it"
+    return f"{kind} is no layer that is known; tsq_layers.layers.register can teach it"
 
 
 def own_forward(kind):
-    return (
-        f"{kind} computes something of its own around its weight; tsq_layers.register can teach it"
-    )
+    return f"{kind} computes something of its own around its weight; tsq_layers.layers.register can teach it"
 
 
 def recurrent(kind):
@@ -95,7 +93,7 @@ def whole_way(case, path):
     # Rounding to 8 bits in groups of 16 changes a weight by 0.4 % of its standard deviation; some twenty layers add up.
     assert 0 < distance(after, before) < 0.025
 
-    report = tsq.report(model)
+    report = model.tsq_report
     assert {item.name: item.shape for item in report.parameters} == {
         n: tuple(p.shape) for n, p in parameters.items()
     }
@@ -110,7 +108,7 @@ def whole_way(case, path):
     tsq.save(model, path)
     loaded = tsq.load(path, fresh(case))
     assert torch.equal(output(loaded, data[0]), after)
-    assert tsq.report(loaded) == report
+    assert loaded.tsq_report == report
     check_every_layer_counts(loaded, data[0], after)
 
 
@@ -620,5 +618,5 @@ def test_layer_without_a_shape_is_named():
         tsq.prepare(model, CONFIG)
     model(rows(0))
     assert "1" in {
-        layer.name for layer in tsq.report(tsq.quantize(model, CONFIG, [rows(0)])).quantized
+        layer.name for layer in tsq.quantize(model, CONFIG, [rows(0)]).tsq_report.quantized
     }

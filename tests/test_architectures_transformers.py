@@ -352,7 +352,7 @@ def test_weights_that_are_read_without_a_call_can_be_rounded():
     model = made(CASES["mamba"])
     before = output(model, batch)
     model = tsq.quantize(model, CONFIG.changed(method="rtn"))
-    names = {layer.name for layer in tsq.report(model).quantized}
+    names = {layer.name for layer in model.tsq_report.quantized}
     assert {
         f"backbone.layers.{i}.mixer.{x}" for i in range(2) for x in ("conv1d", "dt_proj")
     } <= names

@@ -1,45 +1,48 @@
 """What the package offers, that all of it is described, and that importing it brings nothing heavy along."""
 
+import importlib
 import inspect
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import tsq_layers
 from tsq_layers import errors
+from tsq_layers.config import versions
+from tsq_layers.errors import TSQDeprecationWarning
 
 PUBLIC = [
-    "Composite",
     "HessianObserver",
-    "LayerKind",
-    "LayerReport",
     "LayerStatistics",
     "Plan",
     "QuantConfig",
     "QuantLinear",
     "QuantizedWeight",
     "Report",
-    "SolverResult",
     "TwoStageGroupQuantizer",
+    "__version__",
     "calibrate",
     "convert",
-    "export",
+    "export_checkpoint",
     "fold_scaling",
     "import_checkpoint",
+    "layers",
     "load",
     "perplexity",
     "plan",
     "prepare",
     "quantize",
     "refine",
-    "register",
-    "report",
     "save",
     "unprepare",
-    "unregister",
     "warmup",
 ]
+EXTENDERS = ["Composite", "LayerKind", "register", "unregister"]
+DESCRIBED = [name for name in PUBLIC if name not in ("__version__", "layers")] + EXTENDERS
+MOVED = [*EXTENDERS, "LayerReport", "SolverResult", "export", "report"]
 
 
 def test_public_names_are_these():
@@ -47,9 +50,39 @@ def test_public_names_are_these():
     assert all(hasattr(tsq_layers, name) for name in PUBLIC)
 
 
-@pytest.mark.parametrize("name", PUBLIC)
+def test_no_function_is_called_like_a_package_or_module():
+    modules = {path.stem for path in Path(tsq_layers.__file__).parent.iterdir()}
+    functions = {name for name in PUBLIC if inspect.isfunction(getattr(tsq_layers, name))}
+    assert functions & modules == set()
+
+
+def test_version_comes_from_one_place():
+    assert tsq_layers.__version__ == versions.VERSION == versions.library_versions()["tsq_layers"]
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_name_of_version_0_1_is_there_with_a_warning_that_names_the_new_one(name):
+    with pytest.warns(TSQDeprecationWarning, match=rf"tsq_layers\.{name} is (\S+) now") as caught:
+        thing = getattr(tsq_layers, name)
+    place = re.search(r"is (\S+) now", str(caught[0].message))[1]
+    assert caught[0].filename == __file__
+    if place != "model.tsq_report":
+        module, _, attribute = place.rpartition(".")
+        assert getattr(importlib.import_module(module), attribute) is thing
+
+
+def test_other_names_are_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'tsq_layers' has no attribute 'quantise'"):
+        _ = tsq_layers.quantise
+
+
+def test_pickled_layers_of_version_0_1_name_a_module_that_is_there():
+    assert importlib.import_module("tsq_layers.linear").QuantLinear is tsq_layers.QuantLinear
+
+
+@pytest.mark.parametrize("name", DESCRIBED)
 def test_public_name_says_what_it_is_with_arguments_or_an_example(name):
-    thing = getattr(tsq_layers, name)
+    thing = getattr(tsq_layers.layers if name in EXTENDERS else tsq_layers, name)
     text = inspect.getdoc(thing)
     assert text is not None
     assert len(text.splitlines()[0]) > 20
@@ -60,9 +93,9 @@ def test_public_name_says_what_it_is_with_arguments_or_an_example(name):
     assert described or not arguments
 
 
-@pytest.mark.parametrize("name", PUBLIC)
+@pytest.mark.parametrize("name", DESCRIBED)
 def test_public_methods_are_described(name):
-    thing = getattr(tsq_layers, name)
+    thing = getattr(tsq_layers.layers if name in EXTENDERS else tsq_layers, name)
     if inspect.isclass(thing):
         own = [value for key, value in vars(thing).items() if not key.startswith("_")]
         own = [

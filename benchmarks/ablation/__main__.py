@@ -107,7 +107,7 @@ def _measured(run: Run, cache: Path, options: argparse.Namespace) -> Run:
             tsq.calibrate(model, batches, held_out=texts.held_out(cache), progress=False)
         model = tsq.convert(model)
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu_started
-    report = tsq.report(model)
+    report = model.tsq_report
     layers = [layer for layer in report.layers if layer.status == "quantized" and layer.losses]
 
     def mean(values: list[dict[str, float]]) -> float | None:

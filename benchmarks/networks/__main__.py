@@ -128,7 +128,7 @@ def _measured(
         started = time.perf_counter()
         model = _quantised(network, model, batches, config)
         row |= {"bits": config.bits, "seconds": time.perf_counter() - started}
-        report = tsq.report(model)
+        report = model.tsq_report
         stored = [layer for layer in report.layers if layer.bits_per_weight is not None]
         parameters = sum(parameter.numel() for parameter in reference.parameters())
         row["coverage"] = sum(layer.weights for layer in stored) / parameters

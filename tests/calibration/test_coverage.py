@@ -53,7 +53,10 @@ def test_every_parameter_is_named_once_with_its_reason(converted):
     assert list(found) == [name for name, _ in mixed().named_parameters()]
     vector = "no matrix: a scale, or another vector"
     assert found == {
-        "position": ("kept", "Mixed is no layer that is known; tsq_layers.register can teach it"),
+        "position": (
+            "kept",
+            "Mixed is no layer that is known; tsq_layers.layers.register can teach it",
+        ),
         "scale": ("kept", vector),
         "embed.weight": ("kept", "embeddings=False in the configuration"),
         "attention.in_proj_weight": ("quantized", ""),

@@ -75,11 +75,11 @@ def test_distance_falls_on_tokens_that_were_not_seen_and_codes_stay(kind: str) -
 
 
 def test_the_report_has_the_distance_of_every_epoch() -> None:
-    report = tsq.report(tsq.quantize(net(), config(distill_epochs=4, distill_rate=0.01), batches()))
+    report = tsq.quantize(net(), config(distill_epochs=4, distill_rate=0.01), batches()).tsq_report
     assert len(report.distances) == 4
     assert report.distances[-1] < report.distances[0]
     assert tsq.Report.from_json(report.to_json()) == report
-    assert tsq.report(tsq.quantize(net(), config(), batches())).distances == ()
+    assert tsq.quantize(net(), config(), batches()).tsq_report.distances == ()
 
 
 def test_gradients_are_those_of_the_dequantised_weight() -> None:

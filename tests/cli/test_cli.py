@@ -135,8 +135,8 @@ def test_quantize_writes_a_model_that_loads_with_the_same_logits(quantised_direc
     with torch.no_grad():
         assert torch.equal(first(ids).logits, second(ids).logits)
     assert not any(tensor.is_meta for tensor in [*first.parameters(), *first.buffers()])
-    assert {layer.bits for layer in tsq.report(first).quantized} == {3}
-    assert len(tsq.report(first).quantized) == 14
+    assert {layer.bits for layer in first.tsq_report.quantized} == {3}
+    assert len(first.tsq_report.quantized) == 14
 
 
 def test_quantize_summarises_on_stdout(
@@ -174,7 +174,7 @@ def test_rtn_needs_no_text(
         == 0
     )
     assert "14 of " in capsys.readouterr().out
-    assert tsq.report(load_causal_lm(tmp_path / "model")).config == tsq.QuantConfig(
+    assert load_causal_lm(tmp_path / "model").tsq_report.config == tsq.QuantConfig(
         method="rtn", group_size=None
     )
 
@@ -206,7 +206,7 @@ def test_options_change_a_configuration_file(float_directory: Path, tmp_path: Pa
     expected = tsq.QuantConfig(
         method="rtn", bits=6, group_size=8, symmetric=False, skip=("lm_head", "*.q_proj")
     )
-    assert tsq.report(load_causal_lm(tmp_path / "model")).config == expected
+    assert load_causal_lm(tmp_path / "model").tsq_report.config == expected
 
 
 def plan_arguments(source: Path, *more: str) -> list[str]:
@@ -426,7 +426,7 @@ def test_inspect_shows_every_layer_with_bits_size_losses_and_objectives(
     assert [header.index(title) for title in titles] == sorted(
         header.index(title) for title in titles
     )
-    report = tsq.report(load_causal_lm(quantised_directory))
+    report = load_causal_lm(quantised_directory).tsq_report
     assert [line.split()[0] for line in lines] == [layer.name for layer in report.layers]
     for line, layer in zip(lines, report.layers, strict=True):
         if layer.status != "quantized":
@@ -442,7 +442,7 @@ def test_inspect_as_json_is_the_report(
 ) -> None:
     assert cli.main(["inspect", str(quantised_directory), "--json"]) == 0
     assert (
-        capsys.readouterr().out == tsq.report(load_causal_lm(quantised_directory)).to_json() + "\n"
+        capsys.readouterr().out == load_causal_lm(quantised_directory).tsq_report.to_json() + "\n"
     )
 
 
@@ -461,7 +461,7 @@ def test_inspect_writes_a_page_and_a_picture(
     assert f"<h1>{quantised_directory.name}</h1>" in text
     assert all(
         layer.name in re.sub(r"</?span>", "", text)
-        for layer in tsq.report(load_causal_lm(quantised_directory)).layers
+        for layer in load_causal_lm(quantised_directory).tsq_report.layers
     )
     assert "<svg" in picture.read_text(encoding="utf-8")
 

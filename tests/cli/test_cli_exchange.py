@@ -133,7 +133,7 @@ def test_quantize_by_the_best_method(
         "32",
     ]
     assert cli.main([*arguments, "--method", "best", *amounts(text)]) == 0
-    config = tsq.report(load(tmp_path / "out")).config
+    config = load(tmp_path / "out").tsq_report.config
     assert (config.rotation, config.options.zero_points, config.options.joint_rounds) == (
         64,
         "float",
@@ -457,7 +457,7 @@ def test_refine_lowers_the_loss_of_a_checkpoint_of_another_tool(
 def test_refine_keeps_the_dtypes_of_the_checkpoint(
     source: Path, quantised: Path, tmp_path: Path, text: Path
 ) -> None:
-    tsq.export(
+    tsq.export_checkpoint(
         load(quantised).half(), tmp_path / "theirs", format="gptq", tokenizer=load_tokenizer(source)
     )
     arguments = [

@@ -22,7 +22,7 @@ from transformers import (
 import tsq_layers as tsq
 from tsq_layers.config.versions import library_versions
 from tsq_layers.errors import StateError
-from tsq_layers.formats import ExportError, ExportWarning, directory, export, exporting
+from tsq_layers.formats import ExportError, ExportWarning, directory, export_checkpoint, exporting
 from tsq_layers.formats.engines import SERVICES
 from tsq_layers.runtime.linear import QuantLinear
 
@@ -75,7 +75,7 @@ def test_offsets_and_tables_are_refused_by_name(tmp_path, form, kind, message):
     with pytest.raises(
         ExportError, match=f"layer '{UP}' " + message.format(form.removesuffix("-v1"))
     ):
-        export(model, tmp_path / "out", format=form)
+        export_checkpoint(model, tmp_path / "out", format=form)
     assert not any(tmp_path.iterdir())
 
 
@@ -84,7 +84,9 @@ def test_offsets_and_tables_are_refused_by_name(tmp_path, form, kind, message):
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_result_is_where_it_says(tmp_path, form, tokenizer):
-    written = export(quantised(), tmp_path / "new" / "out", format=form, tokenizer=tokenizer)
+    written = export_checkpoint(
+        quantised(), tmp_path / "new" / "out", format=form, tokenizer=tokenizer
+    )
     names = {path.name for path in (tmp_path / "new" / "out").iterdir()}
     if form == "gguf":
         assert written == tmp_path / "new" / "out" / "model.gguf"
@@ -102,7 +104,7 @@ def test_result_is_where_it_says(tmp_path, form, tokenizer):
 
 def test_config_builds_the_same_model(tmp_path):
     model = quantised(model=llama(torch.float16))
-    config = config_of(export(model, tmp_path / "out", format="gptq"))
+    config = config_of(export_checkpoint(model, tmp_path / "out", format="gptq"))
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert config["dtype"] == "float16"
     assert config["hidden_size"] == 64
@@ -114,7 +116,8 @@ def test_config_builds_the_same_model(tmp_path):
 def test_files_name_their_packer_and_are_the_same_each_time(tmp_path):
     model = quantised()
     files = [
-        export(model, tmp_path / str(i), format="gptq") / "model.safetensors" for i in range(8)
+        export_checkpoint(model, tmp_path / str(i), format="gptq") / "model.safetensors"
+        for i in range(8)
     ]
     assert len({file.read_bytes() for file in files}) == 1
     with safe_open(files[0], "pt") as file:
@@ -131,13 +134,14 @@ def test_a_model_that_was_saved_and_loaded_gives_the_same_files(tmp_path):
         fresh = llama(tie_word_embeddings=True)
     loaded = tsq.load(tmp_path / "saved", fresh)
     files = [
-        export(each, tmp_path / str(i), format="gguf") for i, each in enumerate((model, loaded))
+        export_checkpoint(each, tmp_path / str(i), format="gguf")
+        for i, each in enumerate((model, loaded))
     ]
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_files_can_be_read_by_whoever_can_read_the_folder(tmp_path):
-    folder = export(quantised(), tmp_path / "out", format="gptq")
+    folder = export_checkpoint(quantised(), tmp_path / "out", format="gptq")
     modes = {path.stat().st_mode & 0o666 for path in folder.iterdir()}
     assert modes == {folder.stat().st_mode & 0o666}
 
@@ -145,7 +149,7 @@ def test_files_can_be_read_by_whoever_can_read_the_folder(tmp_path):
 def test_floats_are_in_their_dtype_and_unchanged(tmp_path):
     model = quantised(model=llama(torch.bfloat16), scale_dtype="bfloat16")
     model.model.norm.float()
-    tensors = tensors_of(export(model, tmp_path / "out", format="compressed-tensors"))
+    tensors = tensors_of(export_checkpoint(model, tmp_path / "out", format="compressed-tensors"))
     floats = {key: tensor for key, tensor in model.state_dict().items() if key in tensors}
     assert {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"} <= floats.keys()
     assert tensors["model.norm.weight"].dtype == torch.float32
@@ -156,8 +160,8 @@ def test_floats_are_in_their_dtype_and_unchanged(tmp_path):
 
 def test_tensors_are_split_over_files(tmp_path):
     model = quantised()
-    whole = tensors_of(export(model, tmp_path / "whole", format="gptq"))
-    folder = export(model, tmp_path / "split", format="gptq", max_shard_size="20KB")
+    whole = tensors_of(export_checkpoint(model, tmp_path / "whole", format="gptq"))
+    folder = export_checkpoint(model, tmp_path / "split", format="gptq", max_shard_size="20KB")
     index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
     files = sorted(path.name for path in folder.glob("*.safetensors"))
     assert len(files) > 2
@@ -180,14 +184,14 @@ def test_tensors_are_split_over_files(tmp_path):
 
 
 def test_a_tensor_that_is_larger_than_a_file_may_be_has_its_own(tmp_path):
-    folder = export(quantised(), tmp_path / "out", format="gptq", max_shard_size=1)
+    folder = export_checkpoint(quantised(), tmp_path / "out", format="gptq", max_shard_size=1)
     assert len(list(folder.glob("*.safetensors"))) == len(tensors_of(folder))
 
 
 @pytest.mark.parametrize("size", ["", "5 apples", "-1GB", 0, "GB"])
 def test_sizes_that_are_none_are_refused(tmp_path, size):
     with pytest.raises(ExportError, match="max_shard_size=.*give bytes, or a text such as '5GB'"):
-        export(quantised(), tmp_path / "out", format="gptq", max_shard_size=size)
+        export_checkpoint(quantised(), tmp_path / "out", format="gptq", max_shard_size=size)
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -211,13 +215,13 @@ def test_a_failure_leaves_nothing(tmp_path, form, error, expected, message, monk
     monkeypatch.setattr(directory, "write_json", fail)
     monkeypatch.setattr(exporting.gguf, "write_gguf", fail)
     with pytest.raises(expected, match=message):
-        export(quantised(), tmp_path / "out", format=form)
+        export_checkpoint(quantised(), tmp_path / "out", format=form)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_empty_directory_is_filled(tmp_path):
     (tmp_path / "out").mkdir()
-    export(quantised(), tmp_path / "out", format="gptq")
+    export_checkpoint(quantised(), tmp_path / "out", format="gptq")
     assert (tmp_path / "out" / "config.json").exists()
 
 
@@ -232,7 +236,7 @@ def test_nothing_is_replaced(tmp_path, there):
     with pytest.raises(
         ExportError, match="exists and is no empty directory: an export replaces nothing"
     ):
-        export(quantised(), path, format="gptq")
+        export_checkpoint(quantised(), path, format="gptq")
     assert (path if there == "a file" else path / "file").read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -242,7 +246,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(
         ExportError, match="cannot export to .*file/out: .*; give a directory that can be written"
     ):
-        export(quantised(), tmp_path / "file" / "out", format="gptq")
+        export_checkpoint(quantised(), tmp_path / "file" / "out", format="gptq")
 
 
 # --- ties --------------------------------------------------------------------------------------
@@ -250,19 +254,21 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
 
 def test_a_tied_output_layer_is_not_stored_and_comes_back_tied(tmp_path):
     model = quantised(sizes={"tie_word_embeddings": True})
-    tensors = tensors_of(export(model, tmp_path / "out", format="gptq"))
+    tensors = tensors_of(export_checkpoint(model, tmp_path / "out", format="gptq"))
     assert "model.embed_tokens.weight" in tensors
     assert "lm_head.weight" not in tensors
 
 
 def test_an_untied_output_layer_is_stored(tmp_path):
-    assert "lm_head.weight" in tensors_of(export(quantised(), tmp_path / "out", format="gptq"))
+    assert "lm_head.weight" in tensors_of(
+        export_checkpoint(quantised(), tmp_path / "out", format="gptq")
+    )
 
 
 def test_tensors_that_share_memory_without_a_tie_are_stored_twice(tmp_path):
     model = quantised()
     model.lm_head.weight = model.model.embed_tokens.weight  # which transformers knows nothing of
-    tensors = tensors_of(export(model, tmp_path / "out", format="gptq"))
+    tensors = tensors_of(export_checkpoint(model, tmp_path / "out", format="gptq"))
     assert torch.equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"])
 
 
@@ -272,9 +278,11 @@ def test_a_tied_and_packed_table_is_stored_once_as_floats(tmp_path):
     with pytest.raises(
         ExportError, match=r"'model.embed_tokens' \(Embedding\), 'lm_head' \(Linear\) not"
     ):
-        export(model, tmp_path / "out", format="compressed-tensors")
+        export_checkpoint(model, tmp_path / "out", format="compressed-tensors")
     tensors = tensors_of(
-        export(model, tmp_path / "out", format="compressed-tensors", dequantize_others=True)
+        export_checkpoint(
+            model, tmp_path / "out", format="compressed-tensors", dequantize_others=True
+        )
     )
     assert torch.equal(tensors["model.embed_tokens.weight"], model.lm_head.weight)
     assert not any(key.startswith("lm_head") for key in tensors)
@@ -311,8 +319,10 @@ def test_other_kinds_are_refused_by_name_or_written_as_floats(tmp_path, form):
     model = quantised(model=Toy(ToyConfig()), embeddings=True)
     message = rf"{form} holds linear layers(?: in the blocks of a model)? only, and 'table' \(Embedding\), 'blocks.0.conv' \(Conv1d\), 'blocks.0.attention.q_proj' \(MultiheadAttention\) and 7 more not; .*dequantize_others=True"
     with pytest.raises(ExportError, match=message):
-        export(model, tmp_path / "out", format=form)
-    tensors = tensors_of(export(model, tmp_path / "out", format=form, dequantize_others=True))
+        export_checkpoint(model, tmp_path / "out", format=form)
+    tensors = tensors_of(
+        export_checkpoint(model, tmp_path / "out", format=form, dequantize_others=True)
+    )
     twin = Toy(ToyConfig())
     floats = {key: tensor for key, tensor in tensors.items() if not key.startswith("blocks.0.up.")}
     assert floats.keys() == {key for key in twin.state_dict() if not key.startswith("blocks.0.up.")}
@@ -330,7 +340,7 @@ def test_other_kinds_are_refused_by_name_or_written_as_floats(tmp_path, form):
 
 def test_attention_that_was_only_split_is_written_as_it_was(tmp_path):
     model = quantised(model=Toy(ToyConfig()), skip=("table", "conv", "attention.*", "other.*"))
-    tensors = tensors_of(export(model, tmp_path / "out", format="compressed-tensors"))
+    tensors = tensors_of(export_checkpoint(model, tmp_path / "out", format="compressed-tensors"))
     assert torch.equal(
         tensors["blocks.0.attention.in_proj_weight"], model.blocks[0]["attention"].in_proj_weight
     )
@@ -356,8 +366,10 @@ def test_experts_are_refused_by_name_or_written_as_floats(tmp_path):
     with pytest.raises(
         ExportError, match=r"'model.layers.0.mlp.experts.gate_up_proj.0' \(Experts\)"
     ):
-        export(model, tmp_path / "out", format="gptq")
-    tensors = tensors_of(export(model, tmp_path / "out", format="gptq", dequantize_others=True))
+        export_checkpoint(model, tmp_path / "out", format="gptq")
+    tensors = tensors_of(
+        export_checkpoint(model, tmp_path / "out", format="gptq", dequantize_others=True)
+    )
     experts = model.model.layers[0].mlp.experts
     stacked = torch.stack([layer.weight for layer in experts.gate_up_proj])
     assert torch.equal(tensors["model.layers.0.mlp.experts.gate_up_proj"], stacked)
@@ -366,7 +378,9 @@ def test_experts_are_refused_by_name_or_written_as_floats(tmp_path):
 
 def test_transformers_loads_experts_that_were_written_as_floats(tmp_path):
     model = quantised(model=mixtral())
-    folder = export(model, tmp_path / "out", format="compressed-tensors", dequantize_others=True)
+    folder = export_checkpoint(
+        model, tmp_path / "out", format="compressed-tensors", dequantize_others=True
+    )
     config = config_of(folder)
     assert "model.layers.0.mlp.gate" in config["quantization_config"]["ignore"]  # the router
     del config["quantization_config"]
@@ -395,18 +409,18 @@ def test_composites_of_the_user_are_refused(tmp_path):
 
     model = Toy(ToyConfig())
     model.blocks[0]["halved"] = Half(32, 32)
-    tsq.register(
-        tsq.Composite(name="Half", matches=lambda module: type(module) is Half, split=Split)
+    tsq.layers.register(
+        tsq.layers.Composite(name="Half", matches=lambda module: type(module) is Half, split=Split)
     )
     try:
         model = quantised(model=model, skip=("conv", "attention.*", "other.*"))
     finally:
-        tsq.unregister("Half")
+        tsq.layers.unregister("Half")
     with pytest.raises(
         ExportError,
         match=r"'blocks.0.halved' \(Split\) was split into layers by a composite of your own",
     ):
-        export(model, tmp_path / "out", format="gptq", dequantize_others=True)
+        export_checkpoint(model, tmp_path / "out", format="gptq", dequantize_others=True)
 
 
 # --- what cannot be exported at all ------------------------------------------------------------
@@ -416,7 +430,7 @@ def test_a_float_model_is_refused(tmp_path):
     with pytest.raises(
         StateError, match="LlamaForCausalLM holds no QuantLinear: call tsq.quantize"
     ):
-        export(llama(), tmp_path / "out", format="gptq")
+        export_checkpoint(llama(), tmp_path / "out", format="gptq")
 
 
 def test_other_modules_than_those_of_transformers_are_refused(tmp_path):
@@ -424,7 +438,7 @@ def test_other_modules_than_those_of_transformers_are_refused(tmp_path):
     with pytest.raises(
         ExportError, match="Sequential has no transformers config.*save it with tsq.save"
     ):
-        export(model, tmp_path / "out", format="gptq")
+        export_checkpoint(model, tmp_path / "out", format="gptq")
 
 
 @pytest.mark.parametrize("where", ["model", "model.norm"])
@@ -432,7 +446,7 @@ def test_tensors_without_values_are_refused(tmp_path, where):
     model = quantised()
     model.get_submodule(where).to("meta")
     with pytest.raises(StateError, match="is on the meta device and has no values to export"):
-        export(model, tmp_path / "out", format="gptq")
+        export_checkpoint(model, tmp_path / "out", format="gptq")
 
 
 def test_unknown_formats_are_refused(tmp_path):
@@ -440,7 +454,7 @@ def test_unknown_formats_are_refused(tmp_path):
         ExportError,
         match="format='awq': give one of 'gptq', 'gptq-v1', 'compressed-tensors', 'gguf'",
     ):
-        export(quantised(), tmp_path / "out", format="awq")
+        export_checkpoint(quantised(), tmp_path / "out", format="awq")
 
 
 # --- engines -----------------------------------------------------------------------------------
@@ -479,7 +493,7 @@ def test_unknown_formats_are_refused(tmp_path):
 )
 def test_an_engine_that_cannot_serve_is_warned_of(tmp_path, engine, form, options, message):
     with pytest.warns(ExportWarning, match=message):
-        export(quantised(**options), tmp_path / "out", format=form, engine=engine)
+        export_checkpoint(quantised(**options), tmp_path / "out", format=form, engine=engine)
     assert (tmp_path / "out").exists()
 
 
@@ -487,13 +501,13 @@ def test_an_engine_that_cannot_serve_is_warned_of(tmp_path, engine, form, option
     ("engine", "form"), [(engine, form) for engine in SERVICES for form in SERVICES[engine]]
 )
 def test_an_engine_that_serves_gives_no_warning(tmp_path, engine, form):
-    export(quantised(), tmp_path / "out", format=form, engine=engine)
+    export_checkpoint(quantised(), tmp_path / "out", format=form, engine=engine)
 
 
 def test_services_are_of_known_formats_and_described():
     assert set(SERVICES) == {"transformers", "gptqmodel", "vllm", "llama.cpp"}
     assert {form for known in SERVICES.values() for form in known} == set(FORMATS)
-    assert all(f'"{form}"' in export.__doc__ for form in FORMATS)
+    assert all(f'"{form}"' in export_checkpoint.__doc__ for form in FORMATS)
 
 
 def test_unknown_engines_are_refused_before_anything_is_written(tmp_path):
@@ -501,7 +515,7 @@ def test_unknown_engines_are_refused_before_anything_is_written(tmp_path):
         ExportError,
         match="engine='tgi': give one of 'transformers', 'gptqmodel', 'vllm', 'llama.cpp', or None",
     ):
-        export(quantised(), tmp_path / "out", format="gptq", engine="tgi")
+        export_checkpoint(quantised(), tmp_path / "out", format="gptq", engine="tgi")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -511,6 +525,6 @@ def test_the_model_is_not_changed(tmp_path):
     with torch.no_grad():
         logits = model(TOKENS).logits
         for form in FORMATS:
-            export(model, Path(tmp_path, form), format=form)
+            export_checkpoint(model, Path(tmp_path, form), format=form)
         assert torch.equal(model(TOKENS).logits, logits)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())

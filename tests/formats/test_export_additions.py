@@ -4,7 +4,7 @@ import pytest
 import torch
 from export_models import UP, quantised
 
-from tsq_layers.formats import ExportError, export
+from tsq_layers.formats import ExportError, export_checkpoint
 from tsq_layers.numerics.basis import Basis
 from tsq_layers.numerics.weight import Outliers, QuantizedWeight
 from tsq_layers.runtime.linear import QuantLinear
@@ -49,9 +49,9 @@ def test_it_is_refused_by_name_with_the_cure(kind, form, tmp_path):
     model, message = changed(kind)
     for others in (False, True):
         with pytest.raises(ExportError, match=f"layer '{UP}' has .*{message}"):
-            export(model, tmp_path / "out", format=form, dequantize_others=others)
+            export_checkpoint(model, tmp_path / "out", format=form, dequantize_others=others)
     assert not (tmp_path / "out").exists()
 
 
 def test_the_same_model_without_it_is_written(tmp_path):
-    assert export(quantised(), tmp_path / "out", format="gptq").exists()
+    assert export_checkpoint(quantised(), tmp_path / "out", format="gptq").exists()

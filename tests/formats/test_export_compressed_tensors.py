@@ -8,7 +8,7 @@ from export_models import TOKENS, UP, digest, llama, quantised, tensors_of, writ
 from oracles.exports import compressed_weight
 from test_bitstream import GOLDEN, hexadecimal
 
-from tsq_layers.formats import ExportError, ExportWarning, export
+from tsq_layers.formats import ExportError, ExportWarning, export_checkpoint
 
 # SHA-256 of model.safetensors, by width and symmetry
 DIGESTS = {
@@ -20,7 +20,9 @@ DIGESTS = {
 
 
 def exported(model, folder, **options):
-    return tensors_of(export(model, folder / "out", format="compressed-tensors", **options))
+    return tensors_of(
+        export_checkpoint(model, folder / "out", format="compressed-tensors", **options)
+    )
 
 
 def quantization_config(folder):

@@ -8,7 +8,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast
 
 import tsq_layers as tsq
-from tsq_layers.formats import ExportError, export
+from tsq_layers.formats import ExportError, export_checkpoint
 from tsq_layers.formats.gguf import blocks as gguf_blocks
 from tsq_layers.formats.gguf import file as gguf_file
 from tsq_layers.formats.gguf import writing as gguf
@@ -29,7 +29,7 @@ HEADS = {"q_proj": 2, "k_proj": 1}
 
 
 def exported(model, folder, **options):
-    return export(model, folder / "out", format="gguf", **options)
+    return export_checkpoint(model, folder / "out", format="gguf", **options)
 
 
 def read(path):

@@ -10,7 +10,7 @@ from test_bitstream import GOLDEN, SYMMETRIC, SYMMETRIC_V1, hexadecimal
 from tokenizers import Tokenizer, models
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from tsq_layers.formats import ExportError, export
+from tsq_layers.formats import ExportError, export_checkpoint
 from tsq_layers.runtime.linear import QuantLinear
 
 # SHA-256 of model.safetensors, by width and symmetry
@@ -26,7 +26,7 @@ DIGESTS = {
 
 def exported(model, folder, **options):
     options = {"format": "gptq", **options}
-    return tensors_of(export(model, folder / "out", **options))
+    return tensors_of(export_checkpoint(model, folder / "out", **options))
 
 
 def quantization_config(folder):

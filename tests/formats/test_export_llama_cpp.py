@@ -9,7 +9,7 @@ from test_export_gguf import SPLITS
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from tsq_layers.formats import export
+from tsq_layers.formats import export_checkpoint
 from tsq_layers.formats.floats import Stored
 from tsq_layers.formats.gguf import writing as gguf
 from tsq_layers.formats.gguf.file import F32, GGUFTensor
@@ -100,13 +100,13 @@ def unpacked(monkeypatch):
 @pytest.mark.parametrize("bits", [4, 5, 8])
 def test_logits_are_the_same_but_for_rounded_inputs(tmp_path, bits):
     model = quantised(bits, 64)
-    assert difference(export(model, tmp_path / "out", format="gguf"), model) < 0.02
+    assert difference(export_checkpoint(model, tmp_path / "out", format="gguf"), model) < 0.02
 
 
 @pytest.mark.parametrize("bits", [4, 5, 8])
 def test_another_code_is_seen(tmp_path, bits):
     model = quantised(bits, 64)
-    path = export(model, tmp_path / "out", format="gguf")
+    path = export_checkpoint(model, tmp_path / "out", format="gguf")
     model.model.layers[1].mlp.down_proj.words.bitwise_xor_(1 << (bits - 2))
     assert difference(path, model) > 0.02
 
@@ -135,7 +135,7 @@ def test_everything_but_the_rounding_is_the_same(tmp_path, scaling):
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.1)
     model = quantised(8, model=model)
-    assert difference(export(model, tmp_path / "out", format="gguf"), model) < 1e-3
+    assert difference(export_checkpoint(model, tmp_path / "out", format="gguf"), model) < 1e-3
 
 
 @pytest.mark.usefixtures("unpacked")
@@ -147,12 +147,12 @@ def test_rows_in_another_order_or_another_rope_are_seen(tmp_path, monkeypatch, w
     }
     monkeypatch.setattr(gguf, wrong, others[wrong])
     model = quantised(8, model=sharp())
-    assert difference(export(model, tmp_path / "out", format="gguf"), model) > 0.01
+    assert difference(export_checkpoint(model, tmp_path / "out", format="gguf"), model) > 0.01
 
 
 def test_packed_embedding_gives_the_same_logits(tmp_path):
     model = quantised(8, model=llama(tie_word_embeddings=True), skip=(), embeddings=True)
-    assert difference(export(model, tmp_path / "out", format="gguf"), model) < 0.03
+    assert difference(export_checkpoint(model, tmp_path / "out", format="gguf"), model) < 0.03
 
 
 # --- tokenizers --------------------------------------------------------------------------------
@@ -197,7 +197,7 @@ def test_texts_are_split_in_the_same_way(tmp_path, name):
     else:
         tokenizer = trained_with_spaces()
     model = quantised(model=llama(vocab_size=512))
-    path = export(model, tmp_path / "out", format="gguf", tokenizer=tokenizer)
+    path = export_checkpoint(model, tmp_path / "out", format="gguf", tokenizer=tokenizer)
     loaded = llama_cpp.LlamaModel(
         str(path), llama_cpp.LlamaModelParams()
     )  # which must outlive its vocabulary

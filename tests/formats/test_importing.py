@@ -21,7 +21,7 @@ FORMATS = ["gptq", "gptq-v1", "compressed-tensors"]
 
 
 def exported(model, folder, form="gptq", **options):
-    return tsq.export(model, folder / "out", format=form, **options)
+    return tsq.export_checkpoint(model, folder / "out", format=form, **options)
 
 
 def changed_file(folder, **changes):
@@ -251,7 +251,7 @@ def test_dtype_is_as_asked(tmp_path):
 def test_it_is_saved_loaded_and_reported(tmp_path):
     model = quantised(3)
     found = tsq.import_checkpoint(exported(model, tmp_path))
-    report = tsq.report(found)
+    report = found.tsq_report
     assert (len(report.quantized), report.config.bits, report.layers[0].method) == (14, 3, None)
     assert report.size_before > report.size_after
     assert 0 < report.coverage < 1
@@ -259,7 +259,7 @@ def test_it_is_saved_loaded_and_reported(tmp_path):
     save_causal_lm(found, None, tmp_path / "own")
     loaded = load_causal_lm(tmp_path / "own")
     assert_same(loaded, model)
-    assert tsq.report(loaded) == report
+    assert loaded.tsq_report == report
     assert found.config.quantization_config.quant_method == "tsq"  # not the file's
 
 

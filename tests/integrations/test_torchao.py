@@ -107,7 +107,7 @@ def test_int8_of_torchao_on_the_layers_that_we_skip(model, batches, order):
         model = tsq.quantize(model, CONFIG, batches)
         skipped = {
             layer.name: layer.reason
-            for layer in tsq.report(model).layers
+            for layer in model.tsq_report.layers
             if layer.status == "skipped"
         }
         assert "Int8Tensor" in skipped["4"]

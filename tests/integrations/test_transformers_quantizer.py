@@ -631,4 +631,4 @@ def test_what_the_base_model_is_loaded_as_is_exported_as_the_same_kind(tmp_path:
     tsq.quantize(gpt2(), RTN).save_pretrained(tmp_path / "model")
     base = AutoModel.from_pretrained(tmp_path / "model")
     with pytest.raises(ExportError, match="'h.0.attn.c_attn' .Conv1D."):
-        tsq.export(base, tmp_path / "out", format="compressed-tensors")
+        tsq.export_checkpoint(base, tmp_path / "out", format="compressed-tensors")

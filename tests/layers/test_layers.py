@@ -60,7 +60,7 @@ class Plain(nn.Linear):
     """A subclass that computes the same."""
 
 
-DOUBLED = tsq.LayerKind(
+DOUBLED = tsq.layers.LayerKind(
     name="Doubled",
     matches=lambda module: type(module) is Doubled,
     twin=lambda module, matrix: QuantDoubled(matrix).train(module.training),
@@ -90,16 +90,18 @@ class SplitPair(nn.Module):
         return self.second(torch.tanh(self.first(x)))
 
 
-PAIR = tsq.Composite(name="Pair", matches=lambda module: type(module) is Pair, split=SplitPair)
+PAIR = tsq.layers.Composite(
+    name="Pair", matches=lambda module: type(module) is Pair, split=SplitPair
+)
 
 
 @pytest.fixture
 def registered():
     for known in (DOUBLED, PAIR):
-        tsq.register(known)
+        tsq.layers.register(known)
     yield
     for known in (DOUBLED, PAIR):
-        tsq.unregister(known.name)
+        tsq.layers.unregister(known.name)
 
 
 def test_own_kind_is_quantised_saved_and_loaded(registered, tmp_path):
@@ -131,20 +133,20 @@ def test_own_composite_is_split_quantised_saved_and_loaded(registered, tmp_path)
 def test_checkpoint_with_an_own_kind_says_that_it_must_be_registered(tmp_path):
     model = nn.Sequential(Doubled(16, 24), nn.Linear(24, 8))
     fresh = copy.deepcopy(model)
-    tsq.register(DOUBLED)
+    tsq.layers.register(DOUBLED)
     try:
         tsq.save(tsq.quantize(model, CONFIG, [rows()]), tmp_path)
     finally:
-        tsq.unregister("Doubled")
+        tsq.layers.unregister("Doubled")
     with pytest.raises(tsq.errors.CheckpointError, match=r"layer '0'.*Doubled.*registered"):
         tsq.load(tmp_path, fresh)
 
 
 def test_what_is_no_kind_is_refused_and_unknown_names_are_told():
     with pytest.raises(ConfigError, match="give a LayerKind, or a Composite"):
-        tsq.register(nn.Linear)
+        tsq.layers.register(nn.Linear)
     with pytest.raises(ConfigError, match=r"unregister\('Nothing'\).*'Linear'"):
-        tsq.unregister("Nothing")
+        tsq.layers.unregister("Nothing")
 
 
 def test_subclass_that_computes_the_same_is_quantised_and_one_that_does_not_is_named():
@@ -153,7 +155,7 @@ def test_subclass_that_computes_the_same_is_quantised_and_one_that_does_not_is_n
         ("0", "quantized"),
         ("1.weight", "not supported"),
     ]
-    assert "tsq_layers.register" in entry(model, "1.weight").reason
+    assert "tsq_layers.layers.register" in entry(model, "1.weight").reason
 
 
 @pytest.mark.parametrize(
@@ -164,7 +166,7 @@ def test_subclass_that_computes_the_same_is_quantised_and_one_that_does_not_is_n
         (prune.l1_unstructured(nn.Linear(16, 16), "weight", 0.5), "prune.remove"),
         (nn.LSTM(16, 16), "quantize_dynamic"),
         (nn.GRUCell(16, 16), "quantize_dynamic"),
-        (nn.Bilinear(16, 16, 4), "tsq_layers.register"),
+        (nn.Bilinear(16, 16, 4), "tsq_layers.layers.register"),
         (nn.Embedding(16, 16, max_norm=1.0), "without max_norm"),
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
@@ -394,12 +396,12 @@ def test_attention_that_is_skipped_is_split_all_the_same():
 
 def test_unprepare_gives_back_the_original_with_a_new_dtype():
     model = nn.Sequential(Pair())
-    tsq.register(PAIR)
+    tsq.layers.register(PAIR)
     try:
         tsq.prepare(model, CONFIG).double()
         tsq.unprepare(model)
     finally:
-        tsq.unregister("Pair")
+        tsq.layers.unregister("Pair")
     assert isinstance(model[0], Pair)
     assert model[0].weights.dtype == torch.float64
 

@@ -74,7 +74,7 @@ def test_the_program_holds_packed_weights(tmp_path):
     assert len(words) == 7
     weights = {
         layer.name: layer.weights
-        for layer in tsq.report(model.model).layers
+        for layer in model.model.tsq_report.layers
         if layer.status == "quantized"
     }
     assert sum(tensor.numel() * 32 for tensor in words) == 2 * sum(weights.values())

@@ -309,9 +309,9 @@ def test_held_out_losses_are_relative_to_the_held_out_outputs() -> None:
     wrapped = torch.nn.Sequential(model)
     expected = model.weight.detach().clone()
     other = 10 * torch.randn(50, K)
-    layer = tsq.report(
-        tsq.quantize(wrapped, QuantConfig(bits=3, group_size=GROUP), [x], held_out=[other])
-    ).layers[0]
+    layer = tsq.quantize(
+        wrapped, QuantConfig(bits=3, group_size=GROUP), [x], held_out=[other]
+    ).tsq_report.layers[0]
     difference = wrapped[0].dequantize(torch.float32) - expected
     ratio = float((other @ difference.T).square().sum() / (other @ expected.T).square().sum())
     assert layer.held_out_losses["refine"] == pytest.approx(ratio, rel=1e-3)

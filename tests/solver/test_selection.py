@@ -167,7 +167,7 @@ def test_calibration_chooses_for_each_layer_and_reports_it() -> None:
     model = nn.Sequential(nn.Linear(K, 24), nn.ReLU(), nn.Linear(24, K), nn.Tanh(), nn.Linear(K, 4))
     data = [torch.randn(64, K) for _ in range(5)]
     config = QuantConfig(bits=2, group_size=4, deviation_strength="auto", damping="auto")
-    report = tsq.report(tsq.quantize(model, config, data))
+    report = tsq.quantize(model, config, data).tsq_report
     assert [layer.tokens for layer in report.layers] == [
         320
     ] * 3  # those that were held out are fitted in the end
@@ -237,7 +237,7 @@ def test_padding_does_not_change_what_is_chosen() -> None:
     config = QuantConfig(
         bits=2, group_size=4, damping="auto", deviation_strength="auto", deviation_damping="auto"
     )
-    plain, other = (tsq.report(tsq.quantize(Net(), config, batches)).layers for batches in calls)
+    plain, other = (tsq.quantize(Net(), config, batches).tsq_report.layers for batches in calls)
     for one, two in zip(plain, other, strict=True):
         assert one.tokens == two.tokens == 1200
         assert (one.damping, one.deviation_strength) == (two.damping, two.deviation_strength)

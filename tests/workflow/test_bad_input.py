@@ -19,6 +19,7 @@ from tsq_layers.errors import (
     TSQError,
     UnmatchedPatternWarning,
 )
+from tsq_layers.reports import report_of
 
 CONFIG = tsq.QuantConfig(bits=4, group_size=16)
 
@@ -198,7 +199,7 @@ def test_calls_on_an_unprepared_model_say_what_to_call_first():
     with pytest.raises(StateError, match="unprepare needs a prepared model"):
         tsq.unprepare(before.model)
     with pytest.raises(StateError, match="was not converted"):
-        tsq.report(before.model)
+        report_of(before.model)
     before.check()
 
 
@@ -206,7 +207,7 @@ def test_calibrate_twice_is_refused_and_the_first_result_stays():
     model = tsq.calibrate(tsq.prepare(net(), CONFIG), good())
     with pytest.raises(StateError, match="already calibrated"):
         tsq.calibrate(model, [rows(seed=7)])
-    assert tsq.report(tsq.convert(model)).quantized[0].tokens == 900
+    assert tsq.convert(model).tsq_report.quantized[0].tokens == 900
 
 
 def test_convert_without_data_is_refused():
@@ -421,7 +422,7 @@ def test_one_token_is_enough_to_run():
 def test_layer_that_is_given_no_tokens_is_named():
     with pytest.warns(SkippedLayerWarning, match="first, last"):
         model = tsq.quantize(net(), CONFIG, [rows(0)])
-    assert [layer.status for layer in tsq.report(model).layers] == ["never called"] * 2
+    assert [layer.status for layer in model.tsq_report.layers] == ["never called"] * 2
 
 
 def test_batches_of_zeros_are_quantised():

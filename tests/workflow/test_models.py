@@ -107,7 +107,7 @@ def test_all_layers_are_quantised(make):
     assert {name for name, m in model.named_modules() if isinstance(m, tsq.QuantLinear)} == LAYERS[
         make.original
     ]
-    report = tsq.report(model)
+    report = model.tsq_report
     assert {layer.name for layer in report.quantized} == LAYERS[make.original]
     assert {layer.kind for layer in report.quantized} == {
         "Conv1D" if make.original is gpt2 else "Linear"
@@ -182,7 +182,7 @@ def test_saved_and_loaded_model_gives_the_same_bits(make, tmp_path):
     tsq.save(model, tmp_path / "model")
     loaded = tsq.load(tmp_path / "model", make())
     assert torch.equal(logits(loaded, data[0]), logits(model, data[0]))
-    assert tsq.report(loaded) == tsq.report(model)
+    assert loaded.tsq_report == model.tsq_report
 
 
 def test_layers_with_the_same_input_are_one_stage_across_t5s_decoder():
@@ -190,7 +190,7 @@ def test_layers_with_the_same_input_are_one_stage_across_t5s_decoder():
     model = tsq.quantize(t5(), CONFIG, batches(t5))
     together = {f"decoder.block.{i}.layer.1.EncDecAttention.{x}" for i in range(2) for x in "kv"}
     shared = {
-        layer.name: set(layer.shared_with) | {layer.name} for layer in tsq.report(model).quantized
+        layer.name: set(layer.shared_with) | {layer.name} for layer in model.tsq_report.quantized
     }
     for name in together:
         assert shared[name] == together
@@ -211,7 +211,7 @@ def test_padding_on_the_right_changes_hardly_anything():
         torch.manual_seed(0)
         model = tsq.quantize(llama(), CONFIG, [{"input_ids": tokens, "attention_mask": which}])
         found.append(model)
-        assert {layer.tokens for layer in tsq.report(model).quantized} == {32 * 12}
+        assert {layer.tokens for layer in model.tsq_report.quantized} == {32 * 12}
     one, two = (m.model.layers[1].mlp.down_proj.quantized_weight().codes for m in found)
     assert (one != two).float().mean() < 0.05
 
@@ -240,7 +240,7 @@ def test_branches_that_some_batches_take_are_quantised_from_those():
     before = [model(*batch).detach() for batch in data]
     with pytest.warns(tsq.errors.FewTokensWarning, match=r"statistics of all experts: experts\.3;"):
         model = tsq.quantize(model, CONFIG.changed(bits=8, group_size=16), data)
-    tokens = {layer.name: layer.tokens for layer in tsq.report(model).quantized}
+    tokens = {layer.name: layer.tokens for layer in model.tsq_report.quantized}
     assert tokens == {
         "up": 3200,
         "experts.0": 1280,
@@ -249,7 +249,7 @@ def test_branches_that_some_batches_take_are_quantised_from_those():
         "experts.3": 0,
         "down": 3200,
     }
-    assert [layer.name for layer in tsq.report(model).layers if layer.status == "fallback"] == [
+    assert [layer.name for layer in model.tsq_report.layers if layer.status == "fallback"] == [
         "experts.3"
     ]
     for batch, expected in zip(data, before, strict=True):

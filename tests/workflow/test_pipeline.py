@@ -566,7 +566,7 @@ def test_root_layer_returns_its_twin():
     assert hooks(linear) == 0
     assert "_tsq_preparation" not in vars(linear)
     assert torch.allclose(model(x), F.linear(x, model.weight, linear.bias), atol=1e-5)
-    assert tsq.report(model).layers[0].name == ""
+    assert model.tsq_report.layers[0].name == ""
 
 
 def test_layer_called_in_a_loop_is_seen_at_all_calls_and_solved_once(seen):
@@ -878,7 +878,7 @@ def test_report_numbers_add_up():
     batches, float_model = ids(), toy()
     expected = sum(p.numel() * 4 for p in float_model.parameters())
     model = tsq.quantize(float_model, CONFIG, batches)
-    report = tsq.report(model)
+    report = model.tsq_report
     assert report is model.tsq_report
     assert report.config == CONFIG
     assert report.paired

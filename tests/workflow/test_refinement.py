@@ -216,12 +216,12 @@ def test_report_says_what_it_did():
     reference = network()
     model = made(reference)
     tsq.refine(model, reference, data(), held_out=data(1, seed=3))
-    for layer in tsq.report(model).layers:
+    for layer in model.tsq_report.layers:
         assert layer.losses["refine"] <= layer.losses["assign"]
         assert "refine" in layer.held_out_losses
         assert (layer.method, layer.bits, layer.status) == ("rtn", 3, "quantized")
         assert layer.tokens == 1024
-    assert tsq.report(model).paired
+    assert model.tsq_report.paired
 
 
 def test_a_model_without_a_report_gets_one():
@@ -229,7 +229,7 @@ def test_a_model_without_a_report_gets_one():
     model = made(reference)
     del model.tsq_report
     tsq.refine(model, reference, data())
-    assert len(tsq.report(model).quantized) == 3
+    assert len(model.tsq_report.quantized) == 3
 
 
 def test_attention_and_convolutions_are_refined():
@@ -264,13 +264,13 @@ def test_a_shared_matrix_and_a_quantised_table_stay_what_they_are():
 @pytest.mark.parametrize("form", ["gptq", "compressed-tensors"])
 def test_a_checkpoint_of_another_tool_is_refined_and_written_back(tmp_path, form):
     reference = llama()
-    there = tsq.export(
+    there = tsq.export_checkpoint(
         quantised(3, model=copy.deepcopy(reference)), tmp_path / "theirs", format=form
     )
     model = tsq.import_checkpoint(there)
     before = matrices(model)
     tsq.refine(model, reference, [torch.randint(48, (8, 32)) for _ in range(4)])
-    back = tsq.import_checkpoint(tsq.export(model, tmp_path / "ours", format=form))
+    back = tsq.import_checkpoint(tsq.export_checkpoint(model, tmp_path / "ours", format=form))
     for name, weight in matrices(back).items():
         assert torch.equal(weight.codes, before[name].codes)
         assert not torch.equal(weight.scales, before[name].scales)

@@ -193,6 +193,6 @@ def test_kept_zeros_cost_less_than_zeros_written_over_the_codes():
 def test_layers_with_the_mask_still_on_are_left_alone_and_the_report_says_what_to_do():
     model, _, batches = pruned()
     model = tsq.quantize(model, CONFIG, batches)
-    reports = {layer.name: layer for layer in tsq.report(model).layers}
+    reports = {layer.name: layer for layer in model.tsq_report.layers}
     assert reports["4"].status == "quantized"
     assert "parametrization" in reports["0.parametrizations.weight.original"].reason

@@ -5,14 +5,13 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import tsq_layers as tsq
 from tsq_layers.cli import models, options
 from tsq_layers.cli.output import write
 from tsq_layers.errors import ConfigError
 from tsq_layers.formats.tsq.description import DESCRIPTION_FILE, Description
 from tsq_layers.formats.tsq.headers import description_from_headers, is_described, outlined
 from tsq_layers.integrations.transformers.texts import read_text
-from tsq_layers.reports import STEPS, LayerReport, Report, format_bytes
+from tsq_layers.reports import STEPS, LayerReport, Report, format_bytes, report_of
 from tsq_layers.reports.table import aligned
 
 _OBJECTIVES = ("assign", "descent", "exact")
@@ -54,7 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
 def _report(directory: Path) -> Report:
     path = directory / DESCRIPTION_FILE
     if models.is_foreign(directory):
-        return tsq.report(models.load(directory))
+        return report_of(models.load(directory))
     described = is_described(directory)
     outline = None if described else outlined(directory)
     if outline is None and not described:

@@ -138,7 +138,7 @@ def save(
         told = f"saved in {arguments.out}; tsq inspect {arguments.out} shows every layer"
     else:
         try:
-            out = tsq.export(
+            out = tsq.export_checkpoint(
                 model,
                 out,
                 format=arguments.format,

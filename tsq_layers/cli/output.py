@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import nn
 
-import tsq_layers as tsq
-from tsq_layers.reports import STEPS
+from tsq_layers.reports import STEPS, report_of
 
 
 def write(line: str = "") -> None:
@@ -19,7 +18,7 @@ def write(line: str = "") -> None:
 
 def write_summary(model: nn.Module) -> None:
     """The first lines of a model's report."""
-    for line in str(tsq.report(model)).split("\n\n")[0].splitlines():
+    for line in str(report_of(model)).split("\n\n")[0].splitlines():
         write(line)
 
 
@@ -30,7 +29,7 @@ def write_json(values: Any) -> None:
 
 def summary(model: nn.Module, out: Path, form: str) -> dict[str, Any]:
     """What programs are told about a model that was written."""
-    report = tsq.report(model)
+    report = report_of(model)
     losses = {
         step: sum(values) / len(values)
         for step in STEPS

@@ -1,15 +1,22 @@
-"""Name the versions of the libraries that a result depends on."""
+"""Name the version of this library, and of the libraries that a result depends on."""
 
-import importlib.metadata
 import platform
 
 import torch
 
+VERSION = "0.2.0"
+"""The version of this library; the build reads it from here."""
+
 
 def library_versions() -> dict[str, str]:
-    """Versions of this library, torch and Python, as :class:`Report` holds them."""
-    try:
-        own = importlib.metadata.version("tsq_layers")
-    except importlib.metadata.PackageNotFoundError:  # run from a source tree that was not installed
-        own = "not installed"
-    return {"tsq_layers": own, "torch": torch.__version__, "python": platform.python_version()}
+    """Return the versions of this library, torch and Python, as a report holds them.
+
+    Example:
+        >>> library_versions()["tsq_layers"] == VERSION
+        True
+    """
+    return {
+        "tsq_layers": VERSION,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }

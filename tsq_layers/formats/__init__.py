@@ -6,7 +6,7 @@ Imports take over codes and scales exactly.
 """
 
 from tsq_layers.errors import ExportError, ExportWarning
-from tsq_layers.formats.exporting import export
+from tsq_layers.formats.exporting import export_checkpoint
 from tsq_layers.formats.importing import import_checkpoint
 
-__all__ = ["ExportError", "ExportWarning", "export", "import_checkpoint"]
+__all__ = ["ExportError", "ExportWarning", "export_checkpoint", "import_checkpoint"]

@@ -47,7 +47,7 @@ class Format:
     in_model_dtype: bool = True
 
 
-def export(
+def export_checkpoint(
     model: nn.Module,
     directory: str | os.PathLike[str],
     *,
@@ -107,7 +107,7 @@ def export(
         ...     vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2))
         >>> model = tsq.quantize(model, tsq.QuantConfig(bits=4, group_size=32, symmetric=True, method="rtn"))
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     sorted(path.name for path in export(model, Path(folder, "out"), format="gptq").iterdir())
+        ...     sorted(path.name for path in export_checkpoint(model, Path(folder, "out"), format="gptq").iterdir())
         ['config.json', 'generation_config.json', 'model.safetensors']
     """
     if engine is not None:

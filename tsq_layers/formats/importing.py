@@ -81,7 +81,7 @@ def import_checkpoint(
         ...     vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2))
         >>> model = tsq.quantize(model, tsq.QuantConfig(bits=3, group_size=32, method="rtn"))
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     there = tsq.export(model, Path(folder, "out"), format="gptq")
+        ...     there = tsq.export_checkpoint(model, Path(folder, "out"), format="gptq")
         ...     back = import_checkpoint(there)
         >>> torch.equal(back.model.layers[0].mlp.up_proj.weight, model.model.layers[0].mlp.up_proj.weight)
         True

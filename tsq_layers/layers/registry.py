@@ -90,7 +90,7 @@ def why_not(module: nn.Module) -> str:
     name = type(module).__name__
     return next((reason for applies, reason in _reasons(module) if applies), "").format(
         name=name
-    ) or (f"{name} is no layer that is known; tsq_layers.register can teach it")
+    ) or (f"{name} is no layer that is known; tsq_layers.layers.register can teach it")
 
 
 def _reasons(module: nn.Module) -> Iterator[tuple[bool, str]]:
@@ -121,7 +121,7 @@ def _reasons(module: nn.Module) -> Iterator[tuple[bool, str]]:
     )
     yield (
         isinstance(module, (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)),
-        "{name} computes something of its own around its weight; tsq_layers.register can teach it",
+        "{name} computes something of its own around its weight; tsq_layers.layers.register can teach it",
     )
 
 

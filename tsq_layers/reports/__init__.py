@@ -1,7 +1,7 @@
 """Tell what happened to every layer: as data, as JSON, as a table of plain text, as a picture and as a page."""
 
 from tsq_layers.reports.layer import STEPS, LayerReport, Status
-from tsq_layers.reports.model import report
+from tsq_layers.reports.model import report_of
 from tsq_layers.reports.parameter import ParameterReport
 from tsq_layers.reports.report import SCHEMA_VERSION, Report
 from tsq_layers.reports.table import format_bytes
@@ -14,5 +14,5 @@ __all__ = [
     "Report",
     "Status",
     "format_bytes",
-    "report",
+    "report_of",
 ]

@@ -43,7 +43,7 @@ def prepare(model: nn.Module, config: QuantConfig) -> nn.Module:
     form: H from the full-precision model, no deviation.
 
     Args:
-        model: any module on a real device. Targets are its layers of every kind that is registered (:func:`tsq_layers.register`):
+        model: any module on a real device. Targets are its layers of every kind that is registered (:func:`tsq_layers.layers.register`):
             linear layers, convolutions, embeddings if ``config`` says so, and the linear layers of which attention
             modules and fused experts consist.
         config: what to do with each.

@@ -30,6 +30,7 @@ from tsq_layers.integrations.transformers.causal_lm import (
 )
 from tsq_layers.integrations.transformers.texts import read_tokens, windows
 from tsq_layers.numerics.memory import model_bytes
+from tsq_layers.reports import report_of
 
 Write = Callable[[str], None]
 
@@ -221,7 +222,7 @@ def _quantised_row(material: Material, case: Case) -> Row:
             model, case.config, material.calibration if case.config.needs_calibration else None
         )
     seconds = time.perf_counter() - started
-    report = tsq.report(model)
+    report = report_of(model)
     row = Row(
         method=case.method,
         bits=case.bits,
