@@ -76,9 +76,10 @@ def _solver_speed(config: str, device: torch.device) -> tuple[float, float]:
 
 
 def _plain(config: QuantConfig) -> str:
-    """What decides the solver's speed; text, because a configuration has no hash."""
+    """Return what decides the solver's speed, as text: a configuration has no hash."""
     names = ("method", "group_size", "grid_metric", "refine", "refine_sweeps")
-    return QuantConfig(**{name: getattr(config, name) for name in names}).to_json()
+    values = config.values()
+    return QuantConfig(**{name: values[name] for name in names if name in values}).to_json()
 
 
 def _solved(config: QuantConfig, rows: int, device: torch.device) -> float:
