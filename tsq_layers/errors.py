@@ -86,6 +86,10 @@ class SameInputWarning(TSQWarning):
     """Layers that shared their input in the recording pass did not share it in another pass."""
 
 
+class HostWarning(TSQWarning):
+    """A framework cannot save the quantised model: its integration is not installed."""
+
+
 class CompileWarning(TSQWarning):
     """Compiling does not work here: neither this library's own operations, nor else ``torch.compile``; layers run slower."""
 

@@ -4,6 +4,7 @@ import math
 import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -33,6 +34,11 @@ def make_report(*layers: LayerReport) -> Report:
     return Report(
         layers=layers, config=QuantConfig(), size_before=4, size_after=1, paired=True, seconds=1.0
     )
+
+
+def picture_of(report: Report) -> Any:
+    """The picture of a report."""
+    return picture(report.layers, report.bits_per_weight)
 
 
 LAYERS = [
@@ -83,7 +89,7 @@ def test_matplotlib_is_left_as_it_was(tmp_path: Path) -> None:
 
 def test_points_are_the_losses() -> None:
     held_out = [layer("a", 0.5, held_out_losses={"assign": 0.9, "refine": 0.7}), layer("b", 0.25)]
-    panel = picture(make_report(*held_out)).axes[0]
+    panel = picture_of(make_report(*held_out)).axes[0]
     drawn = {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in panel.lines}
     assert drawn == {
         "initialize": [(0, 1.5), (1, 0.75)],
@@ -96,7 +102,7 @@ def test_points_are_the_losses() -> None:
 
 def test_losses_that_have_no_place_are_left_out() -> None:
     losses = [0.1, 0.0, math.nan, math.inf, -1.0, 0.01]
-    panel = picture(make_report(*(layer("a", losses={"refine": v}) for v in losses))).axes[0]
+    panel = picture_of(make_report(*(layer("a", losses={"refine": v}) for v in losses))).axes[0]
     assert list(zip(*panel.lines[0].get_data(), strict=True)) == [(0, 0.1), (5, 0.01)]
 
 
@@ -104,7 +110,7 @@ def test_losses_that_have_no_place_are_left_out() -> None:
 def test_bars_are_stacked(count: int) -> None:
     seconds = {"refine": 2.0, "factorise": 1.0, "polish": 4.0}
     layers = [layer(f"a.{i}", bits=2 + i % 2, seconds=seconds) for i in range(count)]
-    _, bits, time = picture(make_report(*layers)).axes
+    _, bits, time = picture_of(make_report(*layers)).axes
     if count == 8:
         assert [bar.get_height() for bar in bits.containers[0]] == [2, 3] * 4
         assert [bar.get_y() for bar in bits.containers[1]] == [2, 3] * 4
@@ -123,10 +129,10 @@ def test_bars_are_stacked(count: int) -> None:
 
 def test_layers_that_were_not_quantized_are_not_drawn() -> None:
     skipped = LayerReport(name="b", kind="Linear", rows=1, columns=1, status="skipped")
-    panel = picture(make_report(layer("a"), skipped, layer("c"))).axes[0]
+    panel = picture_of(make_report(layer("a"), skipped, layer("c"))).axes[0]
     assert [
         label.get_text()
-        for label in picture(make_report(layer("a"), skipped, layer("c")))
+        for label in picture_of(make_report(layer("a"), skipped, layer("c")))
         .axes[-1]
         .get_xticklabels()
     ] == ["a", "c"]
@@ -159,20 +165,20 @@ def test_picture_of_a_report_that_lacks_something(
 
 def test_many_layers_get_the_median_of_each_block(tmp_path: Path) -> None:
     layers = [layer(f"layers.{i // 100}.x.{i % 100}", 1.0 + i // 100) for i in range(600)]
-    figure = picture(make_report(*layers))
+    figure = picture_of(make_report(*layers))
     (medians,) = [
         part for part in figure.axes[0].collections if part.get_label().startswith("median")
     ]
     assert [tuple(line[:, 1]) for line in medians.get_segments()] == [(v, v) for v in range(1, 7)]
     assert not any(
         part.get_label().startswith("median")
-        for part in picture(make_report(*layers[:200])).axes[0].collections
+        for part in picture_of(make_report(*layers[:200])).axes[0].collections
     )
 
 
 def test_figures_grow_with_the_model_up_to_a_page() -> None:
     widths = [
-        picture(make_report(*(layer(f"a.{i}") for i in range(n)))).get_size_inches()[0]
+        picture_of(make_report(*(layer(f"a.{i}") for i in range(n)))).get_size_inches()[0]
         for n in (2, 100, 1000)
     ]
     assert widths == [7.0, 10.0, 18.0]

@@ -10,6 +10,7 @@ import sys
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -81,6 +82,11 @@ def make_report(*layers: LayerReport, **more: object) -> Report:
         "parameters": (parameter("w", 2048), parameter("b", shape=(512,))),
     }
     return Report(**{**values, **more})  # type: ignore[arg-type]
+
+
+def of(report: Report) -> tuple[Any, ...]:
+    """What the upper part of the page shows."""
+    return report.totals, report.layers, report.parameters
 
 
 def page_of(report: Report, path: Path, **more: str) -> str:
@@ -333,7 +339,7 @@ def test_settings_are_words(tmp_path: Path) -> None:
 
 def test_size_bars_add_up() -> None:
     report = make_report(size_before=10_240, size_after=4096)
-    (_, before, first), (_, after, second) = sizes(report)
+    (_, before, first), (_, after, second) = sizes(*of(report))
     assert (before, after) == (10_240, 4096)
     assert [part.note for part in first] == ["8.19 kB", "2.05 kB"]
     assert [part.share for part in first] == pytest.approx([0.8, 0.2])
@@ -341,7 +347,7 @@ def test_size_bars_add_up() -> None:
 
 
 def test_size_bars_of_a_report_without_parameters_count_bits() -> None:
-    (_, _, first), (_, _, second) = sizes(make_report(parameters=(), size_after=100_000))
+    (_, _, first), (_, _, second) = sizes(*of(make_report(parameters=(), size_after=100_000)))
     packed = 12 * 64 * 32 * 4.5 / 8
     assert [part.share for part in first] == [1.0]
     assert [part.share for part in second] == pytest.approx(
@@ -351,7 +357,7 @@ def test_size_bars_of_a_report_without_parameters_count_bits() -> None:
 
 def test_coverage_bar_adds_up_and_groups_what_is_small() -> None:
     many = [parameter(f"p{i}", shape=(20 - i,), reason="abcdefghijkl"[i]) for i in range(12)]
-    parts = coverage_parts(make_report(parameters=(parameter("w", 2048), *many)))
+    parts = coverage_parts(*of(make_report(parameters=(parameter("w", 2048), *many))))
     assert sum(part.share for part in parts) == pytest.approx(1)
     assert [part.label for part in parts] == ["quantised", *"abcdefg", "5 other reasons"]
     assert len({part.style for part in parts}) == len(parts)
@@ -369,7 +375,7 @@ def test_kept_parameters_that_differ_in_numbers_are_one_row() -> None:
 
 
 def test_tiles_without_a_loss_say_so() -> None:
-    shown = {tile.label: tile for tile in tiles(make_report(layer("a", losses={})))}
+    shown = {tile.label: tile for tile in tiles(*of(make_report(layer("a", losses={}))))}
     assert (shown["Output error"].value, shown["Output error"].note) == ("–", "not measured")
 
 

@@ -18,7 +18,7 @@ from tsq_layers.reports import (
     ParameterReport,
     Report,
     format_bytes,
-    report,
+    report_of,
     table,
 )
 from tsq_layers.reports.gaps import by_reason
@@ -202,7 +202,7 @@ def test_reasons_that_differ_in_numbers_are_one() -> None:
     other = ParameterReport(
         name="b", shape=(10,), dtype="float32", quantized=9, reason="# of # unused"
     )
-    gaps = by_reason(make_report(parameters=(*more, other)))
+    gaps = by_reason(make_report().layers, (*more, other))
     assert [(gap.reason, gap.names, gap.entries) for gap in gaps] == [
         ("… of 8 unused", ("layers.2.w", "layers.1.w"), 3),
         ("# of # unused", ("b",), 1),
@@ -213,7 +213,7 @@ def test_reasons_that_differ_in_numbers_are_one() -> None:
 
 
 def test_gaps_of_a_report_without_parameters_are_its_layers() -> None:
-    (gap,) = by_reason(make_report())
+    (gap,) = by_reason(make_report().layers, ())
     assert (gap.reason, gap.kind, gap.names, gap.entries, gap.share) == (
         "by name",
         "layers",
@@ -474,14 +474,14 @@ def test_format_bytes(count: int, text: str) -> None:
 def test_report_returns_what_the_model_carries() -> None:
     model = nn.Linear(2, 2)
     model.tsq_report = make_report()  # type: ignore[assignment]
-    assert report(model) is model.tsq_report
+    assert report_of(model) is model.tsq_report
 
 
 def test_report_of_a_model_that_was_not_converted_says_what_to_do() -> None:
     with pytest.raises(
         StateError, match=r"Linear has no report: it was not converted. Call tsq.quantize"
     ):
-        report(nn.Linear(2, 2))
+        report_of(nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

@@ -15,7 +15,7 @@ from tsq_layers.solver import problem as objective
 SEEDS = range(8)
 WAYS = {
     "two-stage": {},
-    "gptq": {"method": "gptq", "deviation": "none"},
+    "gptq": {"method": "gptq"},
     "symmetric": {"symmetric": True},
 }
 

@@ -51,7 +51,7 @@ def test_strength_is_the_best_of_the_list_by_brute_force(fitted_tokens: int) -> 
         errors[strength] = (
             (x @ problem.refine_target.T - reference @ weight().T).square().mean().item()
         )
-    assert chosen.deviation_strength == min(errors, key=errors.__getitem__)
+    assert chosen.options.deviation_strength == min(errors, key=errors.__getitem__)
 
 
 def test_damping_of_the_deviation_is_the_best_of_the_list_by_brute_force() -> None:
@@ -64,8 +64,8 @@ def test_damping_of_the_deviation_is_the_best_of_the_list_by_brute_force() -> No
         errors[damping] = (
             (x @ problem.refine_target.T - reference @ weight().T).square().mean().item()
         )
-    assert chosen.deviation_damping == min(errors, key=errors.__getitem__)
-    assert chosen.deviation_strength == 1.0
+    assert chosen.options.deviation_damping == min(errors, key=errors.__getitem__)
+    assert chosen.options.deviation_strength == 1.0
 
 
 def test_damping_of_the_deviation_regresses_the_wanted_outputs_by_hand() -> None:
@@ -113,7 +113,7 @@ def test_damping_is_the_best_of_the_list_by_brute_force(seed: int) -> None:
             .weight.dequantize(torch.float32)
         )
         errors[damping] = (x @ found.T - reference @ weight().T).square().mean().item()
-    assert errors[chosen.damping] <= min(errors.values()) * (1 + 1e-4)  # type: ignore[index]
+    assert errors[chosen.options.damping] <= min(errors.values()) * (1 + 1e-4)  # type: ignore[index]
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def solve(**changes: Any) -> Callable[[], object]:
 
 
 WAYS = {
-    "gptq": ({"method": "gptq", "deviation": "none"}, 1),
+    "gptq": ({"method": "gptq"}, 1),
     "two-stage": ({}, 1),
     "two-stage, one stream": ({"deviation": "none"}, 1),
     "R with a damping of its own": ({"deviation_damping": 0.1}, 2),
@@ -78,7 +78,7 @@ def test_matrix_is_factorised_once_for_each_damping_and_never_inverted(
 @pytest.mark.parametrize(
     ("changes", "products"),
     [
-        ({"method": "gptq", "deviation": "none"}, 3.8),
+        ({"method": "gptq"}, 3.8),
         ({"deviation": "none"}, 6.4),
         ({}, 8.4),
         ({"zero_points": "float"}, 8.45),

@@ -329,7 +329,7 @@ def test_tables_that_cannot_be_are_refused(changes: dict[str, Any]) -> None:
         tsq.QuantConfig(**{"bits": 3, "method": "lnq", **changes})
 
 
-def test_what_is_for_another_method_changes_nothing() -> None:
+def test_what_is_for_another_method_changes_nothing_in_files_of_version_0_1() -> None:
     given = {
         "zero_points": "float",
         "outliers": 0.1,
@@ -337,9 +337,9 @@ def test_what_is_for_another_method_changes_nothing() -> None:
         "joint_rounds": 2,
         "codebook": "group",
     }
+    fields = {"schema_version": 1, "bits": 3, "group_size": 16, "method": "cdquant"}
     plain, other = (
-        quantized_with(tsq.QuantConfig(bits=3, group_size=16, method="cdquant", **more))
-        for more in ({}, given)
+        quantized_with(tsq.QuantConfig.from_dict({**fields, **more})) for more in ({}, given)
     )
     assert_equal_models(plain, other, inputs(20, WIDTH, seed=9))
 

@@ -1093,7 +1093,7 @@ def test_scales_that_their_dtype_cannot_hold_are_warned_of(factor, options):
     assert (wide[0].dequantize(torch.float32) - expected).norm() < 0.2 * expected.norm()
 
 
-@pytest.mark.parametrize("at", ["replace", "model_bytes", "tell_host"])
+@pytest.mark.parametrize("at", ["replace", "model_bytes", "tell_hosts"])
 def test_whatever_interrupts_convert_the_model_is_still_calibrated(at, monkeypatch):
     torch.manual_seed(0)
     model = nn.Sequential(nn.MultiheadAttention(16, 2, batch_first=True), nn.Linear(16, 8))
@@ -1152,7 +1152,7 @@ def test_observers_are_back_where_convert_was_interrupted(monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(conversion, "tell_host", interrupt)
+        patched.setattr(conversion, "tell_hosts", interrupt)
         tsq.convert(model)
     model(torch.randn(300, 16))
     assert tsq.convert(model).tsq_report.quantized[0].tokens == 600

@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from tsq_layers.config import QuantConfig
-from tsq_layers.planning.plan import StagePlan
+from tsq_layers.planning.stage_plan import StagePlan
 
 
 @dataclass(frozen=True)

@@ -6,85 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
-from tsq_layers.calibration.solving import TOKENS_PER_COLUMN
 from tsq_layers.config import QuantConfig
 from tsq_layers.config.json_fields import checked_fields, json_object, read_config
 from tsq_layers.errors import CheckpointError
 from tsq_layers.planning import table
+from tsq_layers.planning.stage_plan import StagePlan
 from tsq_layers.reports import LayerReport
 
 SCHEMA_VERSION = 1
 
 
 MeasuredBy = Literal["fake pass", "real pass", "no pass"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class StagePlan:
-    """Memory while the layers that share one input are solved, in bytes, on the device of the model.
-
-    Args:
-        names: of the layers; of experts, the corresponding layers of all of them.
-        rows: N, of all layers as one stack; of experts, of one of them.
-        columns: K.
-        tokens: that the layers will see; of experts, the one that sees fewest.
-        held: what one pass holds as it waits there, the layer's input included.
-        waiting: the same of all passes, as far as they are on the device.
-        offloaded: as far as they are on another one.
-        statistics: sums over the tokens, copies included, of these layers and of others that are not solved yet.
-        solver: working memory of the solver.
-        packed: packed weights of all layers so far, these included.
-        observing: all that is held at most while the inputs are seen, packed weights and statistics included.
-        solving: the same while the layers are solved.
-        running: the same while the passes run on to the next layer.
-
-    Example:
-        >>> sizes = dict.fromkeys(("held", "waiting", "offloaded", "statistics", "solver", "packed"), 0)
-        >>> stage = StagePlan(names=("fc",), rows=8, columns=16, tokens=100, observing=5, solving=9, running=7, **sizes)
-        >>> stage.total, stage.few_tokens
-        (9, True)
-    """
-
-    names: tuple[str, ...]
-    rows: int
-    columns: int
-    tokens: int
-    held: int
-    waiting: int
-    offloaded: int
-    statistics: int
-    solver: int
-    packed: int
-    observing: int
-    solving: int
-    running: int
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "names", tuple(self.names))
-
-    @property
-    def total(self) -> int:
-        """The most that is held at any time of the stage."""
-        return max(self.observing, self.solving, self.running)
-
-    @property
-    def busiest(self) -> str:
-        """When that is: ``"observing"``, ``"solving"`` or ``"running"``."""
-        return max(("observing", "solving", "running"), key=lambda phase: getattr(self, phase))
-
-    @property
-    def few_tokens(self) -> bool:
-        """Whether there are fewer than 16 tokens for each column."""
-        return self.tokens < TOKENS_PER_COLUMN * self.columns
-
-    @classmethod
-    def from_dict(cls, values: object) -> Self:
-        """From plain JSON values.
-
-        Raises:
-            CheckpointError: an unknown or missing key, or a value of the wrong type.
-        """
-        return cls(**checked_fields(cls, values, "a stage of the plan"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,10 +170,42 @@ class Plan:
 
     def table(self) -> str:
         """One aligned line of text for every stage."""
-        return table.stages(self)
+        return table.stages(self.stages)
 
     def __str__(self) -> str:
-        return f"{table.summary(self)}\n\n{self.table()}".rstrip()
+        lines = [
+            table.peak_line(
+                self.peak_stage,
+                peak=self.peak,
+                model=self.size_before,
+                batches=self.batch_bytes,
+                threads=self.thread_bytes,
+            ),
+            table.model_line(
+                self.layers,
+                before=self.size_before,
+                after=self.size_after,
+                coverage=self.coverage,
+                bits_per_weight=self.bits_per_weight,
+            ),
+            self._time_line(),
+            *table.notes(self.not_counted, self.few_tokens, self.experts, self.left_alone()),
+        ]
+        return "\n".join([*lines, "", self.table()]).rstrip()
+
+    def _time_line(self) -> str:
+        """Return the time, and of what it is."""
+        batches = f"{self.batches} batches, {'paired passes' if self.paired else 'one pass'}"
+        if self.held_out:
+            batches += f", {self.held_out} held out"
+        measured_by = (
+            "without a pass"
+            if self.measured_by == "no pass"
+            else f"measured by a {self.measured_by}"
+        )
+        if self.reason:
+            measured_by += f" ({self.reason})"
+        return f"{table.time_line(self.seconds)}; {batches}; {measured_by}"
 
 
 def _uncounted(config: QuantConfig) -> list[str]:

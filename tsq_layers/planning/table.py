@@ -1,91 +1,96 @@
-"""A plan as plain text."""
+"""Write a plan as plain text."""
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
 
-from tsq_layers.reports import format_bytes
+from tsq_layers.planning.stage_plan import StagePlan
+from tsq_layers.reports import LayerReport, format_bytes
 from tsq_layers.reports.table import aligned
-
-if TYPE_CHECKING:
-    from tsq_layers.planning.plan import Plan, StagePlan
 
 _SHOWN = 5  # names in a line of the summary
 _BLANK = "–"
 
 
-def summary(plan: "Plan") -> str:
-    """Peak, model and time in a line each, and what is to be seen to."""
-    return "\n".join([_peak(plan), _model(plan), _time(plan), *_notes(plan)])
-
-
-def stages(plan: "Plan") -> str:
-    """One aligned line for every stage, under a line of titles."""
-    columns = [[title, *map(cell, plan.stages)] for title, cell in _COLUMNS.items()]
-    if not any(stage.offloaded for stage in plan.stages):
+def stages(stage_plans: Sequence[StagePlan]) -> str:
+    """Return one aligned line for every stage, under a line of titles."""
+    columns = [[title, *map(cell, stage_plans)] for title, cell in _COLUMNS.items()]
+    if not any(stage.offloaded for stage in stage_plans):
         columns = [column for column in columns if column[0] != "offloaded"]
     return "\n".join(aligned(columns, (columns[0][0], columns[-1][0])))
 
 
-def _peak(plan: "Plan") -> str:
-    worst = plan.peak_stage
-    where = (
-        "in the recording pass" if worst is None else f"while {worst.busiest} {_first(worst.names)}"
+def peak_line(stage: StagePlan | None, *, peak: int, model: int, batches: int, threads: int) -> str:
+    """Return the peak of memory and where it is; all numbers are bytes.
+
+    Args:
+        stage: where the peak is; ``None`` if that is the recording pass.
+        peak: beside the model.
+        model: of the float model.
+        batches: of all batches.
+        threads: of the buffers of the passes' threads.
+    """
+    where = "in the recording pass"
+    if stage is not None:
+        where = f"while {stage.busiest} {_first(stage.names)}"
+    line = (
+        f"peak: {format_bytes(peak)} on top of the model's {format_bytes(model)}, {where}; "
+        f"with {format_bytes(batches)} of batches"
     )
-    threads = (
-        f", {format_bytes(plan.thread_bytes)} of buffers of the passes' threads"
-        if plan.thread_bytes
-        else ""
-    )
+    if threads:
+        line += f", {format_bytes(threads)} of buffers of the passes' threads"
+    return line
+
+
+def model_line(
+    layers: Sequence[LayerReport],
+    *,
+    before: int,
+    after: int,
+    coverage: float,
+    bits_per_weight: float | None,
+) -> str:
+    """Return the sizes of the model, in bytes, and how much of it will be quantised."""
+    bits = _BLANK if bits_per_weight is None else f"{bits_per_weight:.3f}"
+    quantized = sum(layer.is_quantized for layer in layers)
     return (
-        f"peak: {format_bytes(plan.peak)} on top of the model's {format_bytes(plan.size_before)}, {where}; "
-        f"with {format_bytes(plan.batch_bytes)} of batches{threads}"
+        f"model: {format_bytes(before)} → {format_bytes(after)}; {quantized} of {len(layers)} layers, "
+        f"{coverage:.1%} of the parameters; {bits} bits per weight"
     )
 
 
-def _model(plan: "Plan") -> str:
-    bits = _BLANK if plan.bits_per_weight is None else f"{plan.bits_per_weight:.3f}"
-    quantized = sum(layer.is_quantized for layer in plan.layers)
-    return (
-        f"model: {format_bytes(plan.size_before)} → {format_bytes(plan.size_after)}; {quantized} of {len(plan.layers)} layers, "
-        f"{plan.coverage:.1%} of the parameters; {bits} bits per weight"
-    )
+def time_line(seconds: Mapping[str, float]) -> str:
+    """Return the time of the whole run and of its parts."""
+    parts = ", ".join(f"{name} {_seconds(value)}" for name, value in seconds.items())
+    return f"time: about {_seconds(sum(seconds.values()))}: {parts}"
 
 
-def _time(plan: "Plan") -> str:
-    parts = ", ".join(f"{name} {_seconds(seconds)}" for name, seconds in plan.seconds.items())
-    batches = f"{plan.batches} batches, {'paired passes' if plan.paired else 'one pass'}"
-    held_out = f", {plan.held_out} held out" if plan.held_out else ""
-    measured = (
-        "without a pass" if plan.measured_by == "no pass" else f"measured by a {plan.measured_by}"
-    )
-    reason = f" ({plan.reason})" if plan.reason else ""
-    return f"time: about {_seconds(sum(plan.seconds.values()))}: {parts}; {batches}{held_out}; {measured}{reason}"
-
-
-def _notes(plan: "Plan") -> list[str]:
-    lines = (
-        [f"not counted: time and memory for {', '.join(plan.not_counted)}"]
-        if plan.not_counted
-        else []
-    )
-    lines += [_few_tokens(plan)] if plan.few_tokens else []
-    if plan.experts:
-        few = f"{len(plan.experts)} layers of experts see too few tokens and share those of all experts"
-        lines.append(f"shared statistics: {few}: {_some(plan.experts)}")
+def notes(
+    not_counted: Sequence[str],
+    few_tokens: Sequence[StagePlan],
+    experts: Sequence[str],
+    left_alone: Sequence[LayerReport],
+) -> list[str]:
+    """Return what a user should look at, a line each."""
+    lines = []
+    if not_counted:
+        lines.append(f"not counted: time and memory for {', '.join(not_counted)}")
+    if few_tokens:
+        lines.append(_few_tokens(few_tokens))
+    if experts:
+        few = f"{len(experts)} layers of experts see too few tokens and share those of all experts"
+        lines.append(f"shared statistics: {few}: {_some(experts)}")
     by_reason: dict[str, list[str]] = defaultdict(list)
-    for layer in plan.left_alone():
-        by_reason[f"{layer.status}: {layer.reason}" if layer.reason else layer.status].append(
-            layer.name
-        )
-    return lines + [
-        f"not quantised ({reason}): {_some(names)}" for reason, names in by_reason.items()
-    ]
+    for layer in left_alone:
+        reason = f"{layer.status}: {layer.reason}" if layer.reason else layer.status
+        by_reason[reason].append(layer.name)
+    for reason, names in by_reason.items():
+        lines.append(f"not quantised ({reason}): {_some(names)}")
+    return lines
 
 
-def _few_tokens(plan: "Plan") -> str:
-    worst = plan.few_tokens[0]
-    names = [name for stage in plan.few_tokens for name in stage.names]
+def _few_tokens(stage_plans: Sequence[StagePlan]) -> str:
+    worst = stage_plans[0]
+    names = [name for stage in stage_plans for name in stage.names]
     count = "1 layer" if len(names) == 1 else f"{len(names)} layers"
     return (
         f"few tokens: {count} will see fewer than 16 for each input column: {_some(names)}; the worst is {worst.names[0]}: "
@@ -111,7 +116,7 @@ def _seconds(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-_COLUMNS: dict[str, Callable[["StagePlan"], str]] = {
+_COLUMNS: dict[str, Callable[[StagePlan], str]] = {
     "layers": lambda stage: _first(stage.names),
     "shape": lambda stage: f"{stage.rows}×{stage.columns}",
     "tokens": lambda stage: f"{stage.tokens:,d}",

@@ -4,15 +4,12 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tsq_layers.errors import ConfigError
 from tsq_layers.reports import series
 from tsq_layers.reports.extras import required
 from tsq_layers.reports.layer import STEPS, LayerReport
-
-if TYPE_CHECKING:
-    from tsq_layers.reports.report import Report
 
 _SUFFIXES = (".png", ".svg", ".pdf")
 _STEP_COLORS = {
@@ -35,25 +32,33 @@ _CODES, _OVERHEAD = "#2563c9", "#a9c3ee"
 Panel = tuple[float, Callable[[Any, Sequence[LayerReport]], None]]
 
 
-def draw(report: "Report", path: str | os.PathLike[str]) -> None:
+def draw(
+    layers: Sequence[LayerReport], bits_per_weight: float | None, path: str | os.PathLike[str]
+) -> None:
     """Write the picture; :meth:`tsq_layers.Report.plot` says how, and what it raises."""
     suffix = Path(path).suffix.lower()
     if suffix not in _SUFFIXES:
         raise ConfigError(
             f"cannot draw into {path}: give a file name that ends in {', '.join(_SUFFIXES)}"
         )
-    picture(report).savefig(path, format=suffix[1:], dpi=150)
+    picture(layers, bits_per_weight).savefig(path, format=suffix[1:], dpi=150)
 
 
-def picture(report: "Report") -> Any:
-    """The picture as a ``matplotlib.figure.Figure`` of its own, which pyplot knows nothing of."""
+def picture(layers: Sequence[LayerReport], bits_per_weight: float | None) -> Any:
+    """Return the picture, a ``matplotlib.figure.Figure`` of its own that pyplot does not know.
+
+    Args:
+        layers: all layers of the report; those that were quantised are drawn.
+        bits_per_weight: of the whole model, for the title.
+    """
     figures = required("matplotlib.figure")
-    layers = report.quantized
+    count = len(layers)
+    layers = [layer for layer in layers if layer.is_quantized]
     panels = _panels(layers)
     width = min(max(7.0, 5.5 + 0.045 * len(layers)), 18.0)
     height = 1.6 + sum(share for share, _ in panels)
     figure = figures.Figure(figsize=(width, height), layout="constrained")
-    figure.suptitle(_title(report), fontsize=11, parse_math=False)
+    figure.suptitle(_title(len(layers), count, bits_per_weight), fontsize=11, parse_math=False)
     if panels:
         shares = [share for share, _ in panels]
         axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=shares)[
@@ -68,10 +73,9 @@ def picture(report: "Report") -> Any:
     return figure
 
 
-def _title(report: "Report") -> str:
-    bits = report.bits_per_weight
-    found = f", {bits:.2f} bits per weight" if bits is not None else ""
-    return f"{len(report.quantized)} of {len(report.layers)} layers quantised{found}"
+def _title(quantized: int, count: int, bits_per_weight: float | None) -> str:
+    bits = "" if bits_per_weight is None else f", {bits_per_weight:.2f} bits per weight"
+    return f"{quantized} of {count} layers quantised{bits}"
 
 
 def _panels(layers: Sequence[LayerReport]) -> list[Panel]:

@@ -4,12 +4,9 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from tsq_layers.reports.layer import LayerReport
 from tsq_layers.reports.parameter import ParameterReport
-
-if TYPE_CHECKING:
-    from tsq_layers.reports.report import Report
 
 Kept = tuple[str, int, str]  # name, entries that were kept, reason
 
@@ -62,31 +59,27 @@ def largest(parameters: Sequence[ParameterReport], count: int) -> tuple[Paramete
     return tuple(sorted(kept, key=lambda parameter: -parameter.kept)[:count])
 
 
-def by_reason(report: "Report") -> list[Gap]:
-    """What was not quantised, grouped by reason, largest first; by layers if the report lists no parameters.
+def by_reason(layers: Sequence[LayerReport], parameters: Sequence[ParameterReport]) -> list[Gap]:
+    """Group what was not quantised by its reason, largest first; layers if there are no parameters.
 
     Example:
-        >>> from tsq_layers.config import QuantConfig
-        >>> from tsq_layers.reports.report import Report
         >>> parameters = [
         ...     ParameterReport(name=f"{n}.experts", shape=(4, 2), dtype="float32", quantized=2 * n, reason=f"{4 - n} of 4 unused")
         ...     for n in (1, 2)
         ... ]
-        >>> made = Report(
-        ...     layers=(), config=QuantConfig(), size_before=64, size_after=64, paired=False, seconds=0.0, parameters=parameters
-        ... )
-        >>> by_reason(made)
+        >>> by_reason([], parameters)
         [Gap(reason='… of 4 unused', kind='parameters', names=('1.experts', '2.experts'), entries=10, share=0.625)]
     """
-    if report.parameters:
-        total = sum(parameter.numel for parameter in report.parameters)
-        kept = [(item.name, item.kept, item.reason) for item in report.parameters if item.kept]
+    if parameters:
+        kind = "parameters"
+        total = sum(parameter.numel for parameter in parameters)
+        items = [(item.name, item.kept, item.reason) for item in parameters if item.kept]
     else:
-        total = sum(layer.weights for layer in report.layers)
-        missed = [layer for layer in report.layers if not layer.is_quantized and layer.weights]
-        kept = [(layer.name, layer.weights, layer.reason or layer.status) for layer in missed]
-    kind = "parameters" if report.parameters else "layers"
-    gaps = [_gap(items, kind, total) for items in grouped(kept)]
+        kind = "layers"
+        total = sum(layer.weights for layer in layers)
+        others = [layer for layer in layers if not layer.is_quantized and layer.weights]
+        items = [(layer.name, layer.weights, layer.reason or layer.status) for layer in others]
+    gaps = [_gap(group, kind, total) for group in grouped(items)]
     return sorted(gaps, key=lambda gap: -gap.entries)
 
 

@@ -15,6 +15,7 @@ from tsq_layers.reports import gaps as coverage
 from tsq_layers.reports.html import page
 from tsq_layers.reports.layer import LayerReport
 from tsq_layers.reports.parameter import ParameterReport
+from tsq_layers.reports.totals import Totals
 
 SCHEMA_VERSION = 1
 
@@ -97,6 +98,21 @@ class Report:
         """The ``count`` parameters with most entries that were not quantised, most first."""
         return coverage.largest(self.parameters, count)
 
+    @property
+    def totals(self) -> Totals:
+        """The figures of the whole model."""
+        return Totals(
+            size_before=self.size_before,
+            size_after=self.size_after,
+            paired=self.paired,
+            seconds=self.seconds,
+            versions=self.versions,
+            bits_per_weight=self.bits_per_weight,
+            share_quantized=self.share_quantized,
+            coverage=self.coverage,
+            byte_coverage=self.byte_coverage,
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON values, with a ``schema_version``."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -160,7 +176,7 @@ class Report:
             >>> result = Report(layers=(layer,), config=QuantConfig(), size_before=512, size_after=40, paired=True, seconds=1.0)
             >>> result.plot(f"{tempfile.mkdtemp()}/report.svg")
         """
-        figure.draw(self, path)
+        figure.draw(self.layers, self.bits_per_weight, path)
 
     def to_html(self, path: str | os.PathLike[str], *, title: str = "Quantised model") -> None:
         """Write the report as one HTML file that needs nothing else: pictures, and a table to sort and filter.
@@ -182,7 +198,11 @@ class Report:
             >>> "<h1>One layer</h1>" in path.read_text(encoding="utf-8")
             True
         """
-        page.write(self, path, title)
+        contents = page.Contents(
+            totals=self.totals, layers=self.layers, parameters=self.parameters, config=self.config
+        )
+        page.write(contents, path, title)
 
     def __str__(self) -> str:
-        return f"{table.summary(self)}\n\n{self.table()}".rstrip()
+        summary = table.summary(self.totals, self.layers, self.parameters)
+        return f"{summary}\n\n{self.table()}".rstrip()

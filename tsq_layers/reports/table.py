@@ -3,53 +3,57 @@
 import functools
 import math
 from collections.abc import Callable, Collection, Sequence
-from typing import TYPE_CHECKING
 
 from tsq_layers.reports import gaps as coverage
-from tsq_layers.reports.layer import STEPS
-
-if TYPE_CHECKING:
-    from tsq_layers.reports.layer import LayerReport
-    from tsq_layers.reports.report import Report
+from tsq_layers.reports.layer import STEPS, LayerReport
+from tsq_layers.reports.parameter import ParameterReport
+from tsq_layers.reports.totals import Totals
 
 BLANK = "–"
 
 _GAPS = 3  # reasons that the summary names
 
 
-def summary(report: "Report") -> str:
-    """A few lines: how much was quantised, what was not and why, what that saved, and how it was done."""
-    ratio = _format(report.size_before / report.size_after, ".2f") if report.size_after else BLANK
+def summary(
+    totals: Totals, layers: Sequence[LayerReport], parameters: Sequence[ParameterReport]
+) -> str:
+    """Return a few lines: what was quantised, what was not and why, and what that saved."""
+    ratio = _format(totals.size_before / totals.size_after, ".2f") if totals.size_after else BLANK
     size = (
-        f"{format_bytes(report.size_before)} → {format_bytes(report.size_after)} ({ratio}× smaller)"
+        f"{format_bytes(totals.size_before)} → {format_bytes(totals.size_after)} ({ratio}× smaller)"
     )
-    run = f"{_format(report.seconds, '.1f')} s, {'paired passes' if report.paired else 'one pass'}"
-    versions = ", ".join(f"{package} {version}" for package, version in report.versions.items())
+    run = f"{_format(totals.seconds, '.1f')} s, {'paired passes' if totals.paired else 'one pass'}"
+    versions = ", ".join(f"{package} {version}" for package, version in totals.versions.items())
     how = "; ".join(filter(None, (run, versions)))
-    return "\n".join([_counts(report), *_coverage(report), f"model: {size}", how])
+    return "\n".join(
+        [_counts(totals, layers), *_coverage(totals, layers, parameters), f"model: {size}", how]
+    )
 
 
-def _counts(report: "Report") -> str:
-    fallbacks = sum(layer.status == "fallback" for layer in report.layers)
+def _counts(totals: Totals, layers: Sequence[LayerReport]) -> str:
+    quantized = sum(layer.is_quantized for layer in layers)
+    fallbacks = sum(layer.status == "fallback" for layer in layers)
     less = f" ({fallbacks} with less than asked)" if fallbacks else ""
     return (
-        f"{len(report.quantized)} of {len(report.layers)} layers quantised{less}, {report.share_quantized:.1%} of their weights; "
-        f"{_format(report.bits_per_weight, '.3f')} bits per weight"
+        f"{quantized} of {len(layers)} layers quantised{less}, {totals.share_quantized:.1%} of their weights; "
+        f"{_format(totals.bits_per_weight, '.3f')} bits per weight"
     )
 
 
-def _coverage(report: "Report") -> list[str]:
-    """Nothing for a report that lists no parameters: the line above says it for the layers."""
-    if not report.parameters:
+def _coverage(
+    totals: Totals, layers: Sequence[LayerReport], parameters: Sequence[ParameterReport]
+) -> list[str]:
+    """Return nothing for a report that lists no parameters: the line above says it for the layers."""
+    if not parameters:
         return []
-    total = sum(parameter.numel for parameter in report.parameters)
+    total = sum(parameter.numel for parameter in parameters)
     lines = [
-        f"coverage: {share(report.coverage)} of {total:,} parameters, {share(report.byte_coverage)} of their bytes"
+        f"coverage: {share(totals.coverage)} of {total:,} parameters, {share(totals.byte_coverage)} of their bytes"
     ]
-    found = coverage.by_reason(report)
-    if found:
-        named = [f"{share(gap.share)} {gap.place} ({gap.reason})" for gap in found[:_GAPS]]
-        rest = sum(gap.share for gap in found[_GAPS:])
+    gaps = coverage.by_reason(layers, parameters)
+    if gaps:
+        named = [f"{share(gap.share)} {gap.place} ({gap.reason})" for gap in gaps[:_GAPS]]
+        rest = sum(gap.share for gap in gaps[_GAPS:])
         lines.append(
             f"not quantised: {', '.join(named + [f'{share(rest)} for other reasons'] * (rest > 0))}"
         )
@@ -68,7 +72,7 @@ def share(part: float) -> str:
     return ">99.9%" if 0.9995 <= part < 1 else f"{part:.1%}"
 
 
-def layers(rows: Sequence["LayerReport"]) -> str:
+def layers(rows: Sequence[LayerReport]) -> str:
     """One aligned line for every layer, under a line of titles. Columns that would be empty are left out."""
     cells = {title: [cell(layer) for layer in rows] for title, cell in _COLUMNS.items()}
     shown = {
@@ -110,16 +114,16 @@ def aligned(columns: Sequence[Sequence[str]], left: Collection[str]) -> list[str
     return ["  ".join(line).rstrip() for line in zip(*padded, strict=True)]
 
 
-def _loss(step: str, layer: "LayerReport") -> str:
+def _loss(step: str, layer: LayerReport) -> str:
     return _format(layer.losses.get(step), ".3g")
 
 
-def _last_held_out(layer: "LayerReport") -> float | None:
+def _last_held_out(layer: LayerReport) -> float | None:
     return list(layer.held_out_losses.values())[-1] if layer.held_out_losses else None
 
 
 _LEFT = ("layer", "kind", "status", "method", "reason")
-_COLUMNS: dict[str, Callable[["LayerReport"], str]] = {
+_COLUMNS: dict[str, Callable[[LayerReport], str]] = {
     "layer": lambda layer: layer.name or "(model)",
     "kind": lambda layer: layer.kind,
     "shape": lambda layer: f"{layer.rows}×{layer.columns}",

@@ -52,7 +52,7 @@ def settle(
         >>> x = torch.randn(256, 32)
         >>> most, rest = (LayerStatistics(p.T @ p, torch.tensor(len(p))) for p in (x[:200], x[200:]))
         >>> chosen = settle(QuantConfig(bits=3, damping="auto"), torch.randn(16, 32), most, rest)
-        >>> chosen.damping in DAMPINGS
+        >>> chosen.options.damping in DAMPINGS
         True
     """
     if config.is_settled:

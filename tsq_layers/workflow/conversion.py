@@ -17,7 +17,7 @@ from tsq_layers.layers import kind_of, replace
 from tsq_layers.layers.offloading import pass_on_hook, present
 from tsq_layers.numerics.memory import model_bytes
 from tsq_layers.reports import LayerReport, Report
-from tsq_layers.workflow.hosts import tell_host
+from tsq_layers.workflow.hosts import tell_hosts
 
 
 def convert(model: nn.Module, *, min_coverage: float = 0.0) -> nn.Module:
@@ -72,7 +72,7 @@ def convert(model: nn.Module, *, min_coverage: float = 0.0) -> nn.Module:
             seconds=preparation.seconds,
             versions=versions,
         )
-        tell_host(converted)
+        tell_hosts(converted)
     except BaseException:
         replace(converted, {twin: layer for layer, twin in twins.items()})
         if hasattr(converted, "tsq_report"):

@@ -29,7 +29,7 @@ from tsq_layers.formats.tsq.layout import Plan, plan
 from tsq_layers.layers import composite_of, replace, split_of
 from tsq_layers.layers.composites import share_hooks
 from tsq_layers.runtime.linear import QuantLinear
-from tsq_layers.workflow.hosts import tell_host
+from tsq_layers.workflow.hosts import tell_hosts
 
 
 def load(
@@ -188,7 +188,7 @@ def _apply(
             model = layer
     if description.report is not None:
         model.tsq_report = description.report  # type: ignore[assignment]
-    tell_host(model)
+    tell_hosts(model)
     return model
 
 

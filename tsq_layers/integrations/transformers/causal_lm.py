@@ -144,8 +144,10 @@ def save_causal_lm(model: nn.Module, tokenizer: Any, directory: Directory) -> No
     outline = Outline.of(model)
     write(model, path, outline.placeholders)
     report = getattr(model, "tsq_report", None)
-    bridge = importlib.import_module("tsq_layers.integrations.transformers.config")
-    config.quantization_config = bridge.TsqConfig(
+    # Not at the top: these files are read without transformers too, by the command line.
+    from tsq_layers.integrations.transformers.config import TsqConfig  # noqa: PLC0415
+
+    config.quantization_config = TsqConfig(
         None if report is None else report.config, outline=outline
     )
     config.architectures = [type(model).__name__]
@@ -205,9 +207,9 @@ def is_quantised(path: Path) -> bool:
 def _load_quantised(transformers: ModuleType, path: Path) -> nn.Module:
     if is_described(path):
         return tsq.load(path, _built_empty(transformers, path))
-    importlib.import_module(
-        "tsq_layers.integrations.transformers"
-    )  # so that it knows packed layers
+    # With this import transformers knows packed layers; it needs transformers itself.
+    from tsq_layers.integrations.transformers import quantizer  # noqa: F401, PLC0415
+
     return _load_float(transformers, path, "auto")
 
 

@@ -21,6 +21,7 @@ from tsq_layers.integrations.transformers.config import TsqConfig
 from tsq_layers.integrations.transformers.skeleton import Skeleton, skeleton
 from tsq_layers.reports import Report
 from tsq_layers.runtime.linear import QuantLinear
+from tsq_layers.workflow.hosts import register_host
 from tsq_layers.workflow.pipeline import quantize
 
 
@@ -165,6 +166,8 @@ class TsqHfQuantizer(HfQuantizer):
 def attach(model: nn.Module) -> None:
     """Let ``save_pretrained`` of the transformers models in ``model`` know that their layers are quantised.
 
+    An entry point of the group ``tsq_layers.hosts``, see :mod:`tsq_layers.workflow.hosts`.
+
     Example:
         >>> attach(nn.Linear(2, 2))  # nothing of transformers in it: nothing is done
     """
@@ -192,3 +195,6 @@ def _report(metadata: Mapping[str, str], files: list[Path]) -> Report | None:
         return None
     beside = files[0].parent / DESCRIPTION_FILE
     return Description.from_json(beside.read_text(encoding="utf-8")).report
+
+
+register_host("transformers", attach)

@@ -9,9 +9,8 @@ An out-of-tree plugin: vLLM calls :func:`register` in each of its processes, by 
 * :mod:`~tsq_layers.integrations.vllm.plugin`: the classes that vLLM asks for. Only this one imports vLLM.
 """
 
-import importlib
-
 
 def register() -> None:
     """Make the quantisation method ``"tsq"`` known to vLLM; calling it again changes nothing."""
-    importlib.import_module("tsq_layers.integrations.vllm.plugin")
+    # Only here: the plugin imports vLLM.
+    from tsq_layers.integrations.vllm import plugin  # noqa: F401, PLC0415

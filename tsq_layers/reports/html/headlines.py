@@ -2,14 +2,15 @@
 
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from tsq_layers.config import QuantConfig
 from tsq_layers.reports import gaps as coverage
 from tsq_layers.reports import series, table
-
-if TYPE_CHECKING:
-    from tsq_layers.reports.report import Report
+from tsq_layers.reports.layer import LayerReport
+from tsq_layers.reports.parameter import ParameterReport
+from tsq_layers.reports.totals import Totals
 
 _SLICES = 7  # of the bar of coverage, the quantised one not counted
 _BLANK = table.BLANK
@@ -34,9 +35,8 @@ class Part:
     style: str
 
 
-def how(report: "Report") -> str:
-    """The configuration in a line."""
-    config = report.config
+def how(config: QuantConfig) -> str:
+    """Return the configuration in a line."""
     group = (
         f"groups of {config.group_size}" if config.group_size is not None else "one group per row"
     )
@@ -59,57 +59,66 @@ def how(report: "Report") -> str:
     return " · ".join(parts)
 
 
-def tiles(report: "Report") -> list[Tile]:
-    """Size, bits, coverage, error and time."""
-    smaller = f"{report.size_before / report.size_after:.2f}×" if report.size_after else _BLANK
-    sizes = f"{table.format_bytes(report.size_before)} → {table.format_bytes(report.size_after)}"
-    bits = sorted({layer.bits for layer in report.quantized if layer.bits is not None})
+def tiles(
+    totals: Totals, layers: Sequence[LayerReport], parameters: Sequence[ParameterReport]
+) -> list[Tile]:
+    """Return size, bits, coverage, error and time."""
+    quantized = [layer for layer in layers if layer.is_quantized]
+    smaller = f"{totals.size_before / totals.size_after:.2f}×" if totals.size_after else _BLANK
+    sizes = f"{table.format_bytes(totals.size_before)} → {table.format_bytes(totals.size_after)}"
+    bits = sorted({layer.bits for layer in quantized if layer.bits is not None})
     codes = (
         f"codes of {', '.join(map(str, bits))} bits, with their scales"
         if bits
         else "no layer was quantised"
     )
-    stored = f"{report.bits_per_weight:.2f}" if report.bits_per_weight is not None else _BLANK
-    layers = f"{len(report.quantized)} of {len(report.layers)} layers"
-    share = table.share(report.coverage)
-    covered = "of all parameters" if report.parameters else "of the layers' weights"
-    solver = sum(map(series.seconds, report.layers))
-    passes = "paired passes" if report.paired else "one pass"
+    stored = f"{totals.bits_per_weight:.2f}" if totals.bits_per_weight is not None else _BLANK
+    counts = f"{len(quantized)} of {len(layers)} layers"
+    share = table.share(totals.coverage)
+    covered = "of all parameters" if parameters else "of the layers' weights"
+    solver = sum(map(series.seconds, layers))
+    passes = "paired passes" if totals.paired else "one pass"
     return [
         Tile(label="Smaller", value=smaller, note=sizes),
         Tile(label="Bits per weight", value=stored, note=codes),
-        Tile(label="Quantised", value=share, note=f"{covered}, {layers}"),
-        _error_tile(report),
+        Tile(label="Quantised", value=share, note=f"{covered}, {counts}"),
+        _error_tile(quantized),
         Tile(
             label="Time",
-            value=duration(report.seconds),
+            value=duration(totals.seconds),
             note=f"{passes}; {duration(solver)} in the solver",
         ),
     ]
 
 
-def _error_tile(report: "Report") -> Tile:
-    losses = [loss for loss in map(series.final_loss, report.quantized) if loss is not None]
+def _error_tile(quantized: Sequence[LayerReport]) -> Tile:
+    losses = [loss for loss in map(series.final_loss, quantized) if loss is not None]
     if not losses:
         return Tile(label="Output error", value=_BLANK, note="not measured")
     note = f"median of {len(losses)} layers; worst {short(max(losses))}"
     return Tile(label="Output error", value=short(statistics.median(losses)), note=note)
 
 
-def sizes(report: "Report") -> list[tuple[str, int, list[Part]]]:
-    """Before and after: label, bytes, and what they hold, as shares of the larger."""
-    whole = max(report.size_before, report.size_after, 1)
-    replaced = sum(item.quantized * item.itemsize for item in report.parameters)
-    if report.parameters:  # what was not replaced is still there
-        packed = max(report.size_after - (report.size_before - replaced), 0)
+def sizes(
+    totals: Totals, layers: Sequence[LayerReport], parameters: Sequence[ParameterReport]
+) -> list[tuple[str, int, list[Part]]]:
+    """Return before and after: label, bytes, and what they hold, as shares of the larger."""
+    whole = max(totals.size_before, totals.size_after, 1)
+    replaced = sum(item.quantized * item.itemsize for item in parameters)
+    if parameters:  # what was not replaced is still there
+        packed = max(totals.size_after - (totals.size_before - replaced), 0)
     else:
         packed = round(
-            sum(layer.weights * (layer.bits_per_weight or 0.0) / 8 for layer in report.quantized)
+            sum(
+                layer.weights * (layer.bits_per_weight or 0.0) / 8
+                for layer in layers
+                if layer.is_quantized
+            )
         )
     bars = []
     for label, total, quantized, name in (
-        ("before", report.size_before, replaced, "to be quantised"),
-        ("after", report.size_after, packed, "packed"),
+        ("before", totals.size_before, replaced, "to be quantised"),
+        ("after", totals.size_after, packed, "packed"),
     ):
         inside = min(quantized, total)
         parts = [(name, inside, "quantized"), ("as it was", total - inside, "gap-0")]
@@ -122,12 +131,14 @@ def sizes(report: "Report") -> list[tuple[str, int, list[Part]]]:
     return bars
 
 
-def coverage_parts(report: "Report") -> list[Part]:
-    """What was quantised, and what was not, by reason."""
-    gaps = coverage.by_reason(report)
+def coverage_parts(
+    totals: Totals, layers: Sequence[LayerReport], parameters: Sequence[ParameterReport]
+) -> list[Part]:
+    """Return what was quantised, and what was not, by reason."""
+    gaps = coverage.by_reason(layers, parameters)
     parts = (
-        [Part(label="quantised", share=report.coverage, note="", style="quantized")]
-        if report.coverage
+        [Part(label="quantised", share=totals.coverage, note="", style="quantized")]
+        if totals.coverage
         else []
     )
     for index, gap in enumerate(gaps[:_SLICES]):

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tsq_layers.config import QuantConfig
 from tsq_layers.reports import gaps as coverage
@@ -21,9 +21,7 @@ from tsq_layers.reports.html.heat import LEVELS, heat_map
 from tsq_layers.reports.html.listing import listing
 from tsq_layers.reports.layer import LayerReport
 from tsq_layers.reports.parameter import ParameterReport
-
-if TYPE_CHECKING:
-    from tsq_layers.reports.report import Report
+from tsq_layers.reports.totals import Totals
 
 _WORST = 10
 _KEPT = 200  # rows of the list of parameters that were not quantised
@@ -44,13 +42,23 @@ class KeptParameters:
     reason: str
 
 
-def write(report: "Report", path: str | os.PathLike[str], title: str) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Contents:
+    """What a page shows."""
+
+    totals: Totals
+    layers: Sequence[LayerReport]
+    parameters: Sequence[ParameterReport]
+    config: QuantConfig
+
+
+def write(contents: Contents, path: str | os.PathLike[str], title: str) -> None:
     """Write the page; :meth:`tsq_layers.Report.to_html` says how, and what it raises."""
-    Path(path).write_text(render(report, title), encoding="utf-8")
+    Path(path).write_text(render(contents, title), encoding="utf-8")
 
 
-def render(report: "Report", title: str) -> str:
-    """The page. Names and reasons are escaped; the only script that a browser may run is the page's own."""
+def render(contents: Contents, title: str) -> str:
+    """Return the page. Names and reasons are escaped; the only script that a browser may run is the page's own."""
     jinja2 = required("jinja2")
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(_source),
@@ -71,7 +79,7 @@ def render(report: "Report", title: str) -> str:
         script=script,
         script_digest=digest,
         style=_source("page.css"),
-        **_context(report),
+        **_context(contents),
     )
     return str(found)
 
@@ -84,30 +92,35 @@ def _source(name: str) -> str:
     )
 
 
-def _context(report: "Report") -> dict[str, Any]:
-    quantized = [index for index, layer in enumerate(report.layers) if layer.is_quantized]
-    kept = kept_parameters(report.parameters)
+def _context(contents: Contents) -> dict[str, Any]:
+    """Return the variables of the template."""
+    totals, layers, parameters = contents.totals, contents.layers, contents.parameters
+    columns = [index for index, layer in enumerate(layers) if layer.is_quantized]
+    quantized = [layer for layer in layers if layer.is_quantized]
+    kept = kept_parameters(parameters)
     return {
-        "report": report,
+        "layers": layers,
+        "parameters": parameters,
+        "versions": totals.versions,
         "width": WIDTH,
         "levels": LEVELS,
-        "how": headlines.how(report),
-        "tiles": headlines.tiles(report),
-        "sizes": headlines.sizes(report),
-        "parts": headlines.coverage_parts(report),
-        "notes": _notes(report.layers),
-        "worst": _worst(report.layers),
-        "losses": loss_chart(report.quantized),
-        "bars": bar_charts(report.quantized),
-        "columns": " ".join(map(str, quantized)),
-        "heat": heat_map(report.layers),
-        "chips": _chips(report.layers),
-        "statuses": list(dict.fromkeys(layer.status for layer in report.layers)),
-        "listing": listing(report.layers),
+        "how": headlines.how(contents.config),
+        "tiles": headlines.tiles(totals, layers, parameters),
+        "sizes": headlines.sizes(totals, layers, parameters),
+        "parts": headlines.coverage_parts(totals, layers, parameters),
+        "notes": _notes(layers),
+        "worst": _worst(layers),
+        "losses": loss_chart(quantized),
+        "bars": bar_charts(quantized),
+        "columns": " ".join(map(str, columns)),
+        "heat": heat_map(layers),
+        "chips": _chips(layers),
+        "statuses": list(dict.fromkeys(layer.status for layer in layers)),
+        "listing": listing(layers),
         "kept": kept[:_KEPT],
         "more_kept": len(kept[_KEPT:]),
-        "settings": _settings(report.config),
-        "overrides": _overrides(report.config),
+        "settings": _settings(contents.config),
+        "overrides": _overrides(contents.config),
     }
 
 
