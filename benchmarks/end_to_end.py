@@ -33,7 +33,7 @@ from tsq_layers.integrations.transformers import load_causal_lm
 
 OURS = {
     "two-stage, two streams": {"method": "two-stage"},
-    "gptq, one stream": {"method": "gptq", "deviation": "none"},
+    "gptq, one stream": {"method": "gptq"},
 }
 _SCRIPTS = Path(__file__).parent / "ablation" / "peer_scripts"
 

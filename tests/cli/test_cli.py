@@ -31,8 +31,8 @@ from tsq_layers import cli
 from tsq_layers.cli import evaluation, program
 from tsq_layers.errors import CheckpointError, ConfigError, MissingExtraError
 from tsq_layers.evaluation import perplexity
+from tsq_layers.integrations import causal_lm
 from tsq_layers.integrations.transformers import (
-    causal_lm,
     load_causal_lm,
     load_tokenizer,
     read_tokens,

@@ -20,7 +20,7 @@ from tsq_layers.config import QuantConfig
 from tsq_layers.errors import ExportError
 from tsq_layers.formats.configurations import LIMITS, check_configuration
 from tsq_layers.formats.exporting import FORMATS
-from tsq_layers.integrations.transformers.causal_lm import load_tokenizer
+from tsq_layers.integrations.causal_lm import load_tokenizer
 from tsq_layers.layers import packed
 from tsq_layers.workflow import pipeline as workflow
 

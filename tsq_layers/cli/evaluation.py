@@ -13,8 +13,8 @@ from tsq_layers.cli import models, options
 from tsq_layers.cli.output import write, write_json
 from tsq_layers.errors import CheckpointError, ConfigError
 from tsq_layers.evaluation import perplexity
-from tsq_layers.integrations.transformers import causal_lm as bridge
-from tsq_layers.integrations.transformers import texts
+from tsq_layers.integrations import causal_lm as bridge
+from tsq_layers.integrations import texts
 
 
 def add(command: argparse.ArgumentParser) -> None:

@@ -10,7 +10,7 @@ from tsq_layers.cli.output import write
 from tsq_layers.errors import ConfigError
 from tsq_layers.formats.tsq.description import DESCRIPTION_FILE, Description
 from tsq_layers.formats.tsq.headers import description_from_headers, is_described, outlined
-from tsq_layers.integrations.transformers.texts import read_text
+from tsq_layers.integrations.texts import read_text
 from tsq_layers.reports import STEPS, LayerReport, Report, format_bytes, report_of
 from tsq_layers.reports.table import aligned
 

@@ -19,7 +19,7 @@ from tsq_layers.errors import CheckpointError, ConfigError, ExportError
 from tsq_layers.formats.exporting import checked
 from tsq_layers.formats.tsq.headers import is_described
 from tsq_layers.formats.tsq.outline import QUANT_METHOD
-from tsq_layers.integrations.transformers import causal_lm as bridge
+from tsq_layers.integrations import causal_lm as bridge
 
 
 def is_foreign(directory: str | Path) -> bool:

@@ -13,7 +13,7 @@ from tsq_layers.config.quant_config import METHODS
 from tsq_layers.errors import ConfigError
 from tsq_layers.formats.engines import SERVICES
 from tsq_layers.formats.exporting import FORMATS
-from tsq_layers.integrations.transformers import texts
+from tsq_layers.integrations import texts
 
 OWN_FORMAT = "tsq"
 _CONFIG_OPTIONS = ("bits", "group_size", "method", "symmetric", "embeddings")

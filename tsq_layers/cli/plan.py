@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from tsq_layers.cli import options
 from tsq_layers.cli.output import write
 from tsq_layers.errors import CalibrationError
-from tsq_layers.integrations.transformers import causal_lm as bridge
-from tsq_layers.integrations.transformers import texts
+from tsq_layers.integrations import causal_lm as bridge
+from tsq_layers.integrations import texts
 from tsq_layers.planning import plan
 
 

@@ -6,7 +6,7 @@ import tsq_layers as tsq
 from tsq_layers.cli import models, options
 from tsq_layers.errors import ConfigError
 from tsq_layers.formats.configurations import check_configuration
-from tsq_layers.integrations.transformers import causal_lm as bridge
+from tsq_layers.integrations import causal_lm as bridge
 
 
 def add(command: argparse.ArgumentParser) -> None:

@@ -4,7 +4,7 @@ import argparse
 
 import tsq_layers as tsq
 from tsq_layers.cli import models, options
-from tsq_layers.integrations.transformers import causal_lm as bridge
+from tsq_layers.integrations import causal_lm as bridge
 from tsq_layers.workflow.refinement import DEFAULT
 
 

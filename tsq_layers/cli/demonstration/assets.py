@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from tsq_layers.errors import CheckpointError, ConfigError, MissingExtraError
-from tsq_layers.integrations.transformers.causal_lm import quiet
+from tsq_layers.integrations.causal_lm import quiet
 
 
 @dataclass(frozen=True)

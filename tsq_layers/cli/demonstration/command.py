@@ -8,7 +8,7 @@ from pathlib import Path
 from tsq_layers.cli import options
 from tsq_layers.cli.demonstration.run import run_demo
 from tsq_layers.cli.output import write, write_json
-from tsq_layers.integrations.transformers.texts import read_text
+from tsq_layers.integrations.texts import read_text
 
 
 def add(command: argparse.ArgumentParser) -> None:

@@ -23,12 +23,8 @@ from tsq_layers.config import QuantConfig
 from tsq_layers.config.versions import library_versions
 from tsq_layers.errors import CheckpointError, ConfigError, FewTokensWarning
 from tsq_layers.evaluation import perplexity
-from tsq_layers.integrations.transformers.causal_lm import (
-    load_causal_lm,
-    load_tokenizer,
-    save_causal_lm,
-)
-from tsq_layers.integrations.transformers.texts import read_tokens, windows
+from tsq_layers.integrations.causal_lm import load_causal_lm, load_tokenizer, save_causal_lm
+from tsq_layers.integrations.texts import read_tokens, windows
 from tsq_layers.numerics.memory import model_bytes
 from tsq_layers.reports import report_of
 

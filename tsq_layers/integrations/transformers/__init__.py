@@ -7,14 +7,14 @@ such a directory is an error then, see :mod:`tsq_layers.formats.tsq.outline`.
 
 import importlib.util
 
-from tsq_layers.integrations.transformers.causal_lm import (
+from tsq_layers.integrations.causal_lm import (
     empty_causal_lm,
     load_causal_lm,
     load_tokenizer,
     quiet,
     save_causal_lm,
 )
-from tsq_layers.integrations.transformers.texts import read_tokens, windows
+from tsq_layers.integrations.texts import read_tokens, windows
 
 __all__ = [
     "empty_causal_lm",
