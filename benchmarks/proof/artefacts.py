@@ -80,7 +80,8 @@ def record_report(record: Record, report: tsq.Report, prefix: str = "") -> None:
     record.values(f"{prefix}report/layers", values.pop("layers"))
     record.values(f"{prefix}report/parameters", values.pop("parameters"))
     record.values(f"{prefix}report/rest", values)
-    record.text(f"{prefix}report/text", str(timeless(report)))
+    if not prefix:
+        record.text("report/text", str(timeless(report)))
 
 
 def timeless(report: tsq.Report) -> tsq.Report:

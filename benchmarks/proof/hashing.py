@@ -20,6 +20,7 @@ _LEFT_OUT = ("seconds", "config", "not_counted")
 _PATH = re.compile(re.escape(tempfile.gettempdir()) + r"[^\s'\",:;)]*")
 _VERSION = re.compile(r"\b(tsq_layers)[ :=]+v?[0-9][\w.+-]*")
 _DIGEST = re.compile(r"\b[0-9a-f]{64}\b")  # of a text that holds times and versions
+_TIME = re.compile(r"\b[0-9][0-9.]* (s|min|h)\b")
 _ADDRESS = re.compile(r"\b0x[0-9a-f]+\b")
 
 
@@ -58,7 +59,7 @@ def of_json(values: Any) -> str:
 
 
 def plain_text(text: str) -> str:
-    """Take places, versions, digests and addresses out of a text.
+    """Take places, versions, times, digests and addresses out of a text.
 
     Example:
         >>> plain_text("by tsq_layers 0.1.0 at 0x7f00")
@@ -67,6 +68,7 @@ def plain_text(text: str) -> str:
     text = _PATH.sub("PATH", text)
     text = _VERSION.sub(r"\1", text)
     text = _DIGEST.sub("DIGEST", text)
+    text = _TIME.sub("TIME", text)
     return _ADDRESS.sub("ADDRESS", text)
 
 

@@ -98,18 +98,21 @@ def record_case(
         # The rest follows from the tensors, which are those of the paired way.
         record_state(record, resumed(record, kind, config, record.folder / "journal"))
         return
+    batches = [] if way == "no-data" else kind.batches()
+    example, paired = next(iter(batches), None), way == "paired"
+    if paired or fields["method"] in ("rtn", "two-stage"):  # else it says nothing new
+        plan = tsq.plan(kind.build(), config, example, len(batches), paired=paired)
+        record_plan(record, plan)
     if way == "no-data":
-        plan = tsq.plan(kind.build(), config, None, 0)
         model = tsq.quantize(kind.build(), config)
     else:
-        paired, batches = way == "paired", kind.batches()
-        plan = tsq.plan(kind.build(), config, batches[0], len(batches), paired=paired)
         others = kind.batches(1, seed=2)
         model = tsq.quantize(kind.build(), config, batches, held_out=others, paired=paired)
-    record_plan(record, plan)
+    if way == "one-pass":
+        record_state(record, model)
+        return
     record_model(record, model, kind.batches(1)[0])
-    if way != "one-pass":
-        record_files(record, model, kind, formats)
+    record_files(record, model, kind, formats)
 
 
 def resumed(record: Record, kind: Model, config: tsq.QuantConfig, folder: Path) -> nn.Module:

@@ -126,6 +126,10 @@ def _images(generator: torch.Generator, count: int) -> list[Any]:
     return [torch.randn(6, 3, 16, 16, generator=generator) for _ in range(count)]
 
 
+def _half_images(generator: torch.Generator, count: int) -> list[Any]:
+    return [images.to(torch.float16) for images in _images(generator, count)]
+
+
 MODELS = {
     "llama": Model(make=llama, data=_texts, group_size=32, halfway="model.layers.1"),
     "t5": Model(make=t5, data=_pairs, group_size=16, halfway="decoder.block.0"),
@@ -137,6 +141,24 @@ MODELS = {
         overrides={name: {"activation_bits": None} for name in ("stem", "grouped", "point")},
     ),
     "mixtral": Model(make=mixtral, data=_texts, group_size=16, halfway="model.layers.1"),
+    "tied": Model(
+        make=lambda: llama(tie_word_embeddings=True),
+        data=_texts,
+        group_size=32,
+        halfway="model.layers.1",
+    ),
+    "llama-bfloat16": Model(
+        make=lambda: llama().to(torch.bfloat16),
+        data=_texts,
+        group_size=32,
+        halfway="model.layers.1",
+    ),
+    "vision-float16": Model(
+        make=lambda: Vision().to(torch.float16),
+        data=_half_images,
+        group_size=16,
+        halfway="middle",
+    ),
     "gpt2": Model(make=gpt2, data=_texts, group_size=16, halfway="transformer.h.1"),
 }
 
