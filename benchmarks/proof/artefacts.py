@@ -26,6 +26,7 @@ def record_model(record: Record, model: nn.Module, batch: Any, prefix: str = "")
     record_state(record, model, prefix)
     record.tensors(f"{prefix}output", {"output": output(model, batch)})
     record_layers(record, model, prefix)
+    record.text(f"{prefix}report/text", str(timeless(report_of(model))))
 
 
 def record_state(record: Record, model: nn.Module, prefix: str = "") -> None:
@@ -72,7 +73,7 @@ def _gradient(layer: tsq.QuantLinear) -> Tensor | None:
 
 
 def record_report(record: Record, report: tsq.Report, prefix: str = "") -> None:
-    """Keep the report: losses apart from the rest of the layers, and the text without times."""
+    """Keep the report, losses apart from the rest of the layers."""
     values = json.loads(report.to_json())
     for field in _LOSSES:
         found = {layer["name"]: layer.pop(field) for layer in values["layers"]}
@@ -80,8 +81,6 @@ def record_report(record: Record, report: tsq.Report, prefix: str = "") -> None:
     record.values(f"{prefix}report/layers", values.pop("layers"))
     record.values(f"{prefix}report/parameters", values.pop("parameters"))
     record.values(f"{prefix}report/rest", values)
-    if not prefix:
-        record.text("report/text", str(timeless(report)))
 
 
 def timeless(report: tsq.Report) -> tsq.Report:

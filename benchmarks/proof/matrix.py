@@ -45,7 +45,8 @@ VALID: dict[str, tuple[str, ...]] = {
 # "best" has offsets and a rotation where nothing else is said.
 _BEST_WITHOUT = {"zero_points": "integer", "rotation": None}
 
-WAYS = ("paired", "one-pass", "resumed")
+_ALL_WAYS = ("paired", "one-pass", "resumed")
+_OTHER_WAYS = {"rtn": ("no-data",), "gptq": ("paired", "resumed")}  # what is paired, it ignores
 
 FORMATS: dict[str, tuple[str, ...]] = {
     "symmetric": ("gptq", "gptq-v1", "compressed-tensors", "gguf"),
@@ -63,7 +64,7 @@ def cases() -> Iterator[Case]:
     for name in IN_FULL:
         for method, traits in VALID.items():
             for trait in traits:
-                for way in ("no-data",) if method == "rtn" else WAYS:
+                for way in _OTHER_WAYS.get(method, _ALL_WAYS):
                     formats = FORMATS.get(trait, ()) if name == "llama" else ()
                     fields = fields_of(MODELS[name], method, trait)
                     run = functools.partial(
@@ -100,7 +101,7 @@ def record_case(
         return
     batches = [] if way == "no-data" else kind.batches()
     example, paired = next(iter(batches), None), way == "paired"
-    if paired or fields["method"] in ("rtn", "two-stage"):  # else it says nothing new
+    if _is_planned(fields["method"], way):
         plan = tsq.plan(kind.build(), config, example, len(batches), paired=paired)
         record_plan(record, plan)
     if way == "no-data":
@@ -113,6 +114,13 @@ def record_case(
         return
     record_model(record, model, kind.batches(1)[0])
     record_files(record, model, kind, formats)
+
+
+def _is_planned(method: str, way: str) -> bool:
+    """Leave out plans that say nothing new: methods that need the same have the same plan."""
+    if way == "one-pass":
+        return method == "two-stage"
+    return method in ("rtn", "quantease", "lnq", "two-stage", "best")
 
 
 def resumed(record: Record, kind: Model, config: tsq.QuantConfig, folder: Path) -> nn.Module:
