@@ -21,7 +21,6 @@ from benchmarks.proof.library import configured, report_of
 from benchmarks.proof.models import MODELS, Model, output
 from benchmarks.proof.record import Record
 
-
 # Rounding to these grids keeps zeros anyway; offsets and tables cannot hold them.
 _KEEPS: dict[str, tuple[bool | None, ...]] = {
     "rtn": (None,),
