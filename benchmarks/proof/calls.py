@@ -17,7 +17,7 @@ from benchmarks.proof.artefacts import (
     timeless,
 )
 from benchmarks.proof.case import Case
-from benchmarks.proof.library import configured, report_of
+from benchmarks.proof.library import configured, extenders, report_of
 from benchmarks.proof.models import MODELS, Model, output
 from benchmarks.proof.record import Record
 
@@ -224,18 +224,18 @@ class QuantDoubled(nn.Module):
 
 def own_kind(record: Record) -> None:
     """Register a kind of layer, and take it back."""
-    kind = tsq.LayerKind(
+    kind = extenders.LayerKind(
         name="Doubled",
         matches=lambda module: type(module) is Doubled,
         twin=lambda module, matrix: QuantDoubled(matrix),  # noqa: ARG005
     )
-    tsq.register(kind)
+    extenders.register(kind)
     try:
         model, batch = nn.Sequential(Doubled(32, 16), nn.Linear(16, 8)), torch.randn(500, 32)
         model = tsq.quantize(model, configured(bits=3, group_size=8), [batch])
         record_model(record, model, batch)
     finally:
-        tsq.unregister(kind.name)
+        extenders.unregister(kind.name)
 
 
 def pruned(record: Record, method: str, keep: bool | None) -> None:

@@ -66,6 +66,8 @@ def plain_text(text: str) -> str:
         'by tsq_layers at ADDRESS'
     """
     text = _PATH.sub("PATH", text)
+    # Names for extenders moved from the package itself into its part for layers.
+    text = text.replace("tsq_layers.layers.", "tsq_layers.")
     text = _VERSION.sub(r"\1", text)
     text = _DIGEST.sub("DIGEST", text)
     text = _TIME.sub("TIME", text)

@@ -10,6 +10,9 @@ from torch import nn
 
 import tsq_layers as tsq
 
+# The part of the library with names for layers of other kinds: up to 0.1, the library itself.
+extenders: Any = tsq.layers if hasattr(tsq.layers, "register") and "layers" in tsq.__all__ else tsq
+
 _SCHEMA = 1  # of the JSON that every version reads
 
 

@@ -88,7 +88,7 @@ def solve(record: Record, *, fields: dict[str, Any], blocks: int = 1) -> None:
     record_result(record, quantizer.run(statistics(blocks, seed=20)))
 
 
-def record_result(record: Record, result: tsq.SolverResult) -> None:
+def record_result(record: Record, result: Any) -> None:
     """Keep the weight, the losses, and what else the solver says."""
     record_weight(record, result.weight)
     for name in ("losses", "held_out_losses", "objective"):

@@ -95,7 +95,8 @@ class QuantConfig:
         skip: patterns of layers that stay as they are.
         overrides: pattern → changed fields or options, for the layers that it matches; later
             patterns win. An override of ``method`` starts from the method's defaults and from the
-            options that both methods have.
+            options that both methods have; options in other patterns then count in the layers whose
+            method has them.
         method_options: options of the method by name, in the place of ``options``:
             ``QuantConfig(method="gptq", damping=0.05)``.
 
@@ -266,17 +267,17 @@ class QuantConfig:
             ConfigError: overrides of several patterns do not go together in this layer.
         """
         changes: dict[str, Any] = {}
+        own_options: set[str] = set()  # that stand beside the method
         for pattern, fields in self.overrides.items():
-            if not matches(pattern, name):
-                continue
-            if "method" in fields:
-                # Options of earlier patterns end with their method, unless the new one has them too.
-                changes = {
-                    field: value
-                    for field, value in changes.items()
-                    if not readers(field) or _reads(fields["method"], field)
-                }
-            changes.update(fields)
+            if matches(pattern, name):
+                changes.update(fields)
+                own_options = set(fields) if "method" in fields else own_options
+        if "method" in changes:
+            # Options of other patterns are meant for layers whose method has them.
+            others = [name for name in changes if readers(name) and name not in own_options]
+            for option in others:
+                if not _reads(changes["method"], option):
+                    del changes[option]
         try:
             return self.changed(overrides={}, **changes)
         except ConfigError as error:
