@@ -11,7 +11,7 @@ from torch import nn
 from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig, quantize_
 
 import tsq_layers as tsq
-from tsq_layers.integrations.torchao import TSQConfig
+from tsq_layers.integrations.torchao import ConvertTSQConfig, PrepareTSQConfig
 
 
 @torch.no_grad()
@@ -23,14 +23,14 @@ def main() -> None:
     original = copy.deepcopy(model)
     unseen, *batches = [torch.randn(1024, 128) @ torch.randn(128, 128) for _ in range(5)]
 
-    def observed(bits: int) -> TSQConfig:
-        return TSQConfig(tsq.QuantConfig(bits=bits, group_size=64), step="prepare")
+    def observed(bits: int) -> PrepareTSQConfig:
+        return PrepareTSQConfig(tsq.QuantConfig(bits=bits, group_size=64))
 
     chosen = OrderedDict([("0", observed(4)), ("2", observed(2)), ("4", Int8WeightOnlyConfig())])
     quantize_(model, FqnToConfig(chosen), filter_fn=None)
     for batch in batches:
         model(batch)
-    quantize_(model, TSQConfig(step="convert"))
+    quantize_(model, ConvertTSQConfig())
     print(model)
     expected, found = original(unseen), model(unseen)
     print(f"relative error of the output {(found - expected).norm() / expected.norm():.4f}")

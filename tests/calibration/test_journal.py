@@ -260,7 +260,7 @@ def test_an_empty_stage_is_no_stage(tmp_path):
 
 GOLDEN = """{
  "format": "tsq_layers calibration",
- "schema_version": 2,
+ "schema_version": 3,
  "sha256": "a0d1df62072a7e2f9e47e5655d174f844ecca662b4bc2e7d0dd43e61a9c9055f",
  "fingerprint": {
   "config": {
@@ -525,9 +525,9 @@ def test_a_path_that_is_a_file_is_refused(tmp_path):
         ('{"format": "other"}', "is not of a calibration"),
         (
             '{"format": "tsq_layers calibration", "schema_version": 1}',
-            "schema_version=1, this version .* reads 2",
+            "schema_version=1, this version .* reads 3",
         ),
-        ('{"format": "tsq_layers calibration", "schema_version": 2}', "is damaged"),
+        ('{"format": "tsq_layers calibration", "schema_version": 3}', "is damaged"),
     ],
 )
 def test_a_journal_that_cannot_be_read_is_refused(tmp_path, content, message):

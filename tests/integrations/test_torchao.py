@@ -9,20 +9,20 @@ import torch
 from torch import nn
 
 import tsq_layers as tsq
-from tsq_layers.errors import CalibrationError, CheckpointError, ConfigError
+from tsq_layers.errors import CalibrationError, CheckpointError, ConfigError, TSQDeprecationWarning
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     ao = pytest.importorskip("torchao.quantization")
 
-from tsq_layers.integrations.torchao import TSQConfig
+from tsq_layers.integrations.torchao import ConvertTSQConfig, PrepareTSQConfig, TSQConfig
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:TypedStorage is deprecated", "ignore:Config Deprecation"
 )
 
 CONFIG = tsq.QuantConfig(bits=4, group_size=32)
-PREPARE, CONVERT = TSQConfig(CONFIG, step="prepare"), TSQConfig(step="convert")
+PREPARE, CONVERT = PrepareTSQConfig(CONFIG), ConvertTSQConfig()
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_a_method_without_data_takes_one_step(model):
 @torch.no_grad()
 def test_names_choose_between_our_configurations_and_theirs(model, batches):
     wanted = model(batches[0])
-    two = TSQConfig(tsq.QuantConfig(bits=2, group_size=32), step="prepare")
+    two = PrepareTSQConfig(tsq.QuantConfig(bits=2, group_size=32))
     first = ao.FqnToConfig(
         OrderedDict([("0", PREPARE), (r"re:2", two), ("4", ao.Int8WeightOnlyConfig())])
     )
@@ -137,8 +137,8 @@ def test_gradients_flow_through_both(model, batches):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"config": CONFIG}, "needs data: quantize_ with step='prepare'"),
-        ({"config": CONFIG, "step": "train"}, "give 'prepare', 'convert', or None"),
+        ({"config": CONFIG}, "needs data: quantize_ with PrepareTSQConfig"),
+        ({"config": CONFIG, "step": "train"}, "give PrepareTSQConfig or ConvertTSQConfig"),
         ({"step": "prepare"}, "needs a QuantConfig"),
         ({}, "needs a QuantConfig"),
         (
@@ -172,6 +172,27 @@ def test_gradients_flow_through_both(model, batches):
 def test_what_cannot_be_done_is_said_when_the_configuration_is_made(arguments, message):
     with pytest.raises(ConfigError, match=message):
         TSQConfig(**arguments)
+
+
+@pytest.mark.parametrize("step", ["prepare", "convert"])
+def test_steps_of_version_0_1_work_with_a_warning_that_names_the_class(step, model, batches):
+    with pytest.warns(TSQDeprecationWarning, match=f"{step.capitalize()}TSQConfig now"):
+        deprecated = TSQConfig(CONFIG if step == "prepare" else None, step=step)
+    ao.quantize_(model, deprecated if step == "prepare" else PREPARE)
+    for batch in batches:
+        model(batch)
+    ao.quantize_(model, deprecated if step == "convert" else CONVERT)
+    assert isinstance(model[2], tsq.QuantLinear)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [tsq.QuantConfig(guidance=2), tsq.QuantConfig(skip=("0",))],
+    ids=["guidance", "names to skip"],
+)
+def test_what_needs_the_whole_model_is_refused_by_the_first_step_too(config):
+    with pytest.raises(ConfigError, match=r"quantize_ hands over"):
+        PrepareTSQConfig(config)
 
 
 def test_layers_that_were_not_prepared_stay(model, batches):

@@ -13,7 +13,7 @@ from tsq_layers.config.json_fields import checked_fields
 from tsq_layers.errors import CheckpointError
 
 FORMAT = "tsq_layers calibration"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 START_AGAIN = "give another checkpoint_dir, or delete this one to start again"
 
 _ABSENT = object()
