@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tsq_layers.calibration.guidance import TokenWeights
+from tsq_layers.calibration.schedule import holds_tokens_out
 from tsq_layers.calibration.targets import Target
 from tsq_layers.numerics.statistics import LayerStatistics
 from tsq_layers.observer import Call, HessianObserver
@@ -124,7 +125,7 @@ class Observation:
                 return
             call = Call(x, reference, mask, self._weights(first, role, arrival))
             observed = self._fitted.setdefault(first.name, first.observer(guided=True))
-            if all(target.config.is_settled for target in stage) or first.pool is not None:
+            if not holds_tokens_out(stage):
                 call.add_to(observed)
                 return
             dims = 1 if first.blocks == 1 else 2

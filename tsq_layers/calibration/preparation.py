@@ -200,9 +200,8 @@ def remove(model: nn.Module) -> None:
     del vars(model)[_ATTRIBUTE]
 
 
-def finish(model: nn.Module, converted: Collection[nn.Module]) -> None:
-    """Forget the preparation before conversion; composites in which nothing was converted are put back."""
-    preparation = fetch(model, "convert")
+def finish(model: nn.Module, preparation: Preparation, converted: Collection[nn.Module]) -> None:
+    """Take the preparation off the model, and put composites back of which no part is converted."""
     preparation.detach()
     unused = {
         original: split

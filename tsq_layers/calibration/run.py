@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,15 +11,14 @@ from torch import nn
 from torch.utils.weak import TensorWeakRef
 from tqdm.auto import tqdm
 
-from tsq_layers.calibration.experts import Experts
 from tsq_layers.calibration.guidance import TokenWeights
 from tsq_layers.calibration.journal import HELD_OUT, Journal, Restored, fingerprint_batch
 from tsq_layers.calibration.observation import Observation, Role
 from tsq_layers.calibration.preparation import Preparation
+from tsq_layers.calibration.schedule import Schedule, all_callers
 from tsq_layers.calibration.solving import Shortfall, solve
 from tsq_layers.calibration.targets import Solved, Target
 from tsq_layers.errors import SameInputWarning
-from tsq_layers.layers import kind_of, rows_of
 from tsq_layers.layers.offloading import entry_device, run_with_weight
 from tsq_layers.numerics.statistics import LayerStatistics
 from tsq_layers.passes import lockstep
@@ -40,71 +39,82 @@ from tsq_layers.passes.pass_state import PassState
 from tsq_layers.passes.recording import hooked, record
 
 
-@dataclass(eq=False)
-class Calibration:
-    """One run over a prepared model. Solved layers are collected; the model is as before afterwards.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RunOptions:
+    """What a calibration runs, and how.
 
     Args:
-        model: the prepared model.
-        preparation: its targets.
-        batches, held_out: what is run through it; taken one by one.
+        batches: that are fitted; taken one by one.
+        held_out: of which only losses are reported; taken one by one.
         paired: whether the full-precision stream runs too.
         forward: how a batch is run.
-        padding_mask: which tokens of a layer input count.
+        padding_mask: which tokens of a layer's input count.
         progress: whether a bar is shown; ``None`` on a terminal only.
-        journal: where solved layers are kept for a run that goes on after this one was killed.
-        parking: where the activations of passes that wait are put; ``None`` leaves them.
+        journal: where solved layers are stored, for a run that continues after this one was killed.
+        parking: where the activations of waiting passes are put; ``None`` leaves them.
         guidance: how much each token of the fitted batches counts, for layers that are guided.
     """
 
-    model: nn.Module
-    preparation: Preparation
     batches: Iterable[Batch]
     held_out: Iterable[Batch]
     paired: bool
     forward: Forward
     padding_mask: PaddingMask
-    progress: bool | None
+    progress: bool | None = None
     journal: Journal | None = None
     parking: Parking | None = None
     guidance: TokenWeights | None = None
 
-    solved: dict[str, Solved] = field(default_factory=dict)
-    _roles: list[Role] = field(default_factory=list)
-    _digests: list[str] = field(default_factory=list)
-    _dense: dict[str, nn.Parameter] = field(default_factory=dict)
-    _expected_inputs: dict[str, dict[int, TensorWeakRef]] = field(default_factory=dict)
+
+class Calibration:
+    """One run over a model. Solved layers are collected; the model is as before afterwards.
+
+    Args:
+        model: with its composites split.
+        preparation: its target layers.
+        options: what is run, and how.
+    """
+
+    def __init__(self, model: nn.Module, preparation: Preparation, options: RunOptions) -> None:
+        self.model, self.preparation, self.options = model, preparation, options
+        self.solved: dict[str, Solved] = {}
+        self._targets = all_callers(preparation.targets, preparation.modules)
+        self._roles: list[Role] = []
+        self._observation = Observation(
+            self._roles,
+            options.paired,
+            options.padding_mask,
+            options.parking,
+            options.guidance,
+        )
+        self._digests: list[str] = []
+        self._dense: dict[str, nn.Parameter] = {}
+        self._expected_inputs: dict[str, dict[int, TensorWeakRef]] = {}
 
     def run(self) -> dict[str, Solved]:
-        """Run all passes; returns the solved layers by name."""
-        targets = self.preparation.targets
-        callers = {
-            name: target
-            for target in targets.values()
-            for name in callers_of(target, self.preparation)
-        }
-        modules = {name: self.preparation.modules[name] for name in callers}
-        self._targets = callers
-        self._observation = Observation(
-            self._roles, self.paired, self.padding_mask, self.parking, self.guidance
-        )
+        """Run all passes, and return the solved layers by name."""
+        modules = {name: self.preparation.modules[name] for name in self._targets}
         with ExitStack() as self._swaps, evaluating(self.model), torch.no_grad():
-            for name, target in callers.items():
+            for name, target in self._targets.items():
                 self._wrap(name, target)
-            first, batches = peeked(self.batches)
+            first, batches = peeked(self.options.batches)
             self._state = PassState(self.model)
             with self._state.first(), hooked(modules, lambda name, *_: self._state.look(name)):
-                self._recording = record(modules, lambda: self._first_pass(first))
-            self._experts = Experts(targets, self._recording.order)
+                recording = record(modules, lambda: self._first_pass(first))
+            self._schedule = Schedule(self.preparation.targets, self._targets, recording)
+            progress = self.options.progress
             with tqdm(
-                total=len(targets),
+                total=len(self.preparation.targets),
                 desc="calibrate",
                 unit="layer",
-                disable=None if self.progress is None else not self.progress,
+                disable=None if progress is None else not progress,
             ) as self._bar:
-                order = self._experts.order
                 lockstep.run(
-                    self._passes(batches), modules, self._visit, order=order, suspend=self._suspend
+                    self._passes(batches),
+                    modules,
+                    self._visit,
+                    order=self._schedule.experts.order,
+                    suspend=self._suspend,
                 )
                 self._solve_the_rest()
         return self.solved
@@ -112,12 +122,12 @@ class Calibration:
     def _passes(self, batches: Iterable[Batch]) -> Iterator[Callable[[], None]]:
         """All passes, in the order of the batches; the two streams of a batch follow one another."""
         for index, batch in enumerate(batches):
-            if self.journal is not None:
+            if self.options.journal is not None:
                 self._digests.append(fingerprint_batch(batch, f"batch {index}"))
-            for stream in ("quantised", "reference") if self.paired else ("quantised",):
+            for stream in ("quantised", "reference") if self.options.paired else ("quantised",):
                 yield self._assigned(Role(batch, index, stream))
-        for index, batch in enumerate(self.held_out):
-            if self.journal is not None:
+        for index, batch in enumerate(self.options.held_out):
+            if self.options.journal is not None:
                 self._digests.append(HELD_OUT + fingerprint_batch(batch, f"held-out batch {index}"))
             yield self._assigned(Role(batch, index, "quantised", held_out=True))
 
@@ -130,9 +140,9 @@ class Calibration:
         given = copied_to(batch, entry_device(self.model))
         before = versions(given)
         try:
-            self.forward(self.model, given)
+            self.options.forward(self.model, given)
         except TypeError as error:
-            if self.forward is default_forward and isinstance(batch, (tuple, list)):
+            if self.options.forward is default_forward and isinstance(batch, (tuple, list)):
                 error.add_note(
                     f"a batch that is a {type(batch).__name__} gives positional arguments, {len(batch)} here; "
                     "if the model takes its first part only, give forward=lambda model, batch: model(batch[0])"
@@ -145,12 +155,16 @@ class Calibration:
             role.batch, entry_device(self.model)
         )
         with self._state.own(role.index):
-            self.forward(self.model, given)
+            self.options.forward(self.model, given)
 
     def _suspend(self, index: int) -> Callable[[], None]:
         """Put aside what belongs to a pass that waits; the result brings it back."""
         put = self._state.leave()
-        bring = None if self.parking is None else self.parking.park(index, self._roles[index].batch)
+        bring = (
+            None
+            if self.options.parking is None
+            else self.options.parking.park(index, self._roles[index].batch)
+        )
 
         def go_on() -> None:
             if bring is not None:
@@ -160,119 +174,106 @@ class Calibration:
         return go_on
 
     def _visit(self, name: str, arrivals: list[lockstep.Arrival]) -> Iterable[str]:
-        """See the calls that wait at ``name``; solve its stage once nobody will call it again."""
+        """Observe the calls that wait at a layer, and solve its input group after their last ones.
+
+        Returns:
+            names of the layers at which passes need not wait any more.
+        """
         self._dense.clear()
         if self._targets[name].name in self.solved:
             return [name]
-        for pool in self._experts.passed(name):
+        for pool in self._schedule.experts.passed(name):
             self._solve_pool(pool)
-        stage = self._stage(name)
+        group = self._schedule.input_group(name, self.solved)
+        first = group[0]
         self._bar.set_postfix_str(name)
-        if stage[0].observed:
-            self._observation.add(stage, arrivals, known=self._needs_no_statistics(stage))
-            if stage[0].name not in self._observation.reached:
+        if first.observed:
+            self._observation.add(group, arrivals, known=self._needs_no_statistics(group))
+            if first.name not in self._observation.reached:
                 return ()  # so far only the full-precision stream, or a held-out batch, came here
-        expected = self._experts.calls(stage[0], self._recording.calls)
-        if (
-            expected is None
-            or stage[0].tied
-            or any(arrival.ordinal + 1 < expected for arrival in arrivals)
-        ):
-            return ()  # passes may yet come here, at different times: it is solved when all have ended
-        for follower in stage[1:]:
+        calls = min(arrival.ordinal + 1 for arrival in arrivals)
+        if not self._schedule.is_last_call(first, calls):
+            return ()
+        for follower in group[1:]:
             self._expected_inputs[follower.name] = {
-                a.pass_index: TensorWeakRef(a.input) for a in arrivals
+                arrival.pass_index: TensorWeakRef(arrival.input) for arrival in arrivals
             }
-        self._solve(stage)
-        return [target.name for target in stage]
+        self._solve(group)
+        return [target.name for target in group]
 
-    def _stage(self, name: str) -> list[Target]:
-        """The layers that the recording pass fed with the same tensor as ``name``, itself first."""
-        first = self._targets[name]
-        group = next((group for group in self._recording.groups if name in group), (name,))
-        others = [
-            self._targets[other] for other in group if other != name and other not in self.solved
-        ]
-        return [first, *(other for other in others if share_rows(first, other))]
-
-    def _solve(self, stage: Sequence[Target]) -> None:
-        name = stage[0].name
-        statistics = self._observation.take_fitted(name)
-        if (
-            statistics is not None
-            and stage[0].pool is not None
-            and self._experts.lend(stage[0], statistics)
-        ):
-            return  # too few tokens of its own: it waits for what its fellows see
-        if (
-            statistics is None
-            and (known := self._restored(stage))
-            and known[name].report.status == "fallback"
-        ):
-            return  # as in the run that solved it
-        held_out, validation = (
-            self._observation.take_held_out(name),
-            self._observation.take_validated(name),
-        )
-        self._keep(stage, statistics, held_out, validation=validation)
+    def _solve(self, group: Sequence[Target]) -> None:
+        """Solve an input group from what was observed of it, but experts with too few tokens."""
+        first, experts = group[0], self._schedule.experts
+        statistics = self._observation.take_fitted(first.name)
+        if statistics is not None and first.pool is not None and experts.lend(first, statistics):
+            return  # it waits for the statistics of all experts
+        if statistics is None:
+            restored = self._restored(group)
+            if restored is not None and restored[first.name].report.status == "fallback":
+                return  # the run that solved it did so with its pool, and so does this one
+        held_out = self._observation.take_held_out(first.name)
+        validation = self._observation.take_validated(first.name)
+        self._keep(group, statistics, held_out, validation=validation)
 
     def _solve_pool(self, name: str) -> None:
-        """Solve the experts of a pool that are left: those with enough tokens, then the others with those of all."""
-        for waiting in self._experts.waiting(name):
+        """Solve the experts of a pool that are left.
+
+        First those with enough tokens, then the others with the statistics of all.
+        """
+        experts = self._schedule.experts
+        for waiting in experts.waiting(name):
             if self._observation.has(waiting):
                 self._solve([self._targets[waiting]])
-        for target, statistics, shortfall in self._experts.close(name):
+        for target, statistics, shortfall in experts.close(name):
             if statistics is not None or self._restored([target]) is not None:
                 self._keep([target], statistics, shortfall=shortfall)
 
     def _solve_the_rest(self) -> None:
-        """Layers whose last call could not be told before all passes had ended, and those that need no call."""
-        for pool in self._experts.open():
+        """Solve the layers that are left when all passes have ended."""
+        for pool in self._schedule.experts.open():
             self._solve_pool(pool)
-        for name, target in self.preparation.targets.items():
-            if name not in self.solved and (
-                name in self._observation.reached or not target.observed
-            ):
-                self._solve(self._stage(name) if name in self._targets else [target])
+        reached = self._observation.reached
+        for group in self._schedule.remaining(self.solved, lambda name: name in reached):
+            self._solve(group)
 
     def _keep(
         self,
-        stage: Sequence[Target],
+        group: Sequence[Target],
         statistics: LayerStatistics | None,
         held_out: LayerStatistics | None = None,
         shortfall: Shortfall | None = None,
         validation: LayerStatistics | None = None,
     ) -> None:
-        """Solve a stage, unless an earlier run has."""
-        solved = self._restored(stage)
+        """Solve an input group, unless an earlier run has, and store the layers."""
+        solved = self._restored(group)
         if solved is None:
-            solved = solve(stage, statistics, held_out, shortfall, validation)
-            if self.journal is not None:
-                self.journal.write(
+            solved = solve(group, statistics, held_out, shortfall, validation)
+            if self.options.journal is not None:
+                self.options.journal.write(
                     {name: (layer.matrix, layer.report) for name, layer in solved.items()}
                 )
         self.solved.update(solved)
-        self._bar.update(len(stage))
+        self._bar.update(len(group))
 
     @torch.inference_mode(False)
-    def _restored(self, stage: Sequence[Target]) -> dict[str, Solved] | None:
-        """Layers as an earlier run solved them; ``None`` unless it solved them all."""
-        if self.journal is None or not all(
-            target.name in self._known(self.journal) for target in stage
+    def _restored(self, group: Sequence[Target]) -> dict[str, Solved] | None:
+        """Return layers as an earlier run solved them; ``None`` unless it solved them all."""
+        if self.options.journal is None or not all(
+            target.name in self._known(self.options.journal) for target in group
         ):
             return None
-        found = {}
-        for target in stage:
-            matrix, report = self.journal.restored[target.name]
-            found[target.name] = Solved(matrix.to(entry_device(target.module)), report)
-        return found
+        restored = {}
+        for target in group:
+            matrix, report = self.options.journal.restored[target.name]
+            restored[target.name] = Solved(matrix.to(entry_device(target.module)), report)
+        return restored
 
-    def _needs_no_statistics(self, stage: Sequence[Target]) -> bool:
-        """Whether an earlier run solved a stage, and no expert will ask for its statistics."""
-        if self.journal is None:
+    def _needs_no_statistics(self, group: Sequence[Target]) -> bool:
+        """Return whether an earlier run solved a group, and no expert will need its statistics."""
+        if self.options.journal is None:
             return False
-        names = [target.name for target in stage] + self._experts.fellows(stage[0])
-        return all(name in self._known(self.journal) for name in names)
+        names = [target.name for target in group] + self._schedule.experts.fellows(group[0])
+        return all(name in self._known(self.options.journal) for name in names)
 
     @torch.inference_mode(False)
     def _known(self, journal: Journal) -> Restored:
@@ -326,20 +327,3 @@ class Calibration:
                 SameInputWarning,
                 stacklevel=2,
             )
-
-
-def callers_of(target: Target, preparation: Preparation) -> list[str]:
-    """The layers that calls go through: the target, and those with the same weight that see inputs of the same sort."""
-    tied = [name for name in target.tied if kind_of(preparation.modules[name]) is target.kind]
-    return [target.name, *tied] if target.kind.inputs is not None else []
-
-
-def share_rows(first: Target, other: Target) -> bool:
-    """Whether two layers that were given the same tensor see the same rows."""
-    plain = first.kind.inputs is rows_of and other.kind.inputs is rows_of
-    alone = first.pool or other.pool or first.tied or other.tied or first.guidance or other.guidance
-    alone = alone or first.observed != other.observed
-    roundings = [
-        target.config.activation_bits and (8, target.config.rotation) for target in (first, other)
-    ]
-    return first is other or (plain and not alone and roundings[0] == roundings[1])

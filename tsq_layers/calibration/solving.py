@@ -16,7 +16,7 @@ from tsq_layers.errors import FewTokensWarning, ScaleRangeWarning
 from tsq_layers.layers.offloading import present
 from tsq_layers.numerics.statistics import LayerStatistics
 from tsq_layers.numerics.sync import to_host
-from tsq_layers.numerics.weight import out_of_range, stacked
+from tsq_layers.numerics.weight import QuantizedWeight, out_of_range, stacked
 from tsq_layers.reports import LayerReport
 from tsq_layers.runtime.linear import QuantLinear
 from tsq_layers.solver import SolverResult, TwoStageGroupQuantizer, selection
@@ -63,73 +63,88 @@ def solve(
             they are fitted too.
     """
     solved: dict[str, Solved] = {}
-    remaining = list(targets)
     with ExitStack() as stack:
         for target in targets:
             stack.enter_context(present(target.module))
-        while remaining:
-            first = remaining[0]
-            alike = [
-                target for target in remaining if target is first or _rows_may_stack(target, first)
-            ]
-            remaining = [target for target in remaining if target not in alike]
-            solved |= _solve_alike(alike, statistics, held_out, shortfall, validation)
+        for layers in stacks(targets):
+            solved |= _solve_stack(layers, statistics, held_out, shortfall, validation)
     return {target.name: solved[target.name] for target in targets}
 
 
-def _rows_may_stack(target: Target, other: Target) -> bool:
-    """Whether each layer is solved as by itself. Outliers are those of one layer: they are not chosen row by row."""
-    sparse = target.additions.keys() & {"outliers", "outlier_columns"}
-    return (
-        not sparse
-        and target.config == other.config
-        and (target.given is None) == (other.given is None)
-    )
+def stacks(targets: Sequence[Target]) -> list[list[Target]]:
+    """Sort layers that share their input into those that are solved as one matrix."""
+    groups: list[list[Target]] = []
+    for target in targets:
+        for group in groups:
+            if _may_stack(target, group[0]):
+                group.append(target)
+                break
+        else:
+            groups.append([target])
+    return groups
 
 
-def _solve_alike(
+def _may_stack(target: Target, other: Target) -> bool:
+    """Return whether each of two layers is solved in a stack as it is by itself."""
+    if target.additions.keys() & {"outliers", "outlier_columns"}:
+        return False  # outliers are chosen over a whole layer, not row by row
+    return target.config == other.config and (target.given is None) == (other.given is None)
+
+
+def _solve_stack(
     targets: Sequence[Target],
     statistics: LayerStatistics | None,
     held_out: LayerStatistics | None,
     shortfall: Shortfall | None,
     validation: LayerStatistics | None,
 ) -> dict[str, Solved]:
-    name, config = ", ".join(target.name for target in targets), targets[0].config
-    weights = [target.weight for target in targets]
-    weight = (
-        torch.cat([part.to(torch.float32) for part in weights]) if len(weights) > 1 else weights[0]
-    )
-    if targets[0].kind.inputs is None:
+    """Solve layers of equal configuration as one matrix; arguments are those of :func:`solve`."""
+    first, config = targets[0], targets[0].config
+    name = ", ".join(target.name for target in targets)
+    weight = _stacked_weight(targets)
+    has_inputs = first.kind.inputs is not None
+    if not has_inputs:
         statistics, held_out, validation = _no_information(weight), None, None
-    seen = [part.count for part in (statistics, validation) if part is not None]
-    needed = statistics if config.needs_calibration else None
-    if needed is None:
-        held_out = validation = None
-    changed = (
-        rebase(weight, needed, held_out, config, validation)
-        if targets[0].kind.inputs is not None
-        else None
-    )
-    if changed is not None:
-        weight, needed, held_out, validation = (
-            changed.weight,
-            changed.statistics,
-            changed.held_out,
-            changed.validation,
-        )
-    if needed is not None:
-        config = selection.settle(config, weight, needed, validation, name)
-        needed = needed if validation is None else needed + validation
-    given = [target.given for target in targets if target.given is not None]
-    start = stacked(given).to(weight.device) if given else None
-    result = TwoStageGroupQuantizer(weight, needed, config, name=name).run(held_out, start)
-    if changed is not None:
-        result = dataclasses.replace(
-            result, weight=dataclasses.replace(result.weight, basis=changed.basis)
-        )
-    beyond = out_of_range(result.weight, weight)
-    tokens = int(sum(to_host(*seen))) if seen and targets[0].kind.inputs is not None else None
-    return _split(targets, result, tokens, shortfall, config, beyond)
+    counts = [sums.count for sums in (statistics, validation) if sums is not None]
+    if statistics is None or not config.needs_calibration:
+        statistics, held_out, validation = None, None, None
+
+    basis = None
+    if has_inputs:
+        problem = rebase(weight, statistics, held_out, config, validation)
+        if problem is not None:
+            weight, basis = problem.weight, problem.basis
+            statistics, held_out = problem.statistics, problem.held_out
+            validation = problem.validation
+    if statistics is not None:
+        config = selection.settle(config, weight, statistics, validation, name)
+        if validation is not None:
+            # What was held out to choose options is fitted too, once they are chosen.
+            statistics = statistics + validation
+
+    start = _stacked_start(targets, weight.device)
+    result = TwoStageGroupQuantizer(weight, statistics, config, name=name).run(held_out, start)
+    if basis is not None:
+        in_basis = dataclasses.replace(result.weight, basis=basis)
+        result = dataclasses.replace(result, weight=in_basis)
+    lost_rows = out_of_range(result.weight, weight)
+    # Counts are read last: reading them waits until the device has solved the layers.
+    tokens = int(sum(to_host(*counts))) if has_inputs and counts else None
+    return _split(targets, result, tokens, shortfall, config, lost_rows)
+
+
+def _stacked_weight(targets: Sequence[Target]) -> Tensor:
+    """Return the weights of layers on top of each other, float32; that of one layer as it is."""
+    weights = [target.weight for target in targets]
+    if len(weights) == 1:
+        return weights[0]
+    return torch.cat([weight.to(torch.float32) for weight in weights])
+
+
+def _stacked_start(targets: Sequence[Target], device: torch.device) -> QuantizedWeight | None:
+    """Return the codes and grids that the layers start from; ``None`` if they start from nothing."""
+    weights = [target.given for target in targets if target.given is not None]
+    return stacked(weights).to(device) if weights else None
 
 
 def _no_information(weight: Tensor) -> LayerStatistics:
@@ -175,59 +190,88 @@ def _split(
     tokens: int | None,
     shortfall: Shortfall | None,
     settled: QuantConfig,
-    beyond: Tensor,
+    lost_rows: Tensor,
 ) -> dict[str, Solved]:
+    """Cut the result of a stack into its layers, and say of each what was done.
+
+    Args:
+        stack: the layers.
+        result: of all their rows.
+        tokens: that were fitted; ``None`` if none were.
+        shortfall: see :func:`solve`.
+        settled: the configuration that was solved, with no option left to choose.
+        lost_rows: bool (N,), rows with scales that their dtype cannot hold.
+    """
     rows = [target.shape[0] for target in stack]
-    weights = result.weight.split(rows)
-    tables = {
-        "losses": result.losses,
-        "held_out_losses": result.held_out_losses,
-        "objective": result.objective,
-    }
-    numbers = [
-        (table, step, values) for table, steps in tables.items() for step, values in steps.items()
-    ]
-    known = {
-        "losses": result.signal,
-        "held_out_losses": result.held_out_signal,
-        "objective": result.signal,
-    }
-    signals = {table: values for table, values in known.items() if values is not None}
-    *sums, lost = _sums([*(values for _, _, values in numbers), *signals.values(), beyond], rows)
-    signal = dict(zip(signals, sums[len(numbers) :], strict=True))
-    _warn_of_range(stack, lost)
+    losses, layers_lost = _relative_losses(result, lost_rows, rows)
+    _warn_of_range(stack, layers_lost)
     solved: dict[str, Solved] = {}
-    for index, (target, weight) in enumerate(zip(stack, weights, strict=True)):
-        found: dict[str, dict[str, float]] = {
-            table: {} for table in tables
-        }  # what each step did to this layer
-        for (table, step, _), layer_sums in zip(numbers, sums[: len(numbers)], strict=True):
-            found[table][step] = (
-                layer_sums[index] / signal[table][index] if signal[table][index] > 0 else 0.0
-            )
-        _, strength, ridge = settled.settled() if target.uses_deviation else (None, None, None)
-        report = dataclasses.replace(
-            _entry(target),
-            status="quantized" if shortfall is None else "fallback",
-            reason="" if shortfall is None else shortfall.reason,
-            tokens=tokens if shortfall is None else shortfall.tokens,
-            damping=result.damping,
-            deviation_strength=strength,
-            deviation_damping=ridge,
-            seconds=_share(result, rows, index),
-            **cast("dict[str, Any]", found),
-        )
-        others = tuple(other.name for other in stack if other is not target)
+    for index, (target, weight) in enumerate(zip(stack, result.weight.split(rows), strict=True)):
         matrix = QuantLinear.from_quantized(
             weight,
             dtype=target.weight.dtype,
             activation_bits=target.additions.get("activation_bits"),
         )
-        solved[target.name] = Solved(
-            matrix,
-            dataclasses.replace(report, bits_per_weight=matrix.bits_per_weight, shared_with=others),
+        strength = ridge = None
+        if target.uses_deviation:
+            _, strength, ridge = settled.settled()
+        report = dataclasses.replace(
+            _entry(target),
+            tokens=tokens,
+            damping=result.damping,
+            deviation_strength=strength,
+            deviation_damping=ridge,
+            seconds=_share(result, rows, index),
+            bits_per_weight=matrix.bits_per_weight,
+            shared_with=tuple(other.name for other in stack if other is not target),
+            **cast("dict[str, Any]", losses[index]),
         )
+        if shortfall is not None:
+            report = dataclasses.replace(
+                report, status="fallback", reason=shortfall.reason, tokens=shortfall.tokens
+            )
+        solved[target.name] = Solved(matrix, report)
     return solved
+
+
+def _relative_losses(
+    result: SolverResult, lost_rows: Tensor, rows: list[int]
+) -> tuple[list[dict[str, dict[str, float]]], list[float]]:
+    """Return losses of each layer relative to its outputs' energy, and its number of lost rows.
+
+    Everything is read from the device with one copy.
+
+    Args:
+        result: of the stack.
+        lost_rows: bool (N,).
+        rows: of each layer.
+
+    Returns:
+        for each layer, field of the report → step → loss; and for each layer, the lost rows.
+    """
+    fields = {
+        "losses": (result.losses, result.signal),
+        "held_out_losses": (result.held_out_losses, result.held_out_signal),
+        "objective": (result.objective, result.signal),
+    }
+    row_values: dict[tuple[str, str], Tensor] = {}
+    for field, (steps, energy) in fields.items():
+        for step, values in steps.items():
+            row_values[field, step] = values
+        if energy is not None:
+            row_values[field, "energy"] = energy
+    row_values["lost", "rows"] = lost_rows
+    sums = dict(zip(row_values, _sums(list(row_values.values()), rows), strict=True))
+    layers: list[dict[str, dict[str, float]]] = []
+    for index in range(len(rows)):
+        layer: dict[str, dict[str, float]] = {}
+        for field, (steps, _) in fields.items():
+            layer[field] = {}
+            for step in steps:
+                whole = sums[field, "energy"][index]
+                layer[field][step] = sums[field, step][index] / whole if whole > 0 else 0.0
+        layers.append(layer)
+    return layers, sums["lost", "rows"]
 
 
 def _entry(target: Target) -> LayerReport:

@@ -135,7 +135,8 @@ def _convert(module: nn.Module, config: ConvertTSQConfig) -> nn.Module:  # noqa:
 @register_quantize_module_handler(TSQConfig)  # type: ignore[untyped-decorator]
 def _quantize(module: nn.Module, config: TSQConfig) -> nn.Module:
     if config.step == "convert":
-        return _convert(module, ConvertTSQConfig())
+        converted: nn.Module = _convert(module, ConvertTSQConfig())
+        return converted
     assert config.config is not None
     tsq.prepare(module, config.config)
     return module if config.step == "prepare" else tsq.convert(module)

@@ -5,11 +5,12 @@ when every pass waits there; its stage, the layers with the same input, is solve
 then the passes run on, one by one, to the next layer that is not solved.
 """
 
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
-from tsq_layers.calibration.experts import Experts, pool_of
-from tsq_layers.calibration.run import share_rows
+from tsq_layers.calibration.experts import pool_of
+from tsq_layers.calibration.schedule import Schedule, holds_tokens_out
+from tsq_layers.calibration.solving import stacks
 from tsq_layers.calibration.targets import Target
 from tsq_layers.planning.costs import solver_bytes
 from tsq_layers.planning.ledger import Work
@@ -56,26 +57,21 @@ class Course:
         self._dense: dict[str, int] = {}
         self._packed = 0
         self._held = 0  # by a pass that waits
-        self._groups: Sequence[Sequence[str]] = ()
-        self._recorded: Mapping[str, int] = {}
-        self._experts = Experts(targets, ())
+        self._schedule = Schedule(targets, callers)
 
     def run(self, trace: Trace | None) -> None:
         """Go through the calls of a pass; ``None`` if there are no passes."""
         if trace is not None:
-            self._groups = trace.recording.groups
-            self._recorded = trace.recording.calls
-            self._experts = Experts(self.targets, trace.recording.order)
+            self._schedule = Schedule(self.targets, self.callers, trace.recording)
             self._go_through(trace)
             self._held = 0  # all passes have ended
             self._dense.clear()
-            for pool in self._experts.open():
+            for pool in self._schedule.experts.open():
                 self._solve_pool(pool)
-        for name, target in self.targets.items():
-            if name not in self.solved and (
-                self.tokens[name] or not target.observed or trace is None
-            ):
-                self._solve(self._stage(name) if name in self.callers else [target], 0)
+        for group in self._schedule.remaining(
+            self.solved, lambda name: trace is None or bool(self.tokens[name])
+        ):
+            self._solve(group, 0)
 
     def _go_through(self, trace: Trace) -> None:
         every = self.callers.keys()
@@ -84,7 +80,7 @@ class Course:
             self.forward += call.work * self.passes.count
             stops = call.name not in self._released
             self._run_on(
-                here or self._entry(self._stage(call.name)),
+                here or self._entry(self._schedule.input_group(call.name, self.solved)),
                 call.peak,
                 call.held if stops else self._held,
             )
@@ -132,17 +128,16 @@ class Course:
         if target.name in self.solved:
             self._released.add(call.name)
             return None
-        for pool in self._experts.passed(call.name):
+        for pool in self._schedule.experts.passed(call.name):
             self._solve_pool(pool)
-        stage = self._stage(call.name)
+        stage = self._schedule.input_group(call.name, self.solved)
         entry = self._entry(stage)
         entry.most(held=call.held, waiting=self._waiting(call.held))
         entry.most(offloaded=call.held * self.passes.count if self.passes.away else 0)
         if stage[0].observed:
             self._observe(stage, entry, call)
         self._calls[call.name] += 1
-        expected = self._experts.calls(stage[0], self._recorded)
-        if expected is not None and not stage[0].tied and self._calls[call.name] >= expected:
+        if self._schedule.is_last_call(stage[0], self._calls[call.name]):
             self._solve(stage, self._waiting(call.held))
             self._released |= {follower.name for follower in stage}
         return entry
@@ -158,27 +153,14 @@ class Course:
         self.observing += need.work * passes.batches
         if not tokens:
             return
-        chooses = any(not target.config.is_settled for target in stage) and first.pool is None
-        self._sums[first.name] = need.kept * (
-            1 + chooses
-        )  # of the tokens on which something is chosen
+        # Tokens on which options are chosen have sums of their own.
+        self._sums[first.name] = need.kept * (1 + holds_tokens_out(stage))
         if passes.held_out:
             alone = self._needs.observing(first, call.input, paired=False)
             self._held_out_sums[first.name] = alone.kept
             self.observing += alone.work * passes.held_out
         seen = call.held * (1 + paired) if passes.away else self._waiting(call.held)
         entry.phase("observing", self._standing() + seen + need.extra)
-
-    def _stage(self, name: str) -> list[Target]:
-        """The layers that are solved with ``name``."""
-        first = self.callers[name]
-        group = next((group for group in self._groups if name in group), (name,))
-        others = [
-            self.callers[other]
-            for other in group
-            if other != name and self.callers[other].name not in self.solved
-        ]
-        return [first, *(other for other in others if share_rows(first, other))]
 
     def _entry(self, stage: Sequence[Target]) -> StageInMaking:
         key = stage[0].name if stage[0].pool is None else pool_of(stage[0]).name
@@ -197,16 +179,16 @@ class Course:
             self._sums.setdefault(pool_of(first).name, sums)
         entry = self._entry(stage)
         entry.most(statistics=self._standing() - self._packed + sums)
-        for alike in _alike(stage):
-            solver = self._solve_alike(alike)
+        for stack in stacks(stage):
+            solver = self._solve_stack(stack)
             entry.most(solver=solver)
             entry.phase("solving", waiting + self._standing() + sums + solver)
         self._packed += sum(packed_bytes(target) for target in stage)
         entry.most(packed=self._packed)
         self.solved |= {target.name for target in stage}
 
-    def _solve_alike(self, targets: Sequence[Target]) -> int:
-        """Bytes for solving layers of equal configuration as one stack."""
+    def _solve_stack(self, targets: Sequence[Target]) -> int:
+        """Return the bytes for solving layers of equal configuration as one stack."""
         first = targets[0]
         shape = sum(target.shape[0] for target in targets), first.shape[1]
         shifted = self.passes.paired and first.uses_deviation
@@ -226,15 +208,7 @@ class Course:
     def _solve_pool(self, name: str) -> None:
         """The experts that no token of the example reached; the statistics of their fellows serve."""
         known = name in self._sums
-        for target, *_ in self._experts.close(name):
+        for target, *_ in self._schedule.experts.close(name):
             if target.name not in self.solved and known:
                 self._solve([target], self._waiting(self._held))
         self._sums.pop(name, None)
-
-
-def _alike(stage: Sequence[Target]) -> Iterable[Sequence[Target]]:
-    """The layers of a stage by configuration."""
-    groups: dict[str, list[Target]] = defaultdict(list)
-    for target in stage:
-        groups[target.config.to_json()].append(target)
-    return groups.values()

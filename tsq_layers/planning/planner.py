@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tsq_layers.calibration import preparation as preparations
 from tsq_layers.calibration.preparation import Preparation
-from tsq_layers.calibration.run import callers_of
+from tsq_layers.calibration.schedule import callers_of
 from tsq_layers.config import QuantConfig
 from tsq_layers.errors import CalibrationError, ConfigError, StateError
 from tsq_layers.layers.offloading import entry_device, is_offloaded
@@ -199,7 +199,7 @@ def _measured(
     modules = {
         name: preparation.modules[name]
         for target in targets
-        for name in callers_of(target, preparation)
+        for name in callers_of(target, preparation.modules)
     }
     try:
         with restored(model):
@@ -231,9 +231,7 @@ def _course(
 ) -> tuple[Course, Report]:
     """The stages of the calibration, and what the model will be like."""
     targets = preparation.targets
-    callers = {
-        name: target for target in targets.values() for name in callers_of(target, preparation)
-    }
+    callers = all_callers(targets, preparation.modules)
     with restored(model):
         StandIns(fake).put(model)
         course = Course(targets, callers, passes, Needs(fake))

@@ -21,7 +21,7 @@ from tsq_layers.workflow.hosts import tell_hosts
 
 
 def convert(model: nn.Module, *, min_coverage: float = 0.0) -> nn.Module:
-    """Put a quantised layer in the place of every solved one, and a report on the model.
+    """Replace every solved layer by a quantised one, and put a report on the model.
 
     Without a :func:`~tsq_layers.workflow.pipeline.calibrate` before it, layers are solved from what the observers have seen.
 
@@ -30,7 +30,7 @@ def convert(model: nn.Module, *, min_coverage: float = 0.0) -> nn.Module:
         min_coverage: share of the model's parameters, 0 to 1, that must be quantised.
 
     Returns:
-        the same model (the twin, if the model itself is a single layer), with ``tsq_report``.
+        the same model (the quantised layer, if the model itself is a single layer), with ``tsq_report``.
 
     Raises:
         StateError: the model is not prepared, its configuration asks for what only ``calibrate`` does, or a layer has
@@ -44,7 +44,12 @@ def convert(model: nn.Module, *, min_coverage: float = 0.0) -> nn.Module:
     """
     preparation = fetch(model, "convert")
     check_share(min_coverage)
-    before, versions = model_bytes(model), library_versions()
+    return convert_prepared(model, preparation, min_coverage)
+
+
+def convert_prepared(model: nn.Module, preparation: Preparation, min_coverage: float) -> nn.Module:
+    """Convert a model whose preparation is known; see :func:`convert`."""
+    size_before = model_bytes(model)
     solved = preparation.solved
     if solved is None:
         started = time.perf_counter()
@@ -56,25 +61,25 @@ def convert(model: nn.Module, *, min_coverage: float = 0.0) -> nn.Module:
     parameters = parameter_reports(preparation.parameters, layers)
     check_coverage(parameters, min_coverage)
     _check_places(model, preparation, solved)
-    twins = _twins(preparation, solved)
+    replacements = _replacements(preparation, solved)
     converted = model
     try:
-        finish(model, twins.keys())
-        converted = replace(model, twins)
+        finish(model, preparation, replacements.keys())
+        converted = replace(model, replacements)
         converted.tsq_report = Report(  # type: ignore[assignment]
             layers=layers,
             parameters=parameters,
             distances=preparation.distances,
             config=preparation.config,
-            size_before=before,
+            size_before=size_before,
             size_after=model_bytes(converted),
             paired=preparation.paired,
             seconds=preparation.seconds,
-            versions=versions,
+            versions=library_versions(),
         )
         tell_hosts(converted)
     except BaseException:
-        replace(converted, {twin: layer for layer, twin in twins.items()})
+        replace(converted, {packed: layer for layer, packed in replacements.items()})
         if hasattr(converted, "tsq_report"):
             del converted.tsq_report
         store(model, preparation)
@@ -180,21 +185,22 @@ def _check_places(model: nn.Module, preparation: Preparation, solved: Mapping[st
         )
 
 
-def _twins(preparation: Preparation, solved: Mapping[str, Solved]) -> dict[nn.Module, nn.Module]:
-    """Float layer → quantised layer. Layers with the same weight have the same packed matrix."""
-    twins: dict[nn.Module, nn.Module] = {}
+def _replacements(
+    preparation: Preparation, solved: Mapping[str, Solved]
+) -> dict[nn.Module, nn.Module]:
+    """Return float layer → quantised layer. Layers with the same weight have the same matrix."""
+    replacements: dict[nn.Module, nn.Module] = {}
     for name, layer in solved.items():
         target = preparation.targets[name]
         modules = [target.module, *(preparation.modules[other] for other in target.tied)]
-        layer.matrix.bias = next(
-            (bias for module in modules if (bias := _bias(module)) is not None), None
-        )
+        biases = [_bias(module) for module in modules]
+        layer.matrix.bias = next((bias for bias in biases if bias is not None), None)
         for module in modules:
             kind = kind_of(module)
             assert kind is not None
-            twins[module] = kind.twin(module, layer.matrix)
-            pass_on_hook(module, twins[module])
-    return twins
+            replacements[module] = kind.twin(module, layer.matrix)
+            pass_on_hook(module, replacements[module])
+    return replacements
 
 
 def _bias(module: nn.Module) -> nn.Parameter | None:

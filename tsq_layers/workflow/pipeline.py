@@ -3,7 +3,8 @@
 import os
 import time
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -12,9 +13,11 @@ from tsq_layers.calibration import preparation as preparations
 from tsq_layers.calibration.coverage import check_share
 from tsq_layers.calibration.distillation import Distance, Student, distil
 from tsq_layers.calibration.guidance import Loss, TokenWeights, Watched, model_loss, token_weights
+from tsq_layers.calibration.journal import Journal
 from tsq_layers.calibration.journal.resuming import journal_of
 from tsq_layers.calibration.preparation import Preparation, guided_layers
-from tsq_layers.calibration.run import Calibration, callers_of
+from tsq_layers.calibration.run import Calibration, RunOptions
+from tsq_layers.calibration.schedule import callers_of
 from tsq_layers.calibration.solving import warn_few_tokens
 from tsq_layers.calibration.targets import Solved
 from tsq_layers.config import QuantConfig
@@ -32,7 +35,7 @@ from tsq_layers.passes.batches import (
     moved_to,
 )
 from tsq_layers.passes.offload import Parking
-from tsq_layers.workflow.conversion import check_attainable, convert, warn_never_called
+from tsq_layers.workflow.conversion import check_attainable, convert_prepared, warn_never_called
 
 
 def prepare(model: nn.Module, config: QuantConfig) -> nn.Module:
@@ -70,13 +73,19 @@ def prepare(model: nn.Module, config: QuantConfig) -> nn.Module:
         >>> type(convert(model)[0]).__name__
         'QuantLinear'
     """
+    _prepare(model, config)
+    return model
+
+
+def _prepare(model: nn.Module, config: QuantConfig) -> Preparation:
+    """Sort the layers of a model, and attach observers to those that will be quantised."""
     preparation = preparations.inspect(model, config)
     for name, target in preparation.targets.items():
         if target.observed:
             preparation.observers[name] = target.observer()
     preparations.store(model, preparation)
     preparation.attach()
-    return model
+    return preparation
 
 
 def unprepare(model: nn.Module) -> nn.Module:
@@ -161,42 +170,75 @@ def calibrate(
         raise StateError(
             "the model is already calibrated; call convert(model), or unprepare(model) to start again"
         )
+    request = _Request(
+        batches=batches,
+        held_out=held_out,
+        paired=paired,
+        forward=forward,
+        padding_mask=padding_mask,
+        loss=loss,
+        distance=distance,
+        offload=offload,
+        checkpoint_dir=checkpoint_dir,
+        progress=progress,
+    )
+    _calibrate(model, preparation, request)
+    return model
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Request:
+    """The arguments of :func:`calibrate`."""
+
+    batches: Iterable[Batch]
+    held_out: Iterable[Batch] | None
+    paired: bool | None
+    forward: Forward
+    padding_mask: PaddingMask
+    loss: Loss | None
+    distance: Distance | None
+    offload: torch.device | str | None
+    checkpoint_dir: str | os.PathLike[str] | None
+    progress: bool | None
+
+
+def _calibrate(model: nn.Module, preparation: Preparation, request: _Request) -> None:
+    """Solve the target layers of a preparation, and note the results in it.
+
+    When anything is raised, the observers are attached as before.
+    """
+    paired = request.paired
     if paired is None:
         paired = any(target.config.uses_deviation for target in preparation.targets.values())
-    fitted = checked_batches(batches, "batches")
-    others = [] if held_out is None else checked_batches(held_out, "held_out")
-    parking = None if offload is None else Parking(offload, model)
-    config, guided = preparation.config, guided_layers(preparation)
-    if guided or config.distill_epochs:
-        fitted = list(fitted)
+    batches = checked_batches(request.batches, "batches")
+    held_out: Iterable[Batch] = ()
+    if request.held_out is not None:
+        held_out = checked_batches(request.held_out, "held_out")
+    parking = None if request.offload is None else Parking(request.offload, model)
+    guided = guided_layers(preparation)
+    if guided or preparation.config.distill_epochs:
+        batches = list(batches)  # they are run more than once
     started = time.perf_counter()
     preparation.detach()
     try:
-        with (
-            nullcontext()
-            if checkpoint_dir is None
-            else journal_of(
-                checkpoint_dir, model, preparation, paired, forward, padding_mask, loss
-            ) as journal
-        ):
-            guidance = _guidance(model, guided, fitted, forward, loss) if guided else None
-            solved = Calibration(
-                model,
-                preparation,
-                fitted,
-                others,
-                paired,
-                forward,
-                padding_mask,
-                progress,
-                journal,
-                parking,
-                guidance,
-            ).run()
-        if config.distill_epochs:
-            preparation.distances = _distilled(
-                model, preparation, solved, fitted, forward, distance, progress
+        with _journal(model, preparation, request, paired=paired) as journal:
+            guidance = None
+            if guided:
+                guidance = _guidance(model, guided, batches, request.forward, request.loss)
+            options = RunOptions(
+                batches=batches,
+                held_out=held_out,
+                paired=paired,
+                forward=request.forward,
+                padding_mask=request.padding_mask,
+                progress=request.progress,
+                journal=journal,
+                parking=parking,
+                guidance=guidance,
             )
+            solved = Calibration(model, preparation, options).run()
+        if preparation.config.distill_epochs:
+            preparation.distances = _distilled(model, preparation, solved, batches, request)
         warn_few_tokens(solved)
         warn_never_called(preparation, solved)
     except BaseException:
@@ -204,7 +246,16 @@ def calibrate(
         raise
     preparation.solved, preparation.paired = solved, paired
     preparation.seconds = time.perf_counter() - started
-    return model
+
+
+def _journal(
+    model: nn.Module, preparation: Preparation, request: _Request, *, paired: bool
+) -> AbstractContextManager[Journal | None]:
+    """Return the context of the journal; one that does nothing where no directory was given."""
+    if request.checkpoint_dir is None:
+        return nullcontext()
+    functions = (request.forward, request.padding_mask, request.loss)
+    return journal_of(request.checkpoint_dir, model, preparation, paired, *functions)
 
 
 def quantize(
@@ -242,13 +293,12 @@ def quantize(
         4
     """
     check_share(min_coverage)
-    prepare(model, config)
+    preparation = _prepare(model, config)
     try:
-        check_attainable(preparations.fetch(model, "calibrate"), min_coverage)
+        check_attainable(preparation, min_coverage)
         if batches is not None:
-            calibrate(
-                model,
-                batches,
+            request = _Request(
+                batches=batches,
                 held_out=held_out,
                 paired=paired,
                 forward=forward,
@@ -259,7 +309,8 @@ def quantize(
                 checkpoint_dir=checkpoint_dir,
                 progress=progress,
             )
-        return convert(model, min_coverage=min_coverage)
+            _calibrate(model, preparation, request)
+        return convert_prepared(model, preparation, min_coverage)
     except BaseException:
         if preparations.is_prepared(model):
             unprepare(model)
@@ -273,10 +324,12 @@ def _guidance(
     forward: Forward,
     loss: Loss | None,
 ) -> TokenWeights:
+    """Return how much each token counts, from the gradients of the loss."""
     device = entry_device(model)
-    given = loss or (lambda model, batch: model_loss(model, batch, forward))
+    function = loss or (lambda model, batch: model_loss(model, batch, forward))
     with evaluating(model):
-        return token_weights(model, guided, [copied_to(batch, device) for batch in batches], given)
+        copies = [copied_to(batch, device) for batch in batches]
+        return token_weights(model, guided, copies, function)
 
 
 def _distilled(
@@ -284,28 +337,25 @@ def _distilled(
     preparation: Preparation,
     solved: Mapping[str, Solved],
     batches: Iterable[Batch],
-    forward: Forward,
-    distance: Distance | None,
-    progress: bool | None,
+    request: _Request,
 ) -> tuple[float, ...]:
-    """Refine the grids of all solved layers together."""
-    config, device = preparation.config, entry_device(model)
-    students = [
-        Student(preparation.modules[name], layer.matrix, target.kind.from_matrix)
-        for target, layer in ((preparation.targets[name], layer) for name, layer in solved.items())
-        for name in callers_of(target, preparation)
-    ]
+    """Train the grids of all solved layers together, and return the distance after each epoch."""
+    students = []
+    for name, layer in solved.items():
+        target = preparation.targets[name]
+        for caller in callers_of(target, preparation.modules):
+            module = preparation.modules[caller]
+            students.append(Student(module, layer.matrix, target.kind.from_matrix))
+    device = entry_device(model)
     with evaluating(model):
-        given = [moved_to(batch, device) for batch in batches]
-        return tuple(
-            distil(
-                model,
-                students,
-                given,
-                lambda model, batch: forward(model, copied_to(batch, None)),
-                epochs=config.distill_epochs,
-                rate=config.distill_rate,
-                distance=distance,
-                progress=progress,
-            )
+        distances = distil(
+            model,
+            students,
+            [moved_to(batch, device) for batch in batches],
+            lambda model, batch: request.forward(model, copied_to(batch, None)),
+            epochs=preparation.config.distill_epochs,
+            rate=preparation.config.distill_rate,
+            distance=request.distance,
+            progress=request.progress,
         )
+    return tuple(distances)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tsq_layers.calibration import preparation as preparations
 from tsq_layers.calibration.journal.resuming import journal_of
 from tsq_layers.calibration.preparation import Preparation
-from tsq_layers.calibration.run import Calibration
+from tsq_layers.calibration.run import Calibration, RunOptions
 from tsq_layers.calibration.solving import warn_few_tokens
 from tsq_layers.calibration.targets import Solved, Target
 from tsq_layers.config import QuantConfig
@@ -117,7 +117,7 @@ def refine(
         name: _started(preparation.targets[name], config, layers[name]) for name in layers
     }
     fitted = checked_batches(batches, "batches")
-    others = [] if held_out is None else checked_batches(held_out, "held_out")
+    reported = [] if held_out is None else checked_batches(held_out, "held_out")
     parking = None if offload is None else Parking(offload, reference)
     preparations.store(reference, preparation)
     try:
@@ -129,18 +129,17 @@ def refine(
                 checkpoint_dir, reference, preparation, paired, forward, padding_mask, start=model
             ) as journal
         ):
-            solved = Calibration(
-                reference,
-                preparation,
-                fitted,
-                others,
-                paired,
-                forward,
-                padding_mask,
-                progress,
-                journal,
-                parking,
-            ).run()
+            options = RunOptions(
+                batches=fitted,
+                held_out=reported,
+                paired=paired,
+                forward=forward,
+                padding_mask=padding_mask,
+                progress=progress,
+                journal=journal,
+                parking=parking,
+            )
+            solved = Calibration(reference, preparation, options).run()
         warn_few_tokens(solved)
         warn_never_called(preparation, solved)
     finally:
