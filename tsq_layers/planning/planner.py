@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tsq_layers.calibration import preparation as preparations
 from tsq_layers.calibration.preparation import Preparation
-from tsq_layers.calibration.schedule import callers_of
+from tsq_layers.calibration.schedule import all_callers, callers_of
 from tsq_layers.config import QuantConfig
 from tsq_layers.errors import CalibrationError, ConfigError, StateError
 from tsq_layers.layers.offloading import entry_device, is_offloaded
