@@ -1,4 +1,4 @@
-"""Which parameters of a model belong to which layers, and what became of each."""
+"""Assign parameters of a model to its layers, and report how much of them was quantised."""
 
 import math
 from collections import defaultdict
@@ -78,14 +78,14 @@ def _check_shapes(model: nn.Module) -> None:
 
 
 def is_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """Whether a parameter is a matrix, or a stack of them; biases of several experts are not."""
+    """Return whether a parameter is a matrix, or a stack of them; biases of several experts are not."""
     return parameter.dim() >= 2 and "bias" not in name
 
 
 def parameter_reports(
     owned: Iterable[Ownership], layers: Iterable[LayerReport]
 ) -> tuple[ParameterReport, ...]:
-    """What became of every parameter, from what became of the layers."""
+    """Return a report of every parameter, from the reports of the layers."""
     by_name = {layer.name: layer for layer in layers}
     return tuple(_report(owner, by_name) for owner in owned)
 
@@ -111,22 +111,23 @@ def check_coverage(parameters: Sequence[ParameterReport], wanted: float) -> None
         for item in largest(parameters, _GAPS)
     )
     raise CoverageError(
-        f"{share:.1%} of the parameters would be quantised, min_coverage={wanted:g} asks for more; the largest gaps are {gaps}"
+        f"{share:.1%} of the parameters would be quantised, min_coverage={wanted:g} asks for more; "
+        f"the largest gaps are {gaps}"
     )
 
 
 def _report(owner: Ownership, layers: Mapping[str, LayerReport]) -> ParameterReport:
-    quantized = [
+    packed_parts = [
         part for part in owner.parts if any(_is_quantized(layers.get(name)) for name in part.layers)
     ]
-    kept = [part for part in owner.parts if part not in quantized]
-    entries = sum(part.numel for part in quantized)
+    float_parts = [part for part in owner.parts if part not in packed_parts]
+    entries = sum(part.numel for part in packed_parts)
     return ParameterReport(
         name=owner.name,
         shape=owner.shape,
         dtype=owner.dtype,
         quantized=entries,
-        reason="" if entries == math.prod(owner.shape) else _reason(owner, kept, layers),
+        reason="" if entries == math.prod(owner.shape) else _reason(owner, float_parts, layers),
         layers=tuple(name for part in owner.parts for name in part.layers),
     )
 

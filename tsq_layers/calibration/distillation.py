@@ -109,7 +109,8 @@ def distil(
             measured.append(to_host(torch.stack(distances).mean())[0])
             if not math.isfinite(measured[-1]):
                 raise CalibrationError(
-                    f"distillation: the distance between the models is {measured[-1]} in epoch {epoch + 1} of {epochs}; lower distill_rate, which is {rate}"
+                    f"distillation: the distance between the models is {measured[-1]} in epoch "
+                    f"{epoch + 1} of {epochs}; lower distill_rate, which is {rate}"
                 )
     for trained in grids.values():
         trained.store()
@@ -120,7 +121,8 @@ def distil(
 def _gradients_kept(model: nn.Module) -> Iterator[None]:
     """Afterwards the gradients of the model's own parameters are what they were before.
 
-    They take gradients inside all the same: a reentrant checkpoint passes none on to the grids unless its input has one.
+    They take gradients inside all the same: a reentrant checkpoint passes none on to the grids
+    unless its input has one.
     """
     before = [(parameter, parameter.grad) for parameter in model.parameters()]
     model.zero_grad()
@@ -150,13 +152,14 @@ def _step(
 ) -> Tensor:
     numbers = random_state()  # both models are to draw the same ones
     with torch.no_grad():
-        wanted = forward(model, batch)
+        reference = forward(model, batch)
     put_random_state(numbers)
     with torch.enable_grad(), _quantised(students, grids):
-        distance = measure(forward(model, batch), wanted, batch)
+        distance = measure(forward(model, batch), reference, batch)
         if not isinstance(distance, Tensor) or distance.numel() != 1 or not distance.requires_grad:
             raise CalibrationError(
-                "distillation: the distance is no scalar tensor with a gradient; give distance=f(output, wanted, batch) that depends on the output"
+                "distillation: the distance is no scalar tensor with a gradient; give "
+                "distance=f(output, wanted, batch) that depends on the output"
             )
         distance.backward()  # type: ignore[no-untyped-call, unused-ignore]
     return distance.detach()
@@ -247,7 +250,7 @@ def _forward(student: Student, trained: _Grids) -> Callable[..., Any]:
 
 
 def output_distance(quantised: object, wanted: object, batch: Batch) -> Tensor:
-    """How far an output is from that of the full-precision model.
+    """Return the distance of an output from that of the full-precision model.
 
     ``logits`` of a transformers output: the Kullback–Leibler divergence of the predicted distributions, mean
     over tokens; those that an ``attention_mask`` among the batch's keywords calls padding do not count. Any
@@ -266,8 +269,8 @@ def output_distance(quantised: object, wanted: object, batch: Batch) -> Tensor:
         if isinstance(mask, Tensor) and mask.shape == per_token.shape:
             return (per_token * mask).sum() / mask.sum()
         return per_token.mean()
-    found, goal = (_first_tensor(value) for value in (quantised, wanted))
-    return (found.float() - goal.float()).square().sum() / goal.float().square().sum()
+    output, goal = (_first_tensor(value) for value in (quantised, wanted))
+    return (output.float() - goal.float()).square().sum() / goal.float().square().sum()
 
 
 def _first_tensor(output: object) -> Tensor:
@@ -281,5 +284,6 @@ def _first_tensor(output: object) -> Tensor:
         if isinstance(value, Tensor) and value.is_floating_point():
             return value
     raise CalibrationError(
-        f"distillation: the model's output is a {type(output).__name__} without a tensor; give distance=f(quantised output, full-precision output, batch)"
+        f"distillation: the model's output is a {type(output).__name__} without a tensor; give "
+        "distance=f(quantised output, full-precision output, batch)"
     )

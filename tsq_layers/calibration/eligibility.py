@@ -1,4 +1,4 @@
-"""Which layers of a model can be quantised, and why the others are left alone."""
+"""Decide which layers of a model can be quantised, and name the reason for the others."""
 
 import warnings
 from collections import defaultdict
@@ -30,7 +30,7 @@ _DENSE = 0.95  # share of weights that are not zero, of a layer that was not pru
 def reasons_to_skip(
     modules: Mapping[str, nn.Module], candidates: Mapping[str, LayerKind], config: QuantConfig
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Why layers are left alone, and which layers share the weight of another one and go with it."""
+    """Return why layers are left alone, and the layers that share the weight of another one."""
     reasons = {
         name: reason
         for name, kind in candidates.items()
@@ -49,11 +49,11 @@ def reasons_to_skip(
         if not problem:
             tied |= {name: first for name in names if name != first}
             continue
-        left = [name for name in names if name in candidates and name not in reasons]
-        reasons |= dict.fromkeys(left, problem)
-        if left:
+        partners = [name for name in names if name in candidates and name not in reasons]
+        reasons |= dict.fromkeys(partners, problem)
+        if partners:
             warnings.warn(
-                f"{', '.join(left)} stays in full precision: {problem}; add it to skip to say that this is intended",
+                f"{', '.join(partners)} stays in full precision: {problem}; add it to skip to say that this is intended",
                 SkippedLayerWarning,
                 stacklevel=5,
             )
@@ -69,7 +69,10 @@ def _own_reason(
         return "embeddings=False in the configuration"
     weight = kind.weight(modules[name])
     if is_traceable_wrapper_subclass(weight):
-        return f"its weight is of type {type(weight).__name__}, no plain tensor: another library has quantised or sharded it"
+        return (
+            f"its weight is of type {type(weight).__name__}, no plain tensor: another library has "
+            "quantised or sharded it"
+        )
     parts = name.split(".")
     for end in range(len(parts)):
         parent = modules.get(".".join(parts[:end]))
@@ -83,7 +86,10 @@ def _own_reason(
 
 
 def _is_adapter(parent: nn.Module, child: str) -> bool:
-    """Whether a child stands beside ``base_layer`` as what PEFT trains; a network's own layers may be called that, too."""
+    """Return whether a child stands beside ``base_layer`` as what PEFT trains.
+
+    A network's own layers may be called that, too.
+    """
     return child.startswith("lora_") or child in getattr(parent, "adapter_layer_names", ())
 
 
@@ -136,9 +142,9 @@ def warn_unmatched(config: QuantConfig, names: list[str]) -> None:
     """Warn of every pattern of the user that matches no layer."""
     for pattern in explicit_patterns(config):
         if not any(matches(pattern, name) for name in names):
-            shown = ", ".join(repr(name) for name in names[:3])
+            examples = ", ".join(repr(name) for name in names[:3])
             warnings.warn(
-                f"pattern {pattern!r} matches none of the {len(names)} layers ({shown}, …); correct or remove it",
+                f"pattern {pattern!r} matches none of the {len(names)} layers ({examples}, …); correct or remove it",
                 UnmatchedPatternWarning,
                 stacklevel=4,
             )
@@ -158,7 +164,8 @@ def check_inputs(targets: Mapping[str, Target]) -> None:
     if wrong:
         first, others = wrong[0], [target.name for target in wrong[1:]]
         raise LayerError(
-            f"{first.name}: inputs of a {first.kind.name} cannot be rounded to {first.config.activation_bits} bits by token; "
+            f"{first.name}: inputs of a {first.kind.name} cannot be rounded to "
+            f"{first.config.activation_bits} bits by token; "
             f"give it overrides={{{first.name!r}: {{'activation_bits': None}}}}, or add it to skip"
             + (f"; and so for {len(others)} more: {', '.join(others)}" if others else "")
         )
@@ -173,7 +180,7 @@ def check_weights(targets: Mapping[str, Target]) -> set[str]:
     Raises:
         LayerError: a weight that is not floating point, has no values, or holds NaN or inf.
     """
-    found: dict[torch.device, list[tuple[Target, Tensor, Tensor]]] = defaultdict(list)
+    checks: dict[torch.device, list[tuple[Target, Tensor, Tensor]]] = defaultdict(list)
     for target in targets.values():
         weight = target.weight
         if not weight.is_floating_point():
@@ -186,11 +193,11 @@ def check_weights(targets: Mapping[str, Target]) -> set[str]:
             )
         with present(target.module):
             weight = target.weight
-            found[weight.device].append(
+            checks[weight.device].append(
                 (target, torch.isfinite(weight).all(), weight.count_nonzero() / weight.numel())
             )
     pruned: set[str] = set()
-    for group in found.values():
+    for group in checks.values():
         values = to_host(*(flag for _, flag, _ in group), *(share for _, _, share in group))
         for (target, _, _), all_finite, share in zip(
             group, values, values[len(group) :], strict=False
@@ -206,13 +213,14 @@ def check_weights(targets: Mapping[str, Target]) -> set[str]:
 
 def warn_lost_zeros(targets: Mapping[str, Target], pruned: Collection[str]) -> None:
     """Warn of pruned layers whose zeros will be filled."""
-    lost = [
+    names = [
         name for name in targets if name in pruned and targets[name].config.keep_zeros is not False
     ]
-    lost = [name for name in lost if not targets[name].config.holds_zero]
-    if lost:
+    names = [name for name in names if not targets[name].config.holds_zero]
+    if names:
         warnings.warn(
-            f"{len(lost)} layers look pruned, {lost[0]} first, and their zeros will be filled: a rotation, float zero points or tables "
+            f"{len(names)} layers look pruned, {names[0]} first, and their zeros will be filled: a "
+            "rotation, float zero points or tables "
             "cannot hold them; leave these out, or set keep_zeros=False to say that this is intended",
             LostZerosWarning,
             stacklevel=5,

@@ -1,4 +1,4 @@
-"""Experts during calibration: each has statistics of its own tokens, and those with too few share everybody's."""
+"""Share statistics among experts: those that saw too few tokens take those of all experts."""
 
 import dataclasses
 from collections import defaultdict
@@ -46,7 +46,7 @@ class Experts:
         }
 
     def calls(self, target: Target, recorded: Mapping[str, int]) -> int | None:
-        """How often a pass calls a layer, as far as the recording pass tells; ``None`` if it does not.
+        """Return how often a pass calls a layer; ``None`` if the recorded pass does not tell.
 
         An expert that it did not call is taken to be called as often as its fellows, if these are
         called by number.
@@ -59,12 +59,16 @@ class Experts:
         )
 
     def lend(self, target: Target, statistics: LayerStatistics) -> bool:
-        """Add an expert's statistics to its pool; whether it saw so few tokens that it must wait for the pool's."""
+        """Add an expert's statistics to its pool.
+
+        Returns:
+            whether it saw so few tokens that it must wait for the statistics of the pool.
+        """
         pool, tokens = pool_of(target).name, int(to_host(statistics.count)[0])
-        known = self._sums.get(pool)
-        self._sums[pool] = statistics if known is None else known + statistics
-        wanted = target.config.min_expert_tokens
-        if tokens >= (target.shape[1] if wanted is None else wanted):
+        previous = self._sums.get(pool)
+        self._sums[pool] = statistics if previous is None else previous + statistics
+        minimum = target.config.min_expert_tokens
+        if tokens >= (target.shape[1] if minimum is None else minimum):
             del self._waiting[pool][target.name]
             return False
         self._waiting[pool][target.name] = tokens

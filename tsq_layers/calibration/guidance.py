@@ -107,35 +107,41 @@ def token_weights(
         value, squares = _squares_of_batch(model, layers, batch, loss)
         losses.append(value)
         tokens = _tokens_of(squares)
-        for name, found in squares.items():
-            known = [part for part in found if part is not None]
-            if len(known) == len(found):
+        for name, entries in squares.items():
+            parts = [part for part in entries if part is not None]
+            if len(parts) == len(entries):
                 # Squared gradients of the sum of the losses of a batch's tokens, from those of their mean.
-                calls[name][index] = [part * tokens.to(part).square() for part in known]
+                calls[name][index] = [part * tokens.to(part).square() for part in parts]
             else:
                 without[name] = None
     for index, number in enumerate(to_host(*losses)):
         if not math.isfinite(number):
             raise CalibrationError(
-                f"guidance: the loss of batch {index} is {number}; leave that batch out, or look at its labels (a mean over none is NaN)"
+                f"guidance: the loss of batch {index} is {number}; leave that batch out, or look "
+                "at its labels (a mean over none is NaN)"
             )
     if not calls:
         raise CalibrationError(
             "guidance: no layer's output has a gradient; check that the loss depends on the model"
         )
     if without:
-        shown = ", ".join([*without][:5]) + (", …" if len(without) > 5 else "")
+        examples = ", ".join([*without][:5]) + (", …" if len(without) > 5 else "")
         warnings.warn(
-            f"guidance: the loss has no gradient at the output of {len(without)} layers in some batches, where all their tokens count alike: {shown}; "
-            "check that the loss depends on them, and that they do not run in torch.no_grad() or a reentrant checkpoint",
+            f"guidance: the loss has no gradient at the output of {len(without)} layers in some "
+            f"batches, where all their tokens count alike: {examples}; "
+            "check that the loss depends on them, and that they do not run in torch.no_grad() or a "
+            "reentrant checkpoint",
             UnguidedLayerWarning,
             stacklevel=4,
         )
-    return TokenWeights({name: _tempered(found) for name, found in calls.items()})
+    return TokenWeights({name: _tempered(parts) for name, parts in calls.items()})
 
 
 def _tokens_of(squares: Mapping[str, Sequence[Tensor | None]]) -> Tensor:
-    """How many tokens a batch has that the loss depends on: as many as any call of a layer saw (others see a part of them)."""
+    """Return how many tokens of a batch the loss depends on.
+
+    These are as many as any call of a layer saw; other calls see a part of them.
+    """
     counts = [
         _reached(part).sum() for parts in squares.values() for part in parts if part is not None
     ]
@@ -151,15 +157,18 @@ def _reached(squares: Tensor) -> Tensor:
     return squares.sum(-1) > 0
 
 
-def _tempered(found: Mapping[int, Sequence[Tensor]]) -> dict[int, list[Tensor]]:
-    """s_{k,t} of one layer, batch → calls, divided by their mean and drawn towards 1; both of the tokens that the loss depends on."""
-    every = torch.cat([part for parts in found.values() for part in parts])
+def _tempered(calls: Mapping[int, Sequence[Tensor]]) -> dict[int, list[Tensor]]:
+    """Return s_{k,t} of one layer, batch → calls, divided by their mean and drawn towards 1.
+
+    Mean and share are those of the tokens that the loss depends on.
+    """
+    every = torch.cat([part for parts in calls.values() for part in parts])
     reached = _reached(every).unsqueeze(-1)
     count = reached.sum().clamp(min=1)
     mean = every.sum(0) / count
     relative = {
         batch: [torch.where(mean > 0, part / mean, 1) for part in parts]
-        for batch, parts in found.items()
+        for batch, parts in calls.items()
     }
     every = torch.cat([part for parts in relative.values() for part in parts])
     variance = ((every - 1).square() * reached).sum(0) / count
@@ -176,11 +185,12 @@ def _squares_of_batch(
         value = loss(model, batch)
         if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
             raise CalibrationError(
-                f"guidance: the loss is {_described(value)}; give loss=f(model, batch) that returns a scalar tensor with a gradient"
+                f"guidance: the loss is {_described(value)}; give loss=f(model, batch) that "
+                "returns a scalar tensor with a gradient"
             )
         watch.forward = False
         value.backward()
-    return value.detach(), watch.found
+    return value.detach(), watch.squares
 
 
 def _described(value: object) -> str:
@@ -208,13 +218,13 @@ class _Watch:
     """The weights of every call's tokens, as gradients arrive.
 
     Attributes:
-        found: layer → one entry a call.
+        squares: layer → one entry a call.
         forward: whether calls are those of the forward pass. What is checkpointed runs again in the backward pass:
             its layers then do what they did, but nothing new is recorded.
     """
 
     def __init__(self) -> None:
-        self.found: dict[str, list[Tensor | None]] = defaultdict(list)
+        self.squares: dict[str, list[Tensor | None]] = defaultdict(list)
         self.forward = True
 
     @contextmanager
@@ -240,12 +250,13 @@ class _Watch:
         args: Any,  # noqa: ARG002
         output: Tensor,
     ) -> Tensor | None:
-        place, calls = len(self.found[name]), self.found[name]
+        place, calls = len(self.squares[name]), self.squares[name]
         if self.forward:
             calls.append(None)
         if not torch.is_grad_enabled():
             return None
-        # The first layers depend on nothing that takes a gradient. A leaf could not be changed in place by what follows.
+        # The first layers depend on nothing that takes a gradient. A leaf could not be changed in
+        # place by what follows.
         output = output if output.requires_grad else output.detach().requires_grad_().clone()
 
         def arrived(gradient: Tensor) -> None:
@@ -289,7 +300,8 @@ def model_loss(model: nn.Module, batch: Batch, forward: Forward) -> Tensor:
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if loss is None:
         raise CalibrationError(
-            f"guidance needs the loss of the whole model, and the output of {type(model).__name__} has none; put labels into the batches, or give loss=f(model, batch)"
+            f"guidance needs the loss of the whole model, and the output of {type(model).__name__} "
+            "has none; put labels into the batches, or give loss=f(model, batch)"
         )
     return loss  # type: ignore[no-any-return]
 

@@ -1,4 +1,4 @@
-"""What calibration sees of the calls: which tokens are fitted, which choose and which only report, and their weights."""
+"""Observe calls of layers: tokens that are fitted, that choose options, and that only report losses."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -21,7 +21,7 @@ VALIDATED = 5  # of so many tokens of a layer one, the last of each call, where 
 
 @dataclass(frozen=True)
 class Role:
-    """What one pass is for: a batch on one of the two streams, fitted or held out."""
+    """The purpose of one pass: a batch on one of the two streams, fitted or held out."""
 
     batch: Batch
     index: int
@@ -57,11 +57,11 @@ class Observation:
     _kept: dict[str, Tensor] = field(default_factory=dict)  # with, padding left out
 
     def has(self, name: str) -> bool:
-        """Whether there are statistics of a layer to be taken."""
+        """Return whether there are statistics of a layer."""
         return name in self._fitted
 
     def take_fitted(self, name: str) -> LayerStatistics | None:
-        """What a layer is fitted to; ``None`` if nothing was seen."""
+        """Return the statistics that a layer is fitted to; ``None`` if no call was observed."""
         return _taken(self._fitted, name)
 
     def take_validated(self, name: str) -> LayerStatistics | None:
@@ -69,7 +69,7 @@ class Observation:
         return _taken(self._validated, name)
 
     def take_held_out(self, name: str) -> LayerStatistics | None:
-        """What only the loss is reported of; ``None`` without such batches."""
+        """Return the statistics that only losses are reported on; ``None`` without held-out batches."""
         return _taken(self._held_out, name)
 
     def add(
@@ -120,39 +120,42 @@ class Observation:
                 mask = _routed(x, mask)
             x = first.rounded(x)
             if role.held_out:
-                observed = self._held_out.setdefault(first.name, first.observer())
-                observed.observe(x, reference, mask)
+                observer = self._held_out.setdefault(first.name, first.observer())
+                observer.observe(x, reference, mask)
                 return
             call = Call(x, reference, mask, self._weights(first, role, arrival))
-            observed = self._fitted.setdefault(first.name, first.observer(guided=True))
+            observer = self._fitted.setdefault(first.name, first.observer(guided=True))
             if not holds_tokens_out(stage):
-                call.add_to(observed)
+                call.add_to(observer)
                 return
             dims = 1 if first.blocks == 1 else 2
-            fitted, validated = self._split(first.name, call, dims)
-            fitted.add_to(observed)
-            validated.add_to(self._validated.setdefault(first.name, first.observer(guided=True)))
+            main_part, other_part = self._split(first.name, call, dims)
+            main_part.add_to(observer)
+            other_part.add_to(self._validated.setdefault(first.name, first.observer(guided=True)))
 
     def _split(self, name: str, call: Call, dims: int) -> tuple[Call, Call]:
-        """What is fitted of a call, and what is not. The share is that of all calls so far: a call may have but one token."""
+        """Split the tokens of a call into those that are fitted, and those that choose options.
+
+        The share is that of all calls so far: a call may have one token only.
+        """
         tokens = call.x.shape[:-dims].numel()
         if call.mask is None:
             before = self._tokens.get(name, 0)
             self._tokens[name] = before + tokens
             return call.split(self._tokens[name] // VALIDATED - before // VALIDATED, dims)
         kept = (call.mask != 0).sum()
-        seen = self._kept.get(name, torch.zeros_like(kept))
-        self._kept[name] = seen + kept
-        last = (seen + kept) // VALIDATED - seen // VALIDATED
+        tokens_before = self._kept.get(name, torch.zeros_like(kept))
+        self._kept[name] = tokens_before + kept
+        last = (tokens_before + kept) // VALIDATED - tokens_before // VALIDATED
         return call.split_kept(last, min(tokens, tokens // VALIDATED + 1), dims)
 
     def _weights(self, target: Target, role: Role, arrival: lockstep.Arrival) -> Tensor | None:
-        """How much the tokens of a call count, (T, k); all alike where the gradient pass did not see it."""
+        """Return how much the tokens of a call count, (T, k); all alike if the gradient pass missed it."""
         if not target.guidance or self.guidance is None:
             return None
-        found = self.guidance.of(target.name, role.index, arrival.ordinal)
-        if found is not None:
-            return found
+        weights = self.guidance.of(target.name, role.index, arrival.ordinal)
+        if weights is not None:
+            return weights
         tokens = arrival.input.shape[:-1].numel()
         return torch.ones(tokens, target.guidance, device=arrival.input.device)
 
@@ -166,7 +169,10 @@ class Observation:
 
 
 def _routed(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Which of an expert's inputs count: some models run all experts on all tokens, with zeros for what is not routed."""
+    """Return which of an expert's inputs count.
+
+    Some models run all experts on all tokens, with zeros for those that are not routed to them.
+    """
     routed = x.any(-1)
     if mask is None:
         return routed
@@ -174,6 +180,6 @@ def _routed(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _taken(observers: dict[str, HessianObserver], name: str) -> LayerStatistics | None:
-    """What an observer has seen; the observer, which is as large, is let go of."""
+    """Return the statistics of an observer; the observer, which is as large, is dropped."""
     observer = observers.pop(name, None)
     return None if observer is None else observer.statistics()

@@ -1,4 +1,4 @@
-"""What `prepare` leaves on a model: which layers are to be quantised, and their observers."""
+"""Prepare a model: find its target layers, and keep them with their observers until `convert`."""
 
 import functools
 from collections.abc import Collection, Mapping
@@ -152,19 +152,23 @@ def inspect(
     warn_unmatched(config, list(candidates))
     if not targets:
         raise ConfigError(
-            f"nothing to quantise: {type(model).__name__} has no layer of a known kind that skip={config.skip!r} leaves; change skip"
+            f"nothing to quantise: {type(model).__name__} has no layer of a known kind that "
+            f"skip={config.skip!r} leaves; change skip"
         )
     targets = _keeping_zeros(targets, check_weights(targets))
     check_inputs(targets)
-    chosen = {target.module for target in targets.values()}
-    used = {
-        original: split for original, split in splits.items() if _is_used(original, split, chosen)
+    target_modules = {target.module for target in targets.values()}
+    used_splits = {
+        original: split
+        for original, split in splits.items()
+        if _is_used(original, split, target_modules)
     }
-    if model in used:
+    if model in used_splits:
         raise LayerError(
-            f"the model is itself a {type(model).__name__}, whose parts cannot be replaced in place; wrap it, for example in nn.Sequential(model)"
+            f"the model is itself a {type(model).__name__}, whose parts cannot be replaced in "
+            "place; wrap it, for example in nn.Sequential(model)"
         )
-    return Preparation(config, modules, targets, left_alone, used, parameters)
+    return Preparation(config, modules, targets, left_alone, used_splits, parameters)
 
 
 def store(model: nn.Module, preparation: Preparation) -> None:
@@ -176,12 +180,12 @@ def store(model: nn.Module, preparation: Preparation) -> None:
 
 
 def is_prepared(model: nn.Module) -> bool:
-    """Whether the model was prepared and not yet converted."""
+    """Return whether the model is prepared and not yet converted."""
     return _ATTRIBUTE in vars(model)
 
 
 def fetch(model: nn.Module, verb: str) -> Preparation:
-    """What ``prepare`` left on the model.
+    """Return the preparation that ``prepare`` left on the model.
 
     Raises:
         StateError: the model was not prepared.
@@ -262,7 +266,7 @@ def _split(model: nn.Module) -> tuple[dict[str, nn.Module], dict[nn.Module, nn.M
 
 
 def _is_used(original: nn.Module, split: nn.Module, layers: Collection[nn.Module]) -> bool:
-    """Whether a split module must stay in the place of its original, given the layers that are quantised."""
+    """Return whether a split module must stay in the place of its original."""
     composite = composite_of(original)
     return (composite is not None and composite.always) or any(
         module in layers for module in split.modules()

@@ -41,7 +41,7 @@ from tsq_layers.passes.recording import hooked, record
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class RunOptions:
-    """What a calibration runs, and how.
+    """The data of a calibration, and the way in which it is run.
 
     Args:
         batches: that are fitted; taken one by one.
@@ -137,10 +137,10 @@ class Calibration:
 
     def _first_pass(self, batch: Batch) -> None:
         """On a copy, which tells whether the model changes what it is given."""
-        given = copied_to(batch, entry_device(self.model))
-        before = versions(given)
+        copy = copied_to(batch, entry_device(self.model))
+        before = versions(copy)
         try:
-            self.options.forward(self.model, given)
+            self.options.forward(self.model, copy)
         except TypeError as error:
             if self.options.forward is default_forward and isinstance(batch, (tuple, list)):
                 error.add_note(
@@ -148,14 +148,14 @@ class Calibration:
                     "if the model takes its first part only, give forward=lambda model, batch: model(batch[0])"
                 )
             raise
-        self._changes_batches = versions(given) != before
+        self._changes_batches = versions(copy) != before
 
     def _pass(self, role: Role) -> None:
-        given = (copied_to if self._changes_batches else moved_to)(
+        batch = (copied_to if self._changes_batches else moved_to)(
             role.batch, entry_device(self.model)
         )
         with self._state.own(role.index):
-            self.options.forward(self.model, given)
+            self.options.forward(self.model, batch)
 
     def _suspend(self, index: int) -> Callable[[], None]:
         """Put aside what belongs to a pass that waits; the result brings it back."""
@@ -245,14 +245,14 @@ class Calibration:
         validation: LayerStatistics | None = None,
     ) -> None:
         """Solve an input group, unless an earlier run has, and store the layers."""
-        solved = self._restored(group)
-        if solved is None:
-            solved = solve(group, statistics, held_out, shortfall, validation)
+        layers = self._restored(group)
+        if layers is None:
+            layers = solve(group, statistics, held_out, shortfall, validation)
             if self.options.journal is not None:
                 self.options.journal.write(
-                    {name: (layer.matrix, layer.report) for name, layer in solved.items()}
+                    {name: (layer.matrix, layer.report) for name, layer in layers.items()}
                 )
-        self.solved.update(solved)
+        self.solved.update(layers)
         self._bar.update(len(group))
 
     @torch.inference_mode(False)
@@ -277,7 +277,7 @@ class Calibration:
 
     @torch.inference_mode(False)
     def _known(self, journal: Journal) -> Restored:
-        """What an earlier run solved. Asked for when all passes have started, so that the data are known."""
+        """Return what an earlier run solved, once all passes have started and the data are known."""
         if self._digests:
             journal.check_data(self._digests)
             self._digests.clear()
@@ -319,11 +319,12 @@ class Calibration:
 
     def _check_input(self, name: str, index: int, args: tuple[Any, ...]) -> None:
         """Warn if a layer that was solved with another one's input is now called with its own."""
-        expected = self._expected_inputs.get(name, {}).pop(index, None)
-        if expected is not None and args and args[0] is not expected():
+        first_input = self._expected_inputs.get(name, {}).pop(index, None)
+        if first_input is not None and args and args[0] is not first_input():
             del self._expected_inputs[name]
             warnings.warn(
-                f"{name} shared its input with other layers in the recording pass but not in pass {index}; its statistics come from the other layers' input",
+                f"{name} shared its input with other layers in the recording pass but not in pass "
+                f"{index}; its statistics come from the other layers' input",
                 SameInputWarning,
                 stacklevel=2,
             )

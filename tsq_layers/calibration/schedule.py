@@ -71,8 +71,8 @@ class Schedule:
         Where it cannot be told, the layer is solved when all passes have ended: it was not in the
         recorded pass, or other layers with its weight may still be called.
         """
-        expected = self.experts.calls(target, self._calls)
-        return expected is not None and not target.tied and calls >= expected
+        total = self.experts.calls(target, self._calls)
+        return total is not None and not target.tied and calls >= total
 
     def remaining(
         self, solved: Collection[str], is_reached: Callable[[str], bool]

@@ -29,7 +29,7 @@ TOKENS_PER_COLUMN = (
 
 @dataclass(frozen=True)
 class Shortfall:
-    """Why a layer is solved with statistics that are not its own.
+    """A layer that is solved with statistics that are not its own.
 
     Attributes:
         tokens: how many it saw itself.
@@ -62,13 +62,13 @@ def solve(
         validation: statistics of other tokens, on which what the configuration leaves open is chosen; then
             they are fitted too.
     """
-    solved: dict[str, Solved] = {}
+    layers_by_name: dict[str, Solved] = {}
     with ExitStack() as stack:
         for target in targets:
             stack.enter_context(present(target.module))
         for layers in stacks(targets):
-            solved |= _solve_stack(layers, statistics, held_out, shortfall, validation)
-    return {target.name: solved[target.name] for target in targets}
+            layers_by_name |= _solve_stack(layers, statistics, held_out, shortfall, validation)
+    return {target.name: layers_by_name[target.name] for target in targets}
 
 
 def stacks(targets: Sequence[Target]) -> list[list[Target]]:
@@ -168,16 +168,19 @@ def warn_few_tokens(solved: Mapping[str, Solved]) -> None:
     if few:
         name, tokens, columns = max(few, key=lambda entry: entry[2] / entry[1])
         warnings.warn(
-            f"{len(few)} layers saw fewer than {TOKENS_PER_COLUMN} tokens for each of their input columns; the worst is {name or '(model)'}: "
-            f"{tokens} tokens, {columns} columns, {TOKENS_PER_COLUMN * columns} tokens wanted; calibrate with more data",
+            f"{len(few)} layers saw fewer than {TOKENS_PER_COLUMN} tokens for each of their input "
+            f"columns; the worst is {name or '(model)'}: "
+            f"{tokens} tokens, {columns} columns, {TOKENS_PER_COLUMN * columns} tokens wanted; "
+            "calibrate with more data",
             FewTokensWarning,
             stacklevel=3,
         )
-    shared = [entry.name for entry in reports if entry.status == "fallback"]
-    if shared:
-        shown = ", ".join(shared[:5]) + (", …" if len(shared) > 5 else "")
+    experts = [entry.name for entry in reports if entry.status == "fallback"]
+    if experts:
+        examples = ", ".join(experts[:5]) + (", …" if len(experts) > 5 else "")
         warnings.warn(
-            f"{len(shared)} layers of experts saw too few tokens and were solved with statistics of all experts: {shown}; "
+            f"{len(experts)} layers of experts saw too few tokens and were solved with statistics "
+            f"of all experts: {examples}; "
             "calibrate with more data, or see min_expert_tokens",
             FewTokensWarning,
             stacklevel=3,
@@ -205,7 +208,7 @@ def _split(
     rows = [target.shape[0] for target in stack]
     losses, layers_lost = _relative_losses(result, lost_rows, rows)
     _warn_of_range(stack, layers_lost)
-    solved: dict[str, Solved] = {}
+    layers: dict[str, Solved] = {}
     for index, (target, weight) in enumerate(zip(stack, result.weight.split(rows), strict=True)):
         matrix = QuantLinear.from_quantized(
             weight,
@@ -230,8 +233,8 @@ def _split(
             report = dataclasses.replace(
                 report, status="fallback", reason=shortfall.reason, tokens=shortfall.tokens
             )
-        solved[target.name] = Solved(matrix, report)
-    return solved
+        layers[target.name] = Solved(matrix, report)
+    return layers
 
 
 def _relative_losses(
@@ -297,16 +300,17 @@ def _share(result: SolverResult, rows: list[int], index: int) -> dict[str, float
 
 
 def _warn_of_range(stack: Sequence[Target], lost: Sequence[float]) -> None:
-    found = [
+    names = [
         f"{target.name} ({int(rows)} of {target.shape[0]} rows)"
         for target, rows in zip(stack, lost, strict=True)
         if rows
     ]
-    if found:
+    if names:
         dtype = stack[0].config.scale_dtype
         other = "float32" if dtype == "bfloat16" else "bfloat16' or 'float32"
         warnings.warn(
-            f"scale_dtype={dtype!r} cannot hold the scales of {', '.join(found)}, whose weights are too large or too small for it; set scale_dtype='{other}'",
+            f"scale_dtype={dtype!r} cannot hold the scales of {', '.join(names)}, whose weights "
+            f"are too large or too small for it; set scale_dtype='{other}'",
             ScaleRangeWarning,
             stacklevel=3,
         )

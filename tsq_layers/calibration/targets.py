@@ -53,12 +53,12 @@ class Target:
 
     @property
     def observed(self) -> bool:
-        """Whether statistics of the layer's inputs are needed."""
+        """Return whether statistics of the layer's inputs are needed."""
         return self.config.needs_calibration and self.kind.inputs is not None
 
     @property
     def uses_deviation(self) -> bool:
-        """Whether R is used. Not for experts: the two streams route tokens differently."""
+        """Return whether R is used. Not for experts: the two streams route tokens differently."""
         return self.observed and self.config.uses_deviation and self.pool is None
 
     def rows(self, x: Tensor) -> Tensor:
@@ -81,17 +81,17 @@ class Target:
 
     @property
     def additions(self) -> dict[str, Any]:
-        """What its packed matrix has beside codes, scales and zero points, by the names of ``QuantLinear``."""
+        """Return the parts of the packed matrix beside codes, scales and zero points, named as in ``QuantLinear``."""
         config, (rows, columns) = self.config, self.shape
-        found: dict[str, Any] = {"offsets": config.has_offsets, "tables": config.tables}
+        parts: dict[str, Any] = {"offsets": config.has_offsets, "tables": config.tables}
         if config.option("outlier_columns"):
-            found["outlier_columns"] = min(config.option("outlier_columns"), columns)
+            parts["outlier_columns"] = min(config.option("outlier_columns"), columns)
         elif config.option("outliers"):
-            found["outliers"] = max(1, round(config.option("outliers") * rows * columns))
+            parts["outliers"] = max(1, round(config.option("outliers") * rows * columns))
         if self.kind.inputs is None:
-            return found
+            return parts
         basis = {"rotation": config.rotation, "channel_scaling": config.channel_scaling}
-        return found | basis | {"activation_bits": config.activation_bits}
+        return parts | basis | {"activation_bits": config.activation_bits}
 
     def empty_matrix(self, device: torch.device | str | None = None) -> QuantLinear:
         """Its packed matrix before it is solved, without bias; on the device of its weight unless another is given."""

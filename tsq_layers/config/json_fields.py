@@ -76,7 +76,7 @@ def _named(hint: Any) -> str:
 
 
 def _fits(value: object, hint: Any) -> bool:
-    """Whether a JSON value can stand for a field with this annotation; nested values are not looked at."""
+    """Return whether a JSON value can stand for a field with this annotation; nested values are not looked at."""
     if get_origin(hint) in (UnionType, Union):
         return any(_fits(value, part) for part in get_args(hint))
     if get_origin(hint) is Literal:

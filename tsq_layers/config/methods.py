@@ -112,7 +112,7 @@ class QuantEase:
 
     @property
     def has_outliers(self) -> bool:
-        """Whether some weights are stored apart, as a sparse part."""
+        """Return whether some weights are stored apart, as a sparse part."""
         return self.outliers > 0 or self.outlier_columns > 0
 
 

@@ -7,7 +7,7 @@ from tsq_layers.errors import ConfigError
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether ``pattern`` (a glob, or ``re:`` and a regular expression) names the module ``name``.
+    """Return whether a pattern (a glob, or ``re:`` and a regular expression) matches a module's name.
 
     Example:
         >>> matches("mlp.*", "model.layers.3.mlp.up_proj"), matches("re:.*[qk]_proj", "attn.v_proj")

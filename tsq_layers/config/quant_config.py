@@ -51,7 +51,7 @@ _UNSET: Final = _Unset.UNSET
 
 @dataclass(frozen=True, init=False)
 class QuantConfig:
-    """What to do with the layers of a model.
+    """A configuration: what is done with the layers of a model.
 
     Args:
         bits: width of a code, 1 to 8.
@@ -114,10 +114,10 @@ class QuantConfig:
         4
         >>> QuantConfig(method=TwoStage(joint_rounds=2)) == QuantConfig(joint_rounds=2)
         True
-        >>> QuantConfig(method="gptq", joint_rounds=2)
+        >>> QuantConfig(method="gptq", joint_rounds=2)  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ...
-        tsq_layers.errors.ConfigError: joint_rounds: no step of method 'gptq' reads it; leave it out, or give method='two-stage'
+        tsq_layers.errors.ConfigError: joint_rounds: no step of method 'gptq' reads it; leave ...
     """
 
     bits: int
@@ -369,13 +369,13 @@ class QuantConfig:
 
     @property
     def uses_deviation(self) -> bool:
-        """Whether the method of this configuration makes use of R, that is of paired passes."""
+        """Return whether the method of this configuration makes use of R, that is of paired passes."""
         enters = self.option("deviation", "none") != "none"
         return bool(enters and self.option("deviation_strength") != 0)
 
     @property
     def is_settled(self) -> bool:
-        """Whether nothing is left to be chosen on held-out tokens."""
+        """Return whether nothing is left to be chosen on held-out tokens."""
         names = ("damping", "deviation_strength", "deviation_damping")
         return all(self.option(name) != "auto" for name in names)
 
@@ -397,17 +397,17 @@ class QuantConfig:
 
     @property
     def has_offsets(self) -> bool:
-        """Whether grids are scales and offsets that are any number, not scales and zero points."""
+        """Return whether grids are scales and offsets that are any number, not scales and zero points."""
         return isinstance(self.options, TwoStage) and self.options.zero_points == "float"
 
     @property
     def has_outliers(self) -> bool:
-        """Whether some weights are stored apart, as a sparse part."""
+        """Return whether some weights are stored apart, as a sparse part."""
         return isinstance(self.options, QuantEase) and self.options.has_outliers
 
     @property
     def holds_zero(self) -> bool:
-        """Whether a weight of exactly zero can be stored as that."""
+        """Return whether a weight of exactly zero can be stored as that."""
         return not (self.has_outliers or self.has_offsets or self.tables or self.rotation)
 
     @property
@@ -417,7 +417,7 @@ class QuantConfig:
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether the method of this configuration needs statistics of the layer's inputs."""
+        """Return whether the method of this configuration needs statistics of the layer's inputs."""
         return not isinstance(self.options, RTN) or self.channel_scaling
 
     @property

@@ -99,11 +99,11 @@ def _read_override(
     plain = {name: value for name, value in changes.items() if name not in own}
     if "method" in changes:
         return plain | _read_options(changes["method"], {**options, **own}, symmetric=symmetric)
-    read = _read_options(method, own, symmetric=symmetric)
+    read_options = _read_options(method, own, symmetric=symmetric)
     if symmetric and isinstance(method, str) and _base(method) == "two-stage":
         # Version 1 ignored float zero points of a symmetric grid.
-        read["zero_points"] = "integer"
-    return plain | read
+        read_options["zero_points"] = "integer"
+    return plain | read_options
 
 
 def _read_options(method: object, options: dict[str, Any], *, symmetric: object) -> dict[str, Any]:
@@ -111,10 +111,10 @@ def _read_options(method: object, options: dict[str, Any], *, symmetric: object)
     if not isinstance(method, str) or _base(method) not in OPTIONS:
         return options
     names = option_names(_base(method))
-    read = {name: value for name, value in options.items() if name in names}
-    if symmetric is True and read.get("zero_points") == "float":
-        read["zero_points"] = "integer"
-    return read
+    read_options = {name: value for name, value in options.items() if name in names}
+    if symmetric is True and read_options.get("zero_points") == "float":
+        read_options["zero_points"] = "integer"
+    return read_options
 
 
 def _base(method: str) -> str:

@@ -1,4 +1,4 @@
-"""What a calibration will need, before it is run: memory, time, and the size of the result."""
+"""Plan a calibration before it is run: memory, time, and the size of the result."""
 
 from tsq_layers.planning.plan import Plan
 from tsq_layers.planning.planner import plan

@@ -72,14 +72,14 @@ def solver_bytes(
         "refine": (problem + 2 * s + 0.25 * w + max(slope + max(2 * w, building), q + solving))
         * _refines(config),
     }
-    changed = 0.0
+    basis_bytes = 0.0
     if config.rotation is not None or config.channel_scaling:
-        changed = w + h * (
+        basis_bytes = w + h * (
             1 + shifted + held_out
         )  # the weight and all statistics in the other basis
         choice = (3 * w + h) * config.channel_scaling
         phases = {"change": max(2 * w, 3 * h, choice)} | phases
-    return round(_SIZE * (changed + max(phases.values())))
+    return round(_SIZE * (basis_bytes + max(phases.values())))
 
 
 def solver_flops(
@@ -112,5 +112,5 @@ def _refines(config: QuantConfig) -> bool:
 
 
 def _other_target(config: QuantConfig, *, shifted: bool) -> bool:
-    """Whether losses are measured against another target than that of the codes."""
+    """Return whether losses are measured against another target than that of the codes."""
     return shifted and bool(config.option("deviation") == "refine")

@@ -159,8 +159,8 @@ class Course:
             alone = self._needs.observing(first, call.input, paired=False)
             self._held_out_sums[first.name] = alone.kept
             self.observing += alone.work * passes.held_out
-        seen = call.held * (1 + paired) if passes.away else self._waiting(call.held)
-        entry.phase("observing", self._standing() + seen + need.extra)
+        input_bytes = call.held * (1 + paired) if passes.away else self._waiting(call.held)
+        entry.phase("observing", self._standing() + input_bytes + need.extra)
 
     def _entry(self, stage: Sequence[Target]) -> StageInMaking:
         key = stage[0].name if stage[0].pool is None else pool_of(stage[0]).name
@@ -191,24 +191,24 @@ class Course:
         """Return the bytes for solving layers of equal configuration as one stack."""
         first = targets[0]
         shape = sum(target.shape[0] for target in targets), first.shape[1]
-        shifted = self.passes.paired and first.uses_deviation
+        has_deviation = self.passes.paired and first.uses_deviation
         held_out = bool(self.passes.held_out) and first.observed
         names = tuple(target.name for target in targets)
         blocks = first.guidance or first.blocks
-        self.solves.append(Solve(names, shape, blocks, first.config, shifted))
-        copied = len(targets) > 1 or first.weight.element_size() != 4
+        self.solves.append(Solve(names, shape, blocks, first.config, has_deviation))
+        has_copy = len(targets) > 1 or first.weight.element_size() != 4
         identity = (
             4 * shape[1] ** 2 * (first.config.needs_calibration and first.kind.inputs is None)
         )
-        weight = 4 * shape[0] * shape[1] * copied + identity
+        weight = 4 * shape[0] * shape[1] * has_copy + identity
         return weight + solver_bytes(
-            shape, blocks, first.config, shifted=shifted, held_out=held_out
+            shape, blocks, first.config, shifted=has_deviation, held_out=held_out
         )
 
     def _solve_pool(self, name: str) -> None:
         """The experts that no token of the example reached; the statistics of their fellows serve."""
-        known = name in self._sums
+        has_sums = name in self._sums
         for target, *_ in self._schedule.experts.close(name):
-            if target.name not in self.solved and known:
+            if target.name not in self.solved and has_sums:
                 self._solve([target], self._waiting(self._held))
         self._sums.pop(name, None)

@@ -24,7 +24,9 @@ class StandIns:
         self._memory: dict[tuple[int, torch.dtype], Tensor] = {}
 
     def put(self, model: nn.Module) -> None:
-        """Replace all parameters and buffers of a model; to be done inside of :func:`tsq_layers.passes.pass_state.restored`.
+        """Replace all parameters and buffers of a model.
+
+        Inside of :func:`tsq_layers.passes.pass_state.restored` only.
 
         Buffers of integers or truth values that have values are copied: a model may read them, and write to them.
         What TorchScript has compiled keeps its tensors, which are not in dictionaries of Python.
@@ -44,7 +46,7 @@ class StandIns:
         return pytree.tree_map_only(Tensor, self.of, values)
 
     def of(self, tensor: Tensor) -> Tensor:
-        """What stands in for a tensor; a copy for integers with values, and itself for special kinds of tensors."""
+        """Return a fake tensor; a copy of integers with values, and special kinds of tensors themselves."""
         if type(tensor) not in _PLAIN or tensor.layout != torch.strided:
             return tensor
         if id(tensor) not in self._known:
@@ -57,9 +59,9 @@ class StandIns:
         if id(parameter) not in self._known:
             stand_in = nn.Parameter(self._made(parameter), requires_grad=parameter.requires_grad)
             self._known[id(parameter)] = parameter, stand_in
-        found = self._known[id(parameter)][1]
-        assert isinstance(found, nn.Parameter)
-        return found
+        fake_parameter = self._known[id(parameter)][1]
+        assert isinstance(fake_parameter, nn.Parameter)
+        return fake_parameter
 
     def _made(self, tensor: Tensor) -> Tensor:
         if not (tensor.is_floating_point() or tensor.is_complex() or tensor.is_meta):

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 @dataclass(frozen=True)
 class Work:
-    """What operations do.
+    """The work of operations.
 
     Attributes:
         flops: floating-point operations of matrix products, convolutions and attention.
@@ -85,10 +85,10 @@ class Ledger(TorchDispatchMode):
     ) -> Any:
         """Run an operation and book its results."""
         kwargs = kwargs or {}
-        given = _tensors((args, kwargs))
-        result = self._run(function, args, kwargs, given)
-        made = [tensor for tensor in _tensors(result) if self._book(tensor, given)]
-        if made or function._schema.is_mutable:
+        inputs = _tensors((args, kwargs))
+        result = self._run(function, args, kwargs, inputs)
+        results = [tensor for tensor in _tensors(result) if self._book(tensor, inputs)]
+        if results or function._schema.is_mutable:
             self.work += _work(function, args, kwargs, result)
         return result
 
@@ -158,8 +158,8 @@ def _work(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result:
     count = flop_registry.get(packet) or flop_registry.get(_out_of_place(packet))
     if count is not None:
         return Work(flops=float(count(*args, **kwargs, out_val=result)))
-    written = sum(tensor.numel() * tensor.element_size() for tensor in _tensors(result))
+    result_bytes = sum(tensor.numel() * tensor.element_size() for tensor in _tensors(result))
     flops = 0.0
     if "scaled_dot_product" in str(packet):  # kernels of a device that the registry lacks
         flops = float(sdpa_flop_count(*(tensor.shape for tensor in args[:3])))
-    return Work(flops, 2.0 * written)
+    return Work(flops, 2.0 * result_bytes)

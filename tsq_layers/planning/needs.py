@@ -1,4 +1,4 @@
-"""What a calibration needs for one layer besides the solver: its statistics, the packed and the dense weight.
+"""Count what a calibration needs for a layer beside the solver: statistics, packed and dense weights.
 
 Observers and packed layers are run on tensors without values, and watched.
 """

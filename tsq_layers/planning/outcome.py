@@ -1,4 +1,4 @@
-"""What will become of the layers of a model: its conversion, on tensors without values."""
+"""Convert a model on tensors without values, for the report as it will be."""
 
 from collections.abc import Sequence
 
@@ -36,8 +36,8 @@ def outcome(model: nn.Module, preparation: Preparation, course: Course, *, paire
 
 
 def sees_too_few(target: Target, course: Course) -> bool:
-    """Whether a layer is an expert's that will be solved with the statistics of its fellows."""
-    wanted = (
+    """Return whether a layer is an expert's that will be solved with the statistics of all experts."""
+    minimum = (
         target.shape[1]
         if target.config.min_expert_tokens is None
         else target.config.min_expert_tokens
@@ -46,7 +46,7 @@ def sees_too_few(target: Target, course: Course) -> bool:
         target.pool is not None
         and target.observed
         and target.name in course.solved
-        and course.tokens[target.name] < wanted
+        and course.tokens[target.name] < minimum
     )
 
 

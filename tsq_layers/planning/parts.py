@@ -1,4 +1,4 @@
-"""What the course of a calibration consists of: passes, runs of the solver, and stages."""
+"""Define the parts of a calibration's course: passes, runs of the solver, and stages."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from tsq_layers.planning.stage_plan import StagePlan
 
 @dataclass(frozen=True)
 class Passes:
-    """How many passes there are, and where those are that wait.
+    """The passes of a calibration: their number, and the place of those that wait.
 
     Attributes:
         batches: that are fitted.

@@ -1,4 +1,4 @@
-"""What a calibration will need, as a frozen value: stages, totals, and JSON both ways."""
+"""Hold the needs of a calibration as a frozen value: stages, totals, and JSON both ways."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ MeasuredBy = Literal["fake pass", "real pass", "no pass"]
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a calibration will need. Printing it gives a summary and a table of all stages.
+    """The needs of a calibration. Printing it gives a summary and a table of all stages.
 
     Args:
         config: the configuration that was asked for.
@@ -42,12 +42,16 @@ class Plan:
         size_after: the same of the quantised model: what ``tsq.save`` writes, without the file's header.
         bits_per_weight: stored bits per weight over all quantised layers; ``None`` if there are none.
         seconds: ``"passes"``, ``"statistics"`` and ``"solver"`` → estimate, on this machine as it is now.
-        experts: layers that will be quantised with statistics of their fellows, because too few tokens are routed to them.
+        experts: layers that will be quantised with statistics of their fellows, because too few
+            tokens are routed to them.
 
     Example:
         >>> numbers = dict.fromkeys(("recording", "batch_bytes", "thread_bytes", "size_before", "size_after"), 0)
-        >>> found = Plan(config=QuantConfig(), batches=8, paired=True, measured_by="no pass", stages=(), layers=(), coverage=0.0, **numbers)
-        >>> found.peak, Plan.from_json(found.to_json()) == found
+        >>> result = Plan(
+        ...     config=QuantConfig(), batches=8, paired=True, measured_by="no pass", stages=(), layers=(),
+        ...     coverage=0.0, **numbers,
+        ... )
+        >>> result.peak, Plan.from_json(result.to_json()) == result
         (0, True)
     """
 
@@ -107,8 +111,8 @@ class Plan:
     @property
     def few_tokens(self) -> tuple[StagePlan, ...]:
         """Stages of layers that will see fewer than 16 tokens for each of their columns, the worst first."""
-        seen = [stage for stage in self.stages if stage.few_tokens and self._uses_data(stage)]
-        return tuple(sorted(seen, key=lambda stage: stage.tokens / stage.columns))
+        stages = [stage for stage in self.stages if stage.few_tokens and self._uses_data(stage)]
+        return tuple(sorted(stages, key=lambda stage: stage.tokens / stage.columns))
 
     def left_alone(self) -> tuple[LayerReport, ...]:
         """The layers that will not be quantised; their ``reason`` says why."""
@@ -146,7 +150,8 @@ class Plan:
         """
         if values.get("schema_version") != SCHEMA_VERSION:
             raise CheckpointError(
-                f"plan: schema_version={values.get('schema_version')!r}, this version of tsq_layers reads {SCHEMA_VERSION}; make the plan again"
+                f"plan: schema_version={values.get('schema_version')!r}, this version of "
+                f"tsq_layers reads {SCHEMA_VERSION}; make the plan again"
             )
         rest = {
             key: value

@@ -54,7 +54,8 @@ def plan(
     for example, would stay there.)
 
     Seconds are those of this machine, with the model where it is; for a model on the meta device, on the CPU.
-    They are those of rounding, GPTQ and two-stage: what a configuration adds to these is named in :attr:`Plan.not_counted`.
+    They are those of rounding, GPTQ and two-stage: what a configuration adds to these is named in
+    :attr:`Plan.not_counted`.
 
     Args:
         model: not prepared; may be on the meta device, if its course does not depend on values.
@@ -215,7 +216,8 @@ def _measured(
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         if empty:
             raise CalibrationError(
-                f"a pass without values is not possible ({reason}) and the model is on the meta device; load its weights, so that one real pass can be run"
+                f"a pass without values is not possible ({reason}) and the model is on the meta "
+                "device; load its weights, so that one real pass can be run"
             ) from error
     return _Measured(
         trace(model, modules, batch, forward, None), "real pass", f"without values: {reason}"
@@ -246,7 +248,7 @@ def _batch_bytes(batch: Batch) -> int:
 
 
 def _thread_bytes(course: Course, device: torch.device) -> int:
-    """What MKL keeps in the threads of all passes."""
+    """Return the bytes that MKL keeps in the threads of all passes."""
     if course.passes.away or device.type != "cpu" or not torch.backends.mkl.is_available():
         return 0
     largest = max(4 * target.shape[0] * target.shape[1] for target in course.targets.values())

@@ -1,4 +1,4 @@
-"""How fast this machine is: matrix products, everything else, and the solver. Measured once in a process, briefly."""
+"""Measure the speed of this machine, once in a process: matrix products, everything else, the solver."""
 
 import functools
 from collections.abc import Callable
@@ -96,7 +96,7 @@ def _seconds(action: Callable[[], object], tensor: Tensor) -> float:
         action()
         times: list[float] = []
         while sum(times) < _LEAST_SECONDS:
-            started = clock(tensor)
+            start = clock(tensor)
             action()
-            times.append(clock(tensor) - started)
+            times.append(clock(tensor) - start)
     return min(times)

@@ -1,4 +1,4 @@
-"""What is needed while the layers that share one input are solved, as a frozen value."""
+"""Hold what is needed while the layers that share one input are solved."""
 
 from dataclasses import dataclass
 from typing import Self
@@ -62,7 +62,7 @@ class StagePlan:
 
     @property
     def few_tokens(self) -> bool:
-        """Whether there are fewer than 16 tokens for each column."""
+        """Return whether there are fewer than 16 tokens for each column."""
         return self.tokens < TOKENS_PER_COLUMN * self.columns
 
     @classmethod

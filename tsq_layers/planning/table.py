@@ -51,9 +51,9 @@ def model_line(
 ) -> str:
     """Return the sizes of the model, in bytes, and how much of it will be quantised."""
     bits = _BLANK if bits_per_weight is None else f"{bits_per_weight:.3f}"
-    quantized = sum(layer.is_quantized for layer in layers)
+    count = sum(layer.is_quantized for layer in layers)
     return (
-        f"model: {format_bytes(before)} → {format_bytes(after)}; {quantized} of {len(layers)} layers, "
+        f"model: {format_bytes(before)} → {format_bytes(after)}; {count} of {len(layers)} layers, "
         f"{coverage:.1%} of the parameters; {bits} bits per weight"
     )
 
@@ -93,7 +93,8 @@ def _few_tokens(stage_plans: Sequence[StagePlan]) -> str:
     names = [name for stage in stage_plans for name in stage.names]
     count = "1 layer" if len(names) == 1 else f"{len(names)} layers"
     return (
-        f"few tokens: {count} will see fewer than 16 for each input column: {_some(names)}; the worst is {worst.names[0]}: "
+        f"few tokens: {count} will see fewer than 16 for each input column: {_some(names)}; the "
+        f"worst is {worst.names[0]}: "
         f"{worst.tokens} tokens, {worst.columns} columns, {16 * worst.columns} tokens wanted"
     )
 

@@ -19,7 +19,7 @@ from tsq_layers.planning.ledger import Ledger, Work
 
 @dataclass(frozen=True)
 class Input:
-    """What a layer is given, as far as memory goes."""
+    """The input of a layer, as far as memory goes."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -98,9 +98,9 @@ class _Watch:
         x = lockstep.Arrival(0, 0, args, kwargs).input
         mask = attention_mask(self.batch, name, x)
         padding = 0 if mask is None or isinstance(mask, FakeTensor) else int((mask == 0).sum())
-        given = Input(tuple(x.shape), tuple(x.stride()), x.dtype, x.device, mask is not None)
+        layer_input = Input(tuple(x.shape), tuple(x.stride()), x.dtype, x.device, mask is not None)
         self.calls.append(
-            Call(name, self.ledger.live, self.ledger.restart(), self.since(), given, padding)
+            Call(name, self.ledger.live, self.ledger.restart(), self.since(), layer_input, padding)
         )
 
     def since(self) -> Work:
@@ -147,6 +147,7 @@ def trace(
             hook.remove()
     if modules and not watch.calls:
         raise CalibrationError(
-            "the example batch reached none of the layers that are to be quantised; give a batch, and a forward, like those of calibrate"
+            "the example batch reached none of the layers that are to be quantised; give a batch, "
+            "and a forward, like those of calibrate"
         )
     return Trace(tuple(watch.calls), ledger.restart(), watch.since(), recording)

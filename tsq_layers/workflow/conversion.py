@@ -23,7 +23,8 @@ from tsq_layers.workflow.hosts import tell_hosts
 def convert(model: nn.Module, *, min_coverage: float = 0.0) -> nn.Module:
     """Replace every solved layer by a quantised one, and put a report on the model.
 
-    Without a :func:`~tsq_layers.workflow.pipeline.calibrate` before it, layers are solved from what the observers have seen.
+    Without a :func:`~tsq_layers.workflow.pipeline.calibrate` before it, layers are solved from what
+    the observers have seen.
 
     Args:
         model: a prepared model.
@@ -52,9 +53,9 @@ def convert_prepared(model: nn.Module, preparation: Preparation, min_coverage: f
     size_before = model_bytes(model)
     solved = preparation.solved
     if solved is None:
-        started = time.perf_counter()
+        start = time.perf_counter()
         solved = _solve_observed(preparation)
-        preparation.seconds = time.perf_counter() - started
+        preparation.seconds = time.perf_counter() - start
         warn_few_tokens(solved)
         warn_never_called(preparation, solved)
     layers = _all_reports(preparation, solved)
@@ -95,7 +96,7 @@ def check_attainable(preparation: Preparation, min_coverage: float) -> None:
     Raises:
         CoverageError: it is more.
     """
-    solved = [
+    reports = [
         LayerReport(
             name=target.name,
             kind=target.kind.name,
@@ -106,17 +107,18 @@ def check_attainable(preparation: Preparation, min_coverage: float) -> None:
         for target in preparation.targets.values()
     ]
     check_coverage(
-        parameter_reports(preparation.parameters, [*solved, *preparation.left_alone]), min_coverage
+        parameter_reports(preparation.parameters, [*reports, *preparation.left_alone]), min_coverage
     )
 
 
 def _solve_observed(preparation: Preparation) -> dict[str, Solved]:
     observers = preparation.observers
-    seen = {name for name, observer in observers.items() if observer.hessian is not None}
-    if observers and not seen:
+    names_with_data = {name for name, observer in observers.items() if observer.hessian is not None}
+    if observers and not names_with_data:
         raise CalibrationError(
             "no layer saw any data; call calibrate(model, batches), or run the prepared model on data, before convert "
-            "(a model that torch.compile had compiled before is run as it was: call torch.compiler.reset() after prepare)"
+            "(a model that torch.compile had compiled before is run as it was: call "
+            "torch.compiler.reset() after prepare)"
         )
     if guided := guided_layers(preparation):
         raise StateError(
@@ -124,31 +126,33 @@ def _solve_observed(preparation: Preparation) -> dict[str, Solved]:
         )
     if epochs := preparation.config.distill_epochs:
         raise StateError(
-            f"distill_epochs={epochs} needs calibrate(model, batches), which runs both models on the batches; call it before convert, or set distill_epochs=0"
+            f"distill_epochs={epochs} needs calibrate(model, batches), which runs both models on "
+            "the batches; call it before convert, or set distill_epochs=0"
         )
     experts = Experts(preparation.targets, ())
-    solved: dict[str, Solved] = {}
+    layers: dict[str, Solved] = {}
     for name, target in preparation.targets.items():
-        statistics = observers[name].statistics() if name in seen else None
+        statistics = observers[name].statistics() if name in names_with_data else None
         lent = (
             statistics is not None and target.pool is not None and experts.lend(target, statistics)
         )
-        if not lent and (name in seen or not target.observed):
-            solved |= solve([target], statistics)
+        if not lent and (name in names_with_data or not target.observed):
+            layers |= solve([target], statistics)
     for pool in experts.open():
         for target, statistics, shortfall in experts.close(pool):
             if statistics is not None:
-                solved |= solve([target], statistics, shortfall=shortfall)
-    return solved
+                layers |= solve([target], statistics, shortfall=shortfall)
+    return layers
 
 
 def warn_never_called(preparation: Preparation, solved: dict[str, Solved]) -> None:
     """Warn of layers that no call has reached."""
     missing = [name for name in preparation.targets if name not in solved]
     if missing:
-        shown = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
+        examples = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
         warnings.warn(
-            f"{len(missing)} layers were never called and stay in full precision: {shown}; calibrate with data that reaches them, or add them to skip",
+            f"{len(missing)} layers were never called and stay in full precision: {examples}; "
+            "calibrate with data that reaches them, or add them to skip",
             SkippedLayerWarning,
             stacklevel=3,
         )
@@ -178,10 +182,11 @@ def _all_reports(preparation: Preparation, solved: dict[str, Solved]) -> tuple[L
 def _check_places(model: nn.Module, preparation: Preparation, solved: Mapping[str, Solved]) -> None:
     """Refuse a model in which another module has taken the place of one that was prepared."""
     present_modules = set(model.modules())
-    gone = [name for name in solved if preparation.targets[name].module not in present_modules]
-    if gone:
+    absent = [name for name in solved if preparation.targets[name].module not in present_modules]
+    if absent:
         raise StateError(
-            f"{gone[0]} is another module than the one that was prepared; call unprepare(model) and start again with the model as it is now"
+            f"{absent[0]} is another module than the one that was prepared; call unprepare(model) "
+            "and start again with the model as it is now"
         )
 
 

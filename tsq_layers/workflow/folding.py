@@ -60,20 +60,20 @@ def fold_scaling(model: nn.Module, norms: Mapping[str, str]) -> nn.Module:
 def _readers(model: nn.Module, norms: Mapping[str, str]) -> dict[str, dict[str, QuantLinear]]:
     """Name of a norm → the layers that are said to read it, by name."""
     layers = {name: matrix for name, _, matrix in packed(model)}
-    known = dict(model.named_modules(remove_duplicate=False))
-    found: dict[str, dict[str, QuantLinear]] = {}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    layers_by_norm: dict[str, dict[str, QuantLinear]] = {}
     for pattern, norm in norms.items():
-        named = {name: layer for name, layer in layers.items() if matches(pattern, name)}
-        if not named:
+        matching = {name: layer for name, layer in layers.items() if matches(pattern, name)}
+        if not matching:
             raise ConfigError(
                 f"pattern {pattern!r} matches none of the {len(layers)} quantised layers; correct it"
             )
-        if norm not in known:
+        if norm not in modules:
             raise ConfigError(
                 f"{norm!r} is no module of this {type(model).__name__}; give the full name of a norm"
             )
-        found.setdefault(norm, {}).update(named)
-    return found
+        layers_by_norm.setdefault(norm, {}).update(matching)
+    return layers_by_norm
 
 
 def _common_scaling(norm: str, layers: Mapping[str, QuantLinear]) -> Tensor:
@@ -106,7 +106,7 @@ def _check_norm(name: str, norm: nn.Module, scaling: Tensor) -> None:
             f"{name!r} is a {type(norm).__name__} with parameters of shapes {shapes}; scales can be folded into a norm "
             f"with a weight of shape {tuple(scaling.shape)}, and a bias of that shape if it has one"
         )
-    saved, training = (
+    weights_before, training = (
         {key: value.data for key, value in norm._parameters.items() if value is not None},
         norm.training,
     )
@@ -115,19 +115,22 @@ def _check_norm(name: str, norm: nn.Module, scaling: Tensor) -> None:
     norm.eval()
     try:
         with torch.no_grad():
-            expected = norm(probe).to(torch.float32) / scaling.to(weight.device)
+            scaled_output = norm(probe).to(torch.float32) / scaling.to(weight.device)
             _divide(norm, scaling)
-            found = norm(probe).to(torch.float32)
+            output = norm(probe).to(torch.float32)
     finally:
-        for key, value in saved.items():
+        for key, value in weights_before.items():
             norm._parameters[key].data = value  # type: ignore[union-attr]
         norm.train(training)
-    tolerance = 8 * torch.finfo(weight.dtype).eps * expected.abs().amax(0)
+    tolerance = 8 * torch.finfo(weight.dtype).eps * scaled_output.abs().amax(0)
     if not bool(
-        ((found - expected).abs().amax(0) <= tolerance + torch.finfo(torch.float32).tiny).all()
+        (
+            (output - scaled_output).abs().amax(0) <= tolerance + torch.finfo(torch.float32).tiny
+        ).all()
     ):
         raise LayerError(
-            f"the output of {name!r}, a {type(norm).__name__}, is not proportional to its weight, so that scales cannot "
+            f"the output of {name!r}, a {type(norm).__name__}, is not proportional to its weight, "
+            "so that scales cannot "
             "be folded into it; leave it out, and the layers scale their inputs themselves"
         )
 

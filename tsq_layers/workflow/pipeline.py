@@ -46,7 +46,8 @@ def prepare(model: nn.Module, config: QuantConfig) -> nn.Module:
     form: H from the full-precision model, no deviation.
 
     Args:
-        model: any module on a real device. Targets are its layers of every kind that is registered (:func:`tsq_layers.layers.register`):
+        model: any module on a real device. Targets are its layers of every kind that is registered
+            (:func:`tsq_layers.layers.register`):
             linear layers, convolutions, embeddings if ``config`` says so, and the linear layers of which attention
             modules and fused experts consist.
         config: what to do with each.
@@ -66,6 +67,7 @@ def prepare(model: nn.Module, config: QuantConfig) -> nn.Module:
 
     Example:
         >>> import torch
+        >>> from tsq_layers import convert
         >>> model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
         >>> _ = prepare(model, QuantConfig(bits=4, group_size=16))
         >>> for _ in range(8):
@@ -135,7 +137,8 @@ def calibrate(
             its last dimension (0 is padding), or ``None`` if all tokens count.
         loss: ``loss(model, batch)`` is the scalar that the model is trained for; used where the
             configuration asks for ``guidance``, which takes one forward and one backward pass of every batch,
-            all of which are then held at once. A mean over tokens, as losses are. ``None``: the ``loss`` of the model's own output.
+            all of which are then held at once. A mean over tokens, as losses are. ``None``: the
+                ``loss`` of the model's own output.
         distance: ``distance(output, wanted, batch)`` is the scalar that is lowered where the configuration has
             ``distill_epochs``, between outputs of the quantised and the full-precision model; ``None``:
             divergence of logits, or squared error. All batches are then held at once.
@@ -218,7 +221,7 @@ def _calibrate(model: nn.Module, preparation: Preparation, request: _Request) ->
     guided = guided_layers(preparation)
     if guided or preparation.config.distill_epochs:
         batches = list(batches)  # they are run more than once
-    started = time.perf_counter()
+    start = time.perf_counter()
     preparation.detach()
     try:
         with _journal(model, preparation, request, paired=paired) as journal:
@@ -245,7 +248,7 @@ def _calibrate(model: nn.Module, preparation: Preparation, request: _Request) ->
         preparation.attach()
         raise
     preparation.solved, preparation.paired = solved, paired
-    preparation.seconds = time.perf_counter() - started
+    preparation.seconds = time.perf_counter() - start
 
 
 def _journal(

@@ -78,7 +78,8 @@ def refine(
         model: holds :class:`~tsq_layers.QuantLinear` layers; changed in place once all are solved.
         reference: the float model that it was quantised from. It runs, and is as before afterwards.
         batches: as for ``tsq.calibrate``.
-        config: damping, ``deviation``…, ``refine``… and ``joint_rounds`` are used; bits, groups and grids are those of the
+        config: damping, ``deviation``…, ``refine``… and ``joint_rounds`` are used; bits, groups and
+            grids are those of the
             layers. With ``joint_rounds`` the codes (and zero points) are improved too. The default chooses
             strength and damping of the deviation for each layer.
         held_out, forward, padding_mask, offload, checkpoint_dir, progress: as for ``tsq.calibrate``.
@@ -107,7 +108,7 @@ def refine(
     """
     config = _checked(config)
     layers = _refinable(model)
-    started = time.perf_counter()
+    start = time.perf_counter()
     names = {
         name for name, _, _ in packed(model)
     }  # with those of tables, which may be tied to layers
@@ -116,7 +117,7 @@ def refine(
     preparation.targets = {
         name: _started(preparation.targets[name], config, layers[name]) for name in layers
     }
-    fitted = checked_batches(batches, "batches")
+    checked = checked_batches(batches, "batches")
     reported = [] if held_out is None else checked_batches(held_out, "held_out")
     parking = None if offload is None else Parking(offload, reference)
     preparations.store(reference, preparation)
@@ -130,7 +131,7 @@ def refine(
             ) as journal
         ):
             options = RunOptions(
-                batches=fitted,
+                batches=checked,
                 held_out=reported,
                 paired=paired,
                 forward=forward,
@@ -146,7 +147,7 @@ def refine(
         preparations.remove(reference)
     for name, layer in solved.items():
         _take(layers[name], layer.matrix)
-    _note(model, reference, config, solved, paired=paired, seconds=time.perf_counter() - started)
+    _note(model, reference, config, solved, paired=paired, seconds=time.perf_counter() - start)
     return model
 
 
@@ -156,7 +157,8 @@ def _checked(config: QuantConfig | None) -> QuantConfig:
     refine = config.option("refine", "none")
     if refine == "none":
         raise ConfigError(
-            f"method={config.method!r}, refine={refine!r}: only two-stage refines scales; give method='two-stage' with refine='exact'"
+            f"method={config.method!r}, refine={refine!r}: only two-stage refines scales; give "
+            "method='two-stage' with refine='exact'"
         )
     return config
 
@@ -164,11 +166,11 @@ def _checked(config: QuantConfig | None) -> QuantConfig:
 def _refinable(model: nn.Module) -> dict[str, QuantLinear]:
     """Name → packed matrix of every layer that has inputs to learn from; a matrix under several names once."""
     layers: dict[str, QuantLinear] = {}
-    known: set[int] = set()
+    matrix_ids: set[int] = set()
     for name, module, matrix in packed(model):
-        if id(matrix) in known or type(module).__name__ == "QuantEmbedding":
+        if id(matrix) in matrix_ids or type(module).__name__ == "QuantEmbedding":
             continue
-        known.add(id(matrix))
+        matrix_ids.add(id(matrix))
         signs, columns = matrix.rotation_signs, matrix.in_features
         obstacles = {
             "look-up tables": matrix.tables is not None,
@@ -203,9 +205,9 @@ def _started(target: Target, config: QuantConfig, matrix: QuantLinear) -> Target
         "rotation": matrix.rotation,
         "activation_bits": matrix.activation_bits,
     }
-    refined = config.changed(**_PREPARED, **own)
-    keep = target.config.keep_zeros and refined.holds_zero
-    return dataclasses.replace(target, config=refined.changed(keep_zeros=keep), given=weight)
+    own_config = config.changed(**_PREPARED, **own)
+    keep = target.config.keep_zeros and own_config.holds_zero
+    return dataclasses.replace(target, config=own_config.changed(keep_zeros=keep), given=weight)
 
 
 def _check_same(
@@ -225,17 +227,18 @@ def _check_same(
             )
     errors = {name: _error(preparation.targets[name], matrix) for name, matrix in layers.items()}
     others = dict(reference.named_parameters())
-    shared = {
+    parameter_distances = {
         name: _relative(parameter, others[name])
         for name, parameter in model.named_parameters()
         if name in others and parameter.shape == others[name].shape and not others[name].is_meta
     }
-    for kinds, limit in ((errors, 1.0), (shared, _FOREIGN)):
-        found = to_host(*kinds.values()) if kinds else []
-        for name, value in zip(kinds, found, strict=True):
+    for kinds, limit in ((errors, 1.0), (parameter_distances, _FOREIGN)):
+        distances = to_host(*kinds.values()) if kinds else []
+        for name, value in zip(kinds, distances, strict=True):
             if not value <= limit:
                 raise LayerError(
-                    f"{name}: it differs by {100 * value:.0f} % from that of the reference; {cure} (after norms were merged or weights scaled: that model)"
+                    f"{name}: it differs by {100 * value:.0f} % from that of the reference; {cure} "
+                    "(after norms were merged or weights scaled: that model)"
                 )
 
 
@@ -244,10 +247,10 @@ def _error(target: Target, matrix: QuantLinear) -> Tensor:
         return _relative(matrix.dequantize(torch.float32), target.weight)
 
 
-def _relative(found: Tensor, expected: Tensor) -> Tensor:
-    expected = expected.detach().to(torch.float32)
-    difference: Tensor = (found.detach().to(expected) - expected).norm()
-    share: Tensor = difference / expected.norm().clamp(min=torch.finfo(torch.float32).tiny)
+def _relative(value: Tensor, original: Tensor) -> Tensor:
+    reference = original.detach().to(torch.float32)
+    difference: Tensor = (value.detach().to(reference) - reference).norm()
+    share: Tensor = difference / reference.norm().clamp(min=torch.finfo(torch.float32).tiny)
     return share
 
 
@@ -267,7 +270,7 @@ def _note(
     paired: bool,
     seconds: float,
 ) -> None:
-    """What was done to every layer, in the model's report."""
+    """Note in the model's report what was done to every layer."""
     old = getattr(model, "tsq_report", None)
     if not isinstance(old, Report):
         layers = tuple(layer.report for layer in solved.values())

@@ -1,4 +1,4 @@
-"""What identifies batches and weights between two processes: digests of their bytes."""
+"""Identify batches and weights between two processes, by digests of their bytes."""
 
 import dataclasses
 import hashlib
@@ -28,11 +28,11 @@ def fingerprint_data(batches: Iterable[object], held_out: Iterable[object] = ())
     Raises:
         CalibrationError: as :func:`fingerprint_batch`, with the number of the batch.
     """
-    fitted = [fingerprint_batch(batch, f"batch {index}") for index, batch in enumerate(batches)]
+    digests = [fingerprint_batch(batch, f"batch {index}") for index, batch in enumerate(batches)]
     others = [
         fingerprint_batch(batch, f"held-out batch {index}") for index, batch in enumerate(held_out)
     ]
-    return fitted + [HELD_OUT + digest for digest in others]
+    return digests + [HELD_OUT + digest for digest in others]
 
 
 def fingerprint_batch(batch: object, name: str = "batch") -> str:
@@ -85,7 +85,8 @@ def fingerprint_weights(weights: Mapping[str, Tensor]) -> dict[str, dict[str, An
         problem = _no_bytes(weight)
         if problem:
             raise CheckpointError(
-                f"{name}: the tensor {problem}, so that a resumed run could not tell whether it is the same; leave checkpoint_dir out"
+                f"{name}: the tensor {problem}, so that a resumed run could not tell whether it is "
+                "the same; leave checkpoint_dir out"
             )
         by_device.setdefault(weight.device, []).append(name)
     sums: dict[str, str] = {}
@@ -158,7 +159,7 @@ def _digest(value: object, where: str) -> bytes:
 
 
 def _parts(value: object, where: str) -> tuple[str, Sequence[Any]]:
-    """What a value is, and bytes or buffers that say which."""
+    """Return the type of a value, and bytes or buffers that identify it."""
     if isinstance(value, Tensor):
         return "tensor", _tensor_parts(value, where)
     if isinstance(value, Enum):
@@ -209,7 +210,7 @@ def _tensor_parts(tensor: Tensor, where: str) -> Sequence[Any]:
 
 
 def _no_bytes(tensor: Tensor) -> str:
-    """Why a tensor has no bytes that say what it is; empty if it has."""
+    """Return why a tensor has no bytes that identify it; empty if it has."""
     if tensor.is_meta:
         return "is on the meta device and has no values"
     if tensor.is_nested or tensor.is_quantized or tensor.layout != torch.strided:

@@ -1,4 +1,4 @@
-"""What the result of a calibration depends on, and how two of them differ, in words."""
+"""Describe everything that the result of a calibration depends on, and how two runs differ."""
 
 import dataclasses
 import hashlib
@@ -22,7 +22,7 @@ _LONGEST = 80  # characters of a value in a message
 
 @dataclass(frozen=True, kw_only=True)
 class Fingerprint:
-    """What the result of a calibration depends on. Two equal ones give equal results.
+    """Everything that the result of a calibration depends on. Equal ones give equal results.
 
     All values are JSON values; tuples in them become lists, so that what was read equals what was written.
 
@@ -62,7 +62,11 @@ class Fingerprint:
 
     @classmethod
     def from_dict(cls, values: object) -> Self:
-        """Inverse of :meth:`to_dict`; unknown, missing or ill-typed keys raise :class:`~tsq_layers.errors.CheckpointError`."""
+        """Return the fingerprint that :meth:`to_dict` has written.
+
+        Raises:
+            CheckpointError: unknown, missing or ill-typed keys.
+        """
         return cls(**checked_fields(cls, values, "the fingerprint"))
 
     def digest(self) -> str:
@@ -99,7 +103,8 @@ def read(path: Path) -> Fingerprint:
         )
     if values.get("schema_version") != SCHEMA_VERSION:
         raise CheckpointError(
-            f"{path} has schema_version={values.get('schema_version')!r}, this version of tsq_layers reads {SCHEMA_VERSION}; {START_AGAIN}"
+            f"{path} has schema_version={values.get('schema_version')!r}, this version of "
+            f"tsq_layers reads {SCHEMA_VERSION}; {START_AGAIN}"
         )
     if values.get("sha256") != _sha256(values.get("fingerprint")):
         raise CheckpointError(
@@ -118,13 +123,13 @@ def differences(saved: Fingerprint, current: Fingerprint) -> list[str]:
         >>> differences(saved, Fingerprint(config={"bits": 4}, layers={}, options={"paired": True}))
         ['config.bits is 3 there and 4 here', 'option paired is missing there and True here']
     """
-    found = list(_of_values("config", saved.config, current.config))
-    found += _of_values("option ", saved.options, current.options)
-    found += _of_weights("layer", saved.layers, current.layers)
-    found += _of_weights("tensor", saved.tensors, current.tensors)
+    messages = list(_of_values("config", saved.config, current.config))
+    messages += _of_values("option ", saved.options, current.options)
+    messages += _of_weights("layer", saved.layers, current.layers)
+    messages += _of_weights("tensor", saved.tensors, current.tensors)
     if saved.data is not None and current.data is not None:
-        found += _of_data(saved.data, current.data)
-    return found
+        messages += _of_data(saved.data, current.data)
+    return messages
 
 
 def _of_values(path: str, saved: object, current: object) -> Iterator[str]:

@@ -91,12 +91,12 @@ def encode(
 
 def find(directory: Path) -> dict[int, list[Path]]:
     """Number of a stage → the files that their names say to be of it."""
-    found: dict[int, list[Path]] = {}
+    paths: dict[int, list[Path]] = {}
     for path in sorted(directory.iterdir()):
         match = _NAME.fullmatch(path.name)
         if match:
-            found.setdefault(int(match[1]), []).append(path)
-    return found
+            paths.setdefault(int(match[1]), []).append(path)
+    return paths
 
 
 def decode(path: Path, number: int, run: str) -> list[Entry]:

@@ -1,4 +1,7 @@
-"""The journal of a run: described by everything that its result depends on, so that only the same run goes on from it."""
+"""Open the journal of a run.
+
+It is described by everything that the result depends on, so that only the same run continues from it.
+"""
 
 import functools
 import os
@@ -68,7 +71,11 @@ def journal_of(
 
 
 def _named(function: Any) -> str:
-    """What a function is called. An object that can be called has the name of its class, whatever it holds; a partial, its arguments too."""
+    """Return the name of a function.
+
+    An object that can be called has the name of its class, whatever it holds; a partial function
+    has that of its function, and its arguments.
+    """
     if function is None:
         return "none"
     if isinstance(function, functools.partial):
@@ -76,8 +83,8 @@ def _named(function: Any) -> str:
             (function.args, function.keywords), f"partial of {_named(function.func)}"
         )
         return f"partial of {_named(function.func)}, {arguments}"
-    named = function if hasattr(function, "__qualname__") else type(function)
-    return f"{named.__module__}.{named.__qualname__}"
+    owner = function if hasattr(function, "__qualname__") else type(function)
+    return f"{owner.__module__}.{owner.__qualname__}"
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

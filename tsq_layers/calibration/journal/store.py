@@ -52,7 +52,7 @@ class Restored(Mapping[str, tuple[QuantLinear, LayerReport]]):
 
 
 class Journal:
-    """What a calibration has solved, on disk; opens a directory or makes it.
+    """Solved layers of a calibration on disk; opens a directory or makes it.
 
     A stage that was written is there after SIGKILL and after a power cut. A stage file that is
     damaged all the same counts as not solved, and so does every stage after it, for these were
@@ -116,17 +116,17 @@ class Journal:
         if self._restored is not None:
             return
         with self._disk():
-            saved = read(self.directory / JOURNAL_FILE)
-            self._check_same(saved, current)
-            if saved.data is None:
+            fingerprint = read(self.directory / JOURNAL_FILE)
+            self._check_same(fingerprint, current)
+            if fingerprint.data is None:
                 files.write(self.directory / JOURNAL_FILE, text(current).encode())
-            self._fingerprint = current if saved.data is None else saved
+            self._fingerprint = current if fingerprint.data is None else fingerprint
             self._restored = Restored(self._entries(self._fingerprint.digest()))
         self._names = set(self._restored)
 
     @property
     def restored(self) -> Restored:
-        """What earlier runs have solved: name → packed matrix (CPU, no bias) and report, in the order of solving.
+        """Layers that earlier runs have solved, in their order: name → packed matrix (CPU, no bias), report.
 
         Raises:
             StateError: the data were not checked yet: call :meth:`check_data`.
@@ -201,16 +201,17 @@ class Journal:
             raise StateError(f"the journal in {self.directory} is closed; open a new one")
 
     def _check_same(self, saved: Fingerprint, current: Fingerprint) -> None:
-        found = differences(saved, current)
-        if found:
+        messages = differences(saved, current)
+        if messages:
             more = (
-                f"; and {len(found) - _MOST_SHOWN} more differences"
-                if len(found) > _MOST_SHOWN
+                f"; and {len(messages) - _MOST_SHOWN} more differences"
+                if len(messages) > _MOST_SHOWN
                 else ""
             )
             raise CheckpointError(
                 f"checkpoint_dir {self.directory} (there) is of another run than this one (here): "
-                f"{'; '.join(found[:_MOST_SHOWN])}{more}. To go on with it, start the same run again; else {START_AGAIN}"
+                f"{'; '.join(messages[:_MOST_SHOWN])}{more}. To go on with it, start the same run "
+                f"again; else {START_AGAIN}"
             )
 
     @contextmanager
@@ -219,20 +220,24 @@ class Journal:
             yield
         except OSError as error:
             raise CheckpointError(
-                f"cannot use checkpoint_dir {self.directory}: {error}; give a directory that can be written and has room. "
+                f"cannot use checkpoint_dir {self.directory}: {error}; give a directory that can "
+                "be written and has room. "
                 "What was solved before is kept: start again to go on"
             ) from error
 
     def _entries(self, run: str) -> list[stage.Entry]:
-        """The layers of all stages up to the first that is not as it was written; the files from there on are removed."""
-        found = stage.find(self.directory)
+        """Return the layers of all records up to the first that is not as it was written.
+
+        The files from there on are removed.
+        """
+        paths = stage.find(self.directory)
         entries: dict[str, stage.Entry] = {}
-        while any(number >= self._count for number in found):
+        while any(number >= self._count for number in paths):
             try:
-                added = self._checked(found.get(self._count, []), run, entries)
+                added = self._checked(paths.get(self._count, []), run, entries)
             except CheckpointError as error:
                 self._drop(
-                    [path for number in found if number >= self._count for path in found[number]],
+                    [path for number in paths if number >= self._count for path in paths[number]],
                     str(error),
                 )
                 break
@@ -273,6 +278,7 @@ def _make(directory: Path) -> None:
     others = {path.name for path in directory.iterdir()} - {files.LOCK_FILE, files.TEMPORARY}
     if others and JOURNAL_FILE not in others:
         raise CheckpointError(
-            f"checkpoint_dir {directory} holds {min(others)!r} and no {JOURNAL_FILE}, so that it is not of a calibration; "
+            f"checkpoint_dir {directory} holds {min(others)!r} and no {JOURNAL_FILE}, so that it "
+            "is not of a calibration; "
             "give an empty directory, or one that does not exist"
         )
