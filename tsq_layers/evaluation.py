@@ -66,7 +66,8 @@ def perplexity(
             loss = _loss(_logits(model, batch.to(device)), batch.to(device))
             if math.isnan(loss):
                 raise LayerError(
-                    f"the loss is NaN in windows of {batch.shape[1]} tokens after {count} predicted tokens: a weight or an activation of the model is not finite"
+                    f"the loss is NaN in windows of {batch.shape[1]} tokens after {count} "
+                    "predicted tokens: a weight or an activation of the model is not finite"
                 )
             total += loss
             count += batch.shape[0] * (batch.shape[1] - 1)
@@ -117,7 +118,8 @@ def _logits(model: nn.Module, batch: Tensor) -> Tensor:
             else type(logits).__name__
         )
         raise LayerError(
-            f"the model returned {got}; perplexity needs logits of shape (B, T, V) with B, T = {tuple(batch.shape)}, or an object that has them as .logits"
+            f"the model returned {got}; perplexity needs logits of shape (B, T, V) with B, T = "
+            f"{tuple(batch.shape)}, or an object that has them as .logits"
         )
     return logits
 

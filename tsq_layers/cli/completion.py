@@ -58,10 +58,10 @@ def script(parser: Parser, shell: str) -> str:
         >>> script(parser, "fish").splitlines()[-1]
         "complete -c tool -n '__fish_seen_subcommand_from run' -l how -x -a 'fast well' -d ''"
     """
-    found = list(commands(parser))
+    subcommands = list(commands(parser))
     if shell == "fish":
-        return "\n".join(_fish(parser.prog, found))
-    lines = list(_bash(parser.prog, found))
+        return "\n".join(_fish(parser.prog, subcommands))
+    lines = list(_bash(parser.prog, subcommands))
     return "\n".join(
         ["autoload -U +X bashcompinit && bashcompinit", *lines] if shell == "zsh" else lines
     )
@@ -125,9 +125,9 @@ def _fish(prog: str, found: Sequence[Command]) -> Iterator[str]:
         described = f"-a {command.name} -d {shlex.quote(command.text)}"
         yield f"complete -c {prog} -f -n 'not __fish_seen_subcommand_from {names}' {described}"
     for command in found:
-        seen = f"complete -c {prog} -n '__fish_seen_subcommand_from {command.name}'"
+        condition = f"complete -c {prog} -n '__fish_seen_subcommand_from {command.name}'"
         if command.words:
-            yield f"{seen} -f -a {shlex.quote(' '.join(command.words))}"
+            yield f"{condition} -f -a {shlex.quote(' '.join(command.words))}"
         for option in command.options:
             flags = [
                 f"-l {name[2:]}" if name.startswith("--") else f"-s {name[1:]}"
@@ -140,4 +140,4 @@ def _fish(prog: str, found: Sequence[Command]) -> Iterator[str]:
                 if option.takes
                 else " -r"
             )
-            yield f"{seen} {' '.join(flags)}{takes} -d {shlex.quote(option.text)}"
+            yield f"{condition} {' '.join(flags)}{takes} -d {shlex.quote(option.text)}"

@@ -65,8 +65,8 @@ def run(arguments: argparse.Namespace) -> None:
     bridge.check_length(model, min(window, tokens.numel()), "--window")
     value = perplexity(model, tokens, window=window, batch_size=arguments.batch_size)
     if arguments.json:
-        shown = value if math.isfinite(value) else str(value)
-        write_json({"perplexity": shown, "tokens": tokens.numel(), "window": window})
+        number = value if math.isfinite(value) else str(value)
+        write_json({"perplexity": number, "tokens": tokens.numel(), "window": window})
     else:
         write(f"perplexity {value:.6f} on {tokens.numel()} tokens in windows of {window}")
 

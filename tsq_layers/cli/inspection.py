@@ -58,7 +58,8 @@ def _report(directory: Path) -> Report:
     outline = None if described else outlined(directory)
     if outline is None and not described:
         raise ConfigError(
-            f"{directory} holds no {DESCRIPTION_FILE} that describes its tensors: give a directory that tsq quantize or tsq.save wrote"
+            f"{directory} holds no {DESCRIPTION_FILE} that describes its tensors: give a directory "
+            "that tsq quantize or tsq.save wrote"
         )
     if outline is None:
         report = Description.from_json(read_text(path)).report
@@ -90,7 +91,10 @@ def _report_files(report: Report, arguments: argparse.Namespace) -> list[str]:
 
 
 def _layer_table(layers: Sequence[LayerReport]) -> list[str]:
-    """One aligned line a layer: bits, size, loss after each step that was taken, and the objective of stage 2 by either solver."""
+    """Return one aligned line a layer.
+
+    It shows bits, size, the loss after each step, and the objective of stage 2 by either solver.
+    """
     steps = [step for step in STEPS if any(step in layer.losses for layer in layers)]
     solvers = [
         solver for solver in _OBJECTIVES if any(solver in layer.objective for layer in layers)

@@ -23,7 +23,7 @@ from tsq_layers.integrations import causal_lm as bridge
 
 
 def is_foreign(directory: str | Path) -> bool:
-    """Whether a directory holds a checkpoint that another tool has quantised."""
+    """Return whether a directory holds a checkpoint that another tool has quantised."""
     path = Path(directory)
     if is_described(path):
         return False
@@ -88,10 +88,10 @@ def check_out(arguments: argparse.Namespace, sources: Mapping[str, str]) -> None
             raise ConfigError(
                 f"--out {arguments.out} exists and is no empty directory: give another one, or remove it"
             )
-        kept = getattr(arguments, "checkpoint_dir", None)
-        if kept is not None and Path(kept).resolve().is_relative_to(out.resolve()):
+        journal = getattr(arguments, "checkpoint_dir", None)
+        if journal is not None and Path(journal).resolve().is_relative_to(out.resolve()):
             raise ConfigError(
-                f"--checkpoint-dir {kept} is in --out {arguments.out}, which must be empty: give another one"
+                f"--checkpoint-dir {journal} is in --out {arguments.out}, which must be empty: give another one"
             )
     existing = next(path for path in (out, *out.parents) if path.exists())
     try:
@@ -135,7 +135,7 @@ def save(
     out = Path(arguments.out)
     if arguments.format == OWN_FORMAT:
         bridge.save_causal_lm(model, tokenizer, out)
-        told = f"saved in {arguments.out}; tsq inspect {arguments.out} shows every layer"
+        message = f"saved in {arguments.out}; tsq inspect {arguments.out} shows every layer"
     else:
         try:
             out = tsq.export_checkpoint(
@@ -151,16 +151,20 @@ def save(
             if not fresh:
                 raise
             raise ExportError(f"{error}. {_kept(model, tokenizer, out.absolute())}") from error
-        told = f"saved as {arguments.format} in {out}"
+        message = f"saved as {arguments.format} in {out}"
     if arguments.json:
         write_json(summary(model, out, arguments.format))
         return
     write_summary(model)
-    write(told)
+    write(message)
 
 
 def _kept(model: nn.Module, tokenizer: Any, out: Path) -> str:
-    """Save a model that could not be exported as this library does, beside where it should be or among temporary files; where that is."""
+    """Save a model that could not be exported in this library's own format.
+
+    Returns:
+        the directory: beside where the export should be, or among temporary files.
+    """
     problems = []
     for parent in (out.parent, Path(tempfile.gettempdir())):
         place = parent / f"{out.name}-tsq-{secrets.token_hex(3)}"

@@ -20,7 +20,7 @@ _CONFIG_OPTIONS = ("bits", "group_size", "method", "symmetric", "embeddings")
 
 
 def add_configuration(command: argparse.ArgumentParser) -> None:
-    """How to quantise."""
+    """Add the options that say how to quantise."""
     default = QuantConfig()
     unset: Any = argparse.SUPPRESS
     command.add_argument(
@@ -71,14 +71,16 @@ def configuration(arguments: argparse.Namespace) -> QuantConfig:
     base = QuantConfig()
     if arguments.config is not None:
         base = QuantConfig.from_json(texts.read_text(arguments.config))
-    given = {name: getattr(arguments, name) for name in _CONFIG_OPTIONS if hasattr(arguments, name)}
-    if given.get("method") == "best" and getattr(arguments, "format", OWN_FORMAT) != OWN_FORMAT:
-        given.update(PORTABLE)
-    return base.changed(**given)
+    changes = {
+        name: getattr(arguments, name) for name in _CONFIG_OPTIONS if hasattr(arguments, name)
+    }
+    if changes.get("method") == "best" and getattr(arguments, "format", OWN_FORMAT) != OWN_FORMAT:
+        changes.update(PORTABLE)
+    return base.changed(**changes)
 
 
 def add_amounts(command: argparse.ArgumentParser) -> None:
-    """How much text is calibrated on."""
+    """Add the options that say how much text is calibrated on."""
     command.add_argument(
         "--tokens",
         type=int,
@@ -97,7 +99,7 @@ def add_amounts(command: argparse.ArgumentParser) -> None:
 
 
 def sequences(arguments: argparse.Namespace) -> int:
-    """How many sequences ``--tokens`` are."""
+    """Return how many sequences ``--tokens`` are."""
     count: int = arguments.tokens // max(1, arguments.sequence_length)
     if count < 1:
         raise ConfigError(
@@ -115,7 +117,7 @@ def calibration(arguments: argparse.Namespace, tokenizer: Any) -> list[dict[str,
 
 
 def add_offload(command: argparse.ArgumentParser) -> None:
-    """Where activations wait."""
+    """Add the option that says where activations wait."""
     command.add_argument(
         "--offload",
         metavar="DEVICE",
@@ -124,7 +126,10 @@ def add_offload(command: argparse.ArgumentParser) -> None:
 
 
 def offload(arguments: argparse.Namespace, *, planned: bool = False) -> torch.device | None:
-    """The device of ``--offload``, which must be there and bring back what it is given, unless it is only ``planned`` with."""
+    """Return the device of ``--offload``.
+
+    It must exist and return tensors that are moved to it, unless it is only ``planned`` with.
+    """
     if arguments.offload is None:
         return None
     try:
@@ -137,7 +142,7 @@ def offload(arguments: argparse.Namespace, *, planned: bool = False) -> torch.de
 
 
 def add_checkpoint_dir(command: argparse.ArgumentParser) -> None:
-    """Where a run that may be killed keeps what it has."""
+    """Add the option for the directory of a run that may be killed."""
     command.add_argument(
         "--checkpoint-dir",
         metavar="DIR",
@@ -146,7 +151,7 @@ def add_checkpoint_dir(command: argparse.ArgumentParser) -> None:
 
 
 def add_placement(command: argparse.ArgumentParser) -> None:
-    """Where a model runs, and in which dtype."""
+    """Add the options that say where a model runs, and in which dtype."""
     add_dtype(command)
     command.add_argument(
         "--device",

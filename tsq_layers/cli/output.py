@@ -1,4 +1,4 @@
-"""What commands print: lines for readers, and JSON for programs."""
+"""Print the results of commands: lines for readers, and JSON for programs."""
 
 import json
 import sys
@@ -28,7 +28,7 @@ def write_json(values: Any) -> None:
 
 
 def summary(model: nn.Module, out: Path, form: str) -> dict[str, Any]:
-    """What programs are told about a model that was written."""
+    """Return what programs are told about a model that was written."""
     report = report_of(model)
     losses = {
         step: sum(values) / len(values)

@@ -40,11 +40,11 @@ def run(arguments: argparse.Namespace) -> None:
         example, batches = windows[0]["input_ids"], len(windows)
     model = bridge.empty_causal_lm(arguments.model, arguments.dtype)
     try:
-        found = plan(model, config, _random_tokens(model, example), batches, offload=offload)
+        result = plan(model, config, _random_tokens(model, example), batches, offload=offload)
     except CalibrationError:
         model = bridge.load_causal_lm(arguments.model, arguments.dtype)
-        found = plan(model, config, _random_tokens(model, example), batches, offload=offload)
-    write(found.to_json() if arguments.json else str(found))
+        result = plan(model, config, _random_tokens(model, example), batches, offload=offload)
+    write(result.to_json() if arguments.json else str(result))
 
 
 def _random_tokens(model: nn.Module, like: Tensor | None) -> dict[str, Tensor] | None:

@@ -45,7 +45,8 @@ def run(arguments: argparse.Namespace) -> None:
     models.check_out(arguments, {"the float model": arguments.model})
     if models.is_foreign(arguments.model):
         raise ConfigError(
-            f"{arguments.model} holds a model that is quantised already: give the float model, or tsq refine improves this one"
+            f"{arguments.model} holds a model that is quantised already: give the float model, or "
+            "tsq refine improves this one"
         )
     tokenizer = bridge.load_tokenizer(arguments.model)
     batches = None
@@ -55,7 +56,8 @@ def run(arguments: argparse.Namespace) -> None:
         rounding = "channel_scaling" if config.channel_scaling else "distill_epochs"
         field = rounding if config.method == "rtn" else "method"
         raise ConfigError(
-            f"{field}={getattr(config, field)!r} needs calibration text: give --text FILE, or a configuration that needs none (--method rtn)"
+            f"{field}={getattr(config, field)!r} needs calibration text: give --text FILE, or a "
+            "configuration that needs none (--method rtn)"
         )
     model = options.placed(
         bridge.load_causal_lm(arguments.model, arguments.dtype), arguments.device

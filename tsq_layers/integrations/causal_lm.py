@@ -88,7 +88,8 @@ def check_length(model: nn.Module, length: int, option: str) -> None:
             )
             if length > limit:
                 raise ConfigError(
-                    f"{option} {length}: this {type(model).__name__} has learned positions for {limit} tokens; give at most so many"
+                    f"{option} {length}: this {type(model).__name__} has learned positions for "
+                    f"{limit} tokens; give at most so many"
                 )
 
 
@@ -165,15 +166,15 @@ def quiet(transformers: ModuleType) -> Iterator[None]:
     What it would report about missing weights is raised as an error here.
     """
     logging = transformers.utils.logging
-    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    has_bar, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.set_verbosity_error()
-    if shown and not sys.stderr.isatty():
+    if has_bar and not sys.stderr.isatty():
         logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(verbosity)
-        if shown:
+        if has_bar:
             logging.enable_progress_bar()
 
 
@@ -194,13 +195,14 @@ def _load_float(transformers: ModuleType, path: Path, dtype: torch.dtype | str) 
         if info.get(what):
             first = min(map(str, info[what]))
             raise CheckpointError(
-                f"the weights in {path} are not a {type(model).__name__}: {len(info[what])} {what.replace('_', ' ')}, first {first!r}"
+                f"the weights in {path} are not a {type(model).__name__}: {len(info[what])} "
+                f"{what.replace('_', ' ')}, first {first!r}"
             )
     return model  # type: ignore[no-any-return]
 
 
 def is_quantised(path: Path) -> bool:
-    """Whether a directory holds a quantised model, written by this library or by ``save_pretrained``."""
+    """Return whether a directory holds a quantised model, written by this library or by ``save_pretrained``."""
     return is_described(path) or outlined(path) is not None
 
 

@@ -74,7 +74,7 @@ def knowing_packed_layers(config: PeftConfig) -> LoraConfig:
     Example:
         >>> config = knowing_packed_layers(LoraConfig(init_lora_weights="pissa"))
         Traceback (most recent call last):
-        tsq_layers.errors.ConfigError: init_lora_weights='pissa' changes the weights below an adapter, which are packed: ...
+        tsq_layers.errors.ConfigError: init_lora_weights='pissa' changes the weights below an adapter, ...
     """
     if not isinstance(config, LoraConfig):
         raise ConfigError(
@@ -82,7 +82,8 @@ def knowing_packed_layers(config: PeftConfig) -> LoraConfig:
         )
     if config.init_lora_weights not in _INITIALISERS:
         raise ConfigError(
-            f"init_lora_weights={config.init_lora_weights!r} changes the weights below an adapter, which are packed: give True or 'gaussian'"
+            f"init_lora_weights={config.init_lora_weights!r} changes the weights below an adapter, "
+            "which are packed: give True or 'gaussian'"
         )
     config = copy.deepcopy(config)
     config._register_custom_module(
@@ -95,25 +96,28 @@ def _check_targets(model: nn.Module, config: LoraConfig) -> None:
     """Refuse what PEFT would silently not train.
 
     Raises:
-        ConfigError: a packed layer among the ``modules_to_save``, those that PEFT adds by the task included; a packed output
+        ConfigError: a packed layer among the ``modules_to_save``, those that PEFT adds by the task
+            included; a packed output
             layer that is one module with the table of the inputs, of which PEFT sees only the latter.
     """
-    saved = {*(config.modules_to_save or ()), *_SAVED_BY_TASK.get(config.task_type or "", ())}
-    seen = {id(module): name for name, module in model.named_modules()}
+    saved_names = {*(config.modules_to_save or ()), *_SAVED_BY_TASK.get(config.task_type or "", ())}
+    names_by_id = {id(module): name for name, module in model.named_modules()}
     for name, module in model.named_modules(remove_duplicate=False):
         if not any(isinstance(part, PackedStorage) for part in module.modules()):
             continue
-        if name.rpartition(".")[2] in saved or name in saved:
+        if name.rpartition(".")[2] in saved_names or name in saved_names:
             raise ConfigError(
-                f"{name!r} is packed, and would be trained as one of the modules to save of task_type={config.task_type!r}, modules_to_save="
+                f"{name!r} is packed, and would be trained as one of the modules to save of "
+                f"task_type={config.task_type!r}, modules_to_save="
                 f"{config.modules_to_save!r}: quantise the model with it in skip"
             )
-        first = seen[id(module)]
+        first = names_by_id[id(module)]
         if first != name and (
             config.trainable_token_indices or check_target_module_exists(config, name)
         ):
             raise ConfigError(
-                f"{name!r} is the very packed matrix of {first.removesuffix('.matrix')!r}, and PEFT would adapt only one of them: leave it "
+                f"{name!r} is the very packed matrix of {first.removesuffix('.matrix')!r}, and "
+                "PEFT would adapt only one of them: leave it "
                 "out of target_modules (and trainable_token_indices), or quantise the model with both in skip"
             )
 
@@ -170,9 +174,9 @@ def _linear_layers(model: nn.Module) -> list[str]:
     """Linear layers, packed or not, but for the one that gives the output of a language model."""
     find = getattr(model, "get_output_embeddings", None)
     head = find() if callable(find) else None
-    known = (nn.Linear, QuantLinear)
+    kinds = (nn.Linear, QuantLinear)
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, known) and module is not head and not name.endswith(".matrix")
+        if isinstance(module, kinds) and module is not head and not name.endswith(".matrix")
     ]

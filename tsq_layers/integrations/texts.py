@@ -58,7 +58,8 @@ def windows(
     total = tokens.numel()
     if total < length * count:
         raise ConfigError(
-            f"the text has {total} tokens, too few for {count} windows of {length}: give more text, or ask for {total} tokens or fewer"
+            f"the text has {total} tokens, too few for {count} windows of {length}: give more "
+            f"text, or ask for {total} tokens or fewer"
         )
     starts = [i * total // count for i in range(count)]
     rows = torch.stack([tokens[start : start + length] for start in starts])

@@ -110,12 +110,14 @@ def _check_fields(config: tsq.QuantConfig) -> None:
     for field in ("guidance", "distill_epochs"):
         if getattr(config, field):
             raise ConfigError(
-                f"{field}={getattr(config, field)}: quantize_ hands over one layer at a time, and this needs the whole model: "
+                f"{field}={getattr(config, field)}: quantize_ hands over one layer at a time, and "
+                "this needs the whole model: "
                 f"set it to 0, or call tsq.quantize(model, config, batches)"
             )
     if config.overrides or config.skip not in ((), tsq.QuantConfig().skip):
         raise ConfigError(
-            f"skip={config.skip!r}, overrides={dict(config.overrides)!r}: quantize_ hands over layers without their names; choose layers by its "
+            f"skip={config.skip!r}, overrides={dict(config.overrides)!r}: quantize_ hands over "
+            "layers without their names; choose layers by its "
             "filter_fn, or configurations by FqnToConfig"
         )
 

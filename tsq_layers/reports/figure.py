@@ -151,11 +151,11 @@ def _medians(panel: Any, layers: Sequence[LayerReport]) -> None:
 
 
 def _bits(panel: Any, layers: Sequence[LayerReport]) -> None:
-    codes, stored = series.bits(layers)
+    codes, totals = series.bits(layers)
     _bars(panel, [0.0] * len(layers), codes, _CODES, "codes")
-    if stored != codes:
-        _bars(panel, codes, stored, _OVERHEAD, "scales and zero points")
-    panel.set_ylim(0, max(stored) * 1.08)
+    if totals != codes:
+        _bars(panel, codes, totals, _OVERHEAD, "scales and zero points")
+    panel.set_ylim(0, max(totals) * 1.08)
     panel.set_ylabel("bits per\nweight")
     _legend(panel)
 

@@ -1,4 +1,4 @@
-"""How much of a model was quantised, and what was not, grouped by the reason."""
+"""Measure how much of a model was quantised, and group the rest by the reason."""
 
 import re
 from collections import defaultdict
@@ -15,7 +15,7 @@ _NUMBER = re.compile(r"(\d+)")
 
 @dataclass(frozen=True, kw_only=True)
 class Gap:
-    """What was kept for one reason.
+    """Parameters or layers that were not quantised for one reason.
 
     Args:
         reason: the reason; where a number differs from one parameter to the next, an ellipsis.
@@ -55,8 +55,8 @@ def share_of_bytes(parameters: Sequence[ParameterReport]) -> float:
 
 def largest(parameters: Sequence[ParameterReport], count: int) -> tuple[ParameterReport, ...]:
     """The ``count`` parameters with most entries that were not quantised, most first."""
-    kept = [parameter for parameter in parameters if parameter.kept]
-    return tuple(sorted(kept, key=lambda parameter: -parameter.kept)[:count])
+    partial = [parameter for parameter in parameters if parameter.kept]
+    return tuple(sorted(partial, key=lambda parameter: -parameter.kept)[:count])
 
 
 def by_reason(layers: Sequence[LayerReport], parameters: Sequence[ParameterReport]) -> list[Gap]:
@@ -64,7 +64,10 @@ def by_reason(layers: Sequence[LayerReport], parameters: Sequence[ParameterRepor
 
     Example:
         >>> parameters = [
-        ...     ParameterReport(name=f"{n}.experts", shape=(4, 2), dtype="float32", quantized=2 * n, reason=f"{4 - n} of 4 unused")
+        ...     ParameterReport(
+        ...         name=f"{n}.experts", shape=(4, 2), dtype="float32", quantized=2 * n,
+        ...         reason=f"{4 - n} of 4 unused",
+        ...     )
         ...     for n in (1, 2)
         ... ]
         >>> by_reason([], parameters)
@@ -85,7 +88,7 @@ def by_reason(layers: Sequence[LayerReport], parameters: Sequence[ParameterRepor
 
 def _gap(items: list[Kept], kind: str, total: int) -> Gap:
     items = sorted(items, key=lambda item: -item[1])
-    entries = sum(kept for _, kept, _ in items)
+    entries = sum(count for _, count, _ in items)
     reason, names = common([reason for _, _, reason in items]), tuple(name for name, _, _ in items)
     return Gap(reason=reason, kind=kind, names=names, entries=entries, share=entries / total)
 
@@ -99,7 +102,7 @@ def grouped(items: Iterable[Kept]) -> list[list[Kept]]:
 
 
 def without_numbers(reason: str) -> tuple[str, ...]:
-    """What stands between the numbers of a reason: the same for reasons that differ in their numbers only."""
+    """Return a reason without its numbers: the same for reasons that differ in numbers only."""
     return tuple(_NUMBER.split(reason)[::2])
 
 

@@ -1,4 +1,4 @@
-"""What happened to one layer, as a frozen value, and as JSON both ways."""
+"""Describe one layer as a frozen value, with JSON both ways."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ _MAPPINGS = ("losses", "held_out_losses", "objective", "seconds")
 
 @dataclass(frozen=True, kw_only=True)
 class LayerReport:
-    """What happened to one layer, and how well it went.
+    """A description of what was done to one layer, and how well.
 
     Args:
         name: full dotted name of the layer in the model; ``""`` if the model is the layer.
@@ -92,7 +92,7 @@ class LayerReport:
 
     @property
     def is_quantized(self) -> bool:
-        """Whether its weight was quantised, in full or by a fallback."""
+        """Return whether its weight was quantised, in full or by a fallback."""
         return self.status in ("quantized", "fallback")
 
     @property
@@ -113,7 +113,11 @@ class LayerReport:
 
     @classmethod
     def from_dict(cls, values: object) -> Self:
-        """Inverse of :meth:`to_dict`. Unknown keys and wrong types raise :class:`~tsq_layers.errors.CheckpointError`."""
+        """Return the report that :meth:`to_dict` has written.
+
+        Raises:
+            CheckpointError: unknown keys, or values of the wrong type.
+        """
         checked = checked_fields(cls, values, "a layer of the report")
         where = f"layer {checked['name']!r} of the report"
         for name in _MAPPINGS:

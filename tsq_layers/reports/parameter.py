@@ -1,4 +1,4 @@
-"""What happened to one parameter of the float model, as a frozen value, and as JSON both ways."""
+"""Describe one parameter of the float model as a frozen value, with JSON both ways."""
 
 import dataclasses
 import math
@@ -15,7 +15,7 @@ ParameterStatus = Literal["quantized", "partly quantized", "kept"]
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterReport:
-    """How much of one parameter was quantised, and why not more.
+    """A description of how much of one parameter was quantised, and why not more.
 
     Args:
         name: dotted name in the float model; the first one, if several modules share it.
@@ -47,8 +47,8 @@ class ParameterReport:
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(self.shape))
         object.__setattr__(self, "layers", tuple(self.layers))
-        known = isinstance(getattr(torch, self.dtype, None), torch.dtype)
-        if not known:
+        is_dtype = isinstance(getattr(torch, self.dtype, None), torch.dtype)
+        if not is_dtype:
             raise ValueError(
                 f"parameter {self.name!r}: dtype={self.dtype!r}; give the name of a torch dtype"
             )
@@ -95,7 +95,11 @@ class ParameterReport:
 
     @classmethod
     def from_dict(cls, values: object) -> Self:
-        """Inverse of :meth:`to_dict`. Unknown keys and wrong values raise :class:`~tsq_layers.errors.CheckpointError`."""
+        """Return the report that :meth:`to_dict` has written.
+
+        Raises:
+            CheckpointError: unknown keys, or values that are not allowed.
+        """
         checked = checked_fields(cls, values, "a parameter of the report")
         where = f"a parameter of the report, {checked['name']!r}"
         if not all(type(size) is int and size >= 0 for size in checked["shape"]):

@@ -1,4 +1,4 @@
-"""What a conversion did, as a frozen value: totals, and JSON both ways."""
+"""Report a conversion as a frozen value: layers, totals, and JSON both ways."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What a conversion did to a model. Printing it gives a summary and a table of all layers.
+    """A report of what a conversion did to a model. Printing it gives a summary and a table of layers.
 
     Args:
         layers: one entry for every layer that could have been quantised, in model order.
@@ -38,8 +38,12 @@ class Report:
             unit of its distance function; empty without one.
 
     Example:
-        >>> layer = LayerReport(name="fc", kind="Linear", rows=8, columns=16, status="quantized", bits=2, bits_per_weight=2.5)
-        >>> result = Report(layers=(layer,), config=QuantConfig(), size_before=512, size_after=40, paired=True, seconds=1.0)
+        >>> layer = LayerReport(
+        ...     name="fc", kind="Linear", rows=8, columns=16, status="quantized", bits=2, bits_per_weight=2.5
+        ... )
+        >>> result = Report(
+        ...     layers=(layer,), config=QuantConfig(), size_before=512, size_after=40, paired=True, seconds=1.0
+        ... )
         >>> result.bits_per_weight, Report.from_json(result.to_json()) == result
         (2.5, True)
     """
@@ -84,7 +88,10 @@ class Report:
 
     @property
     def coverage(self) -> float:
-        """Share, 0 to 1, of all entries of all parameters that were quantised; :attr:`share_quantized` if none are listed."""
+        """Share, 0 to 1, of all entries of all parameters that were quantised.
+
+        It is :attr:`share_quantized` if no parameters are listed.
+        """
         return (
             coverage.share_of_entries(self.parameters) if self.parameters else self.share_quantized
         )
@@ -172,8 +179,12 @@ class Report:
 
         Example:
             >>> import tempfile
-            >>> layer = LayerReport(name="fc", kind="Linear", rows=8, columns=16, status="quantized", losses={"refine": 0.01})
-            >>> result = Report(layers=(layer,), config=QuantConfig(), size_before=512, size_after=40, paired=True, seconds=1.0)
+            >>> layer = LayerReport(
+            ...     name="fc", kind="Linear", rows=8, columns=16, status="quantized", losses={"refine": 0.01}
+            ... )
+            >>> result = Report(
+            ...     layers=(layer,), config=QuantConfig(), size_before=512, size_after=40, paired=True, seconds=1.0
+            ... )
             >>> result.plot(f"{tempfile.mkdtemp()}/report.svg")
         """
         figure.draw(self.layers, self.bits_per_weight, path)
@@ -191,8 +202,12 @@ class Report:
 
         Example:
             >>> import pathlib, tempfile
-            >>> layer = LayerReport(name="fc", kind="Linear", rows=8, columns=16, status="quantized", losses={"refine": 0.01})
-            >>> result = Report(layers=(layer,), config=QuantConfig(), size_before=512, size_after=40, paired=True, seconds=1.0)
+            >>> layer = LayerReport(
+            ...     name="fc", kind="Linear", rows=8, columns=16, status="quantized", losses={"refine": 0.01}
+            ... )
+            >>> result = Report(
+            ...     layers=(layer,), config=QuantConfig(), size_before=512, size_after=40, paired=True, seconds=1.0
+            ... )
             >>> path = pathlib.Path(tempfile.mkdtemp(), "report.html")
             >>> result.to_html(path, title="One layer")
             >>> "<h1>One layer</h1>" in path.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What the pictures show, whoever draws them: the losses, bits and seconds of layers, and the marks of the axes."""
+"""Compute what pictures show: losses, bits and seconds of layers, and marks of the axes."""
 
 import math
 import statistics
@@ -62,18 +62,18 @@ def seconds(layer: LayerReport) -> float:
 def bits(layers: Sequence[LayerReport]) -> tuple[list[float], list[float]]:
     """Bits of the codes of each layer, and bits per weight with everything that is stored; 0 where unknown."""
     codes = [float(layer.bits or 0) for layer in layers]
-    stored = [layer.bits_per_weight or 0.0 for layer in layers]
-    return codes, [max(code, whole) for code, whole in zip(codes, stored, strict=True)]
+    totals = [layer.bits_per_weight or 0.0 for layer in layers]
+    return codes, [max(code, whole) for code, whole in zip(codes, totals, strict=True)]
 
 
 def stacked_seconds(layers: Sequence[LayerReport]) -> list[tuple[str, list[float], list[float]]]:
     """Every step, with the lower and the upper end of its part of each layer's bar."""
     stacked, base = [], [0.0] * len(layers)
     for step in steps((layer.seconds for layer in layers), TIMED_STEPS):
-        found = [layer.seconds.get(step, 0.0) for layer in layers]
+        heights = [layer.seconds.get(step, 0.0) for layer in layers]
         top = [
             low + value if math.isfinite(value) else low
-            for low, value in zip(base, found, strict=True)
+            for low, value in zip(base, heights, strict=True)
         ]
         stacked.append((step, base, top))
         base = top
@@ -87,8 +87,8 @@ def steps(mappings: Iterable[Mapping[str, float]], known: Sequence[str]) -> list
         >>> steps([{"polish": 1.0, "assign": 2.0}], STEPS)
         ['assign', 'polish']
     """
-    found = list(dict.fromkeys(key for mapping in mappings for key in mapping))
-    return [key for key in known if key in found] + [key for key in found if key not in known]
+    names = list(dict.fromkeys(key for mapping in mappings for key in mapping))
+    return [key for key in known if key in names] + [key for key in names if key not in known]
 
 
 def short_names(names: Sequence[str]) -> list[str]:
@@ -132,8 +132,8 @@ def layer_axis(names: Sequence[str]) -> LayerAxis:
         else {families[0]: ""}
     )
     texts = [f"{labels[family]}.{number}".lstrip(".") for family, number, _, _ in blocks]
-    shown = min(_BLOCK_LABELS, _LABEL_SPACE // (max(map(len, texts)) + 2))
-    every = math.ceil(len(blocks) / max(shown, 1))
+    most = min(_BLOCK_LABELS, _LABEL_SPACE // (max(map(len, texts)) + 2))
+    every = math.ceil(len(blocks) / max(most, 1))
     marks = zip(texts[::every], blocks[::every], strict=True)
     ticks = tuple(((start + end - 1) / 2, text) for text, (_, _, start, end) in marks)
     title = f"{families[0]}.*" if len(families) == 1 and families[0] else "block"
@@ -159,7 +159,7 @@ def _blocks(names: Sequence[str]) -> list[tuple[str, str, int, int]]:
 
 
 def _head(name: str) -> tuple[str, str]:
-    """What stands before the first number of a dotted name, and the number."""
+    """Return the part of a dotted name before its first number, and the number."""
     parts = name.split(".")
     for index, part in enumerate(parts):
         if part.isdecimal():
@@ -177,11 +177,11 @@ def block_medians(values: Sequence[float | None], axis: LayerAxis) -> list[tuple
     """
     if len(values) <= _MANY:
         return []
-    found = [
+    medians = [
         (start, end, [value for value in values[start:end] if value is not None])
         for start, end in axis.blocks
     ]
-    return [(start, end, statistics.median(inside)) for start, end, inside in found if inside]
+    return [(start, end, statistics.median(inside)) for start, end, inside in medians if inside]
 
 
 def linear_ticks(high: float, count: int = 4) -> list[float]:

@@ -31,11 +31,11 @@ def summary(
 
 
 def _counts(totals: Totals, layers: Sequence[LayerReport]) -> str:
-    quantized = sum(layer.is_quantized for layer in layers)
+    count = sum(layer.is_quantized for layer in layers)
     fallbacks = sum(layer.status == "fallback" for layer in layers)
     less = f" ({fallbacks} with less than asked)" if fallbacks else ""
     return (
-        f"{quantized} of {len(layers)} layers quantised{less}, {totals.share_quantized:.1%} of their weights; "
+        f"{count} of {len(layers)} layers quantised{less}, {totals.share_quantized:.1%} of their weights; "
         f"{_format(totals.bits_per_weight, '.3f')} bits per weight"
     )
 
@@ -52,10 +52,10 @@ def _coverage(
     ]
     gaps = coverage.by_reason(layers, parameters)
     if gaps:
-        named = [f"{share(gap.share)} {gap.place} ({gap.reason})" for gap in gaps[:_GAPS]]
+        texts = [f"{share(gap.share)} {gap.place} ({gap.reason})" for gap in gaps[:_GAPS]]
         rest = sum(gap.share for gap in gaps[_GAPS:])
         lines.append(
-            f"not quantised: {', '.join(named + [f'{share(rest)} for other reasons'] * (rest > 0))}"
+            f"not quantised: {', '.join(texts + [f'{share(rest)} for other reasons'] * (rest > 0))}"
         )
     return lines
 
@@ -75,12 +75,12 @@ def share(part: float) -> str:
 def layers(rows: Sequence[LayerReport]) -> str:
     """One aligned line for every layer, under a line of titles. Columns that would be empty are left out."""
     cells = {title: [cell(layer) for layer in rows] for title, cell in _COLUMNS.items()}
-    shown = {
+    columns = {
         title: column
         for title, column in cells.items()
         if any(text not in ("", BLANK) for text in column)
     }
-    return "\n".join(aligned([[title, *column] for title, column in shown.items()], _LEFT))
+    return "\n".join(aligned([[title, *column] for title, column in columns.items()], _LEFT))
 
 
 def _format(value: float | None, spec: str) -> str:

@@ -1,4 +1,4 @@
-"""A layer's problem in another basis of its input, and the choice of the column scales.
+"""Change the basis of a layer's problem, and choose the scales of its columns.
 
 What comes back is plain W, H and R, so that the solver need not know; see :mod:`tsq_layers.numerics.basis`.
 """
@@ -72,10 +72,8 @@ def rebase(
             weight, statistics if validation is None else statistics + validation, config
         )
     basis = Basis(config.rotation, signs, scaling)
-    fitted, reported, other = (
-        _changed(given, basis) for given in (statistics, held_out, validation)
-    )
-    return Rebased(basis.change(weight), fitted, reported, other, basis)
+    main, report, other = (_changed(sums, basis) for sums in (statistics, held_out, validation))
+    return Rebased(basis.change(weight), main, report, other, basis)
 
 
 @full_precision()
@@ -116,16 +114,16 @@ def rounding_loss(weight: Tensor, hessian: Tensor, scaling: Tensor, config: Quan
     columns = weight.shape[1]
     signs = None if config.rotation is None else fixed_signs(columns, weight.device)
     basis, size = Basis(config.rotation, signs, scaling), min(config.group_size or columns, columns)
-    changed = basis.change(weight)
-    scales, zeros = stage1.weight_grids(changed, config.bits, size, config.symmetric)
+    in_basis = basis.change(weight)
+    scales, zeros = stage1.weight_grids(in_basis, config.bits, size, config.symmetric)
     scales = grid.storable(scales, config.torch_scale_dtype)
-    codes = grid.quantize(changed, scales, zeros, config.bits, size)
-    difference = basis.restore(grid.dequantize(codes, scales, zeros, size) - changed)
+    codes = grid.quantize(in_basis, scales, zeros, config.bits, size)
+    difference = basis.restore(grid.dequantize(codes, scales, zeros, size) - in_basis)
     return objective.squared_error(difference, hessian).sum()
 
 
 def round_rotated(x: Tensor, rotation: int | None) -> Tensor:
-    """What 8 bits leave of inputs that are rotated before, in their own basis: (…, K) in at least float32."""
+    """Round inputs to 8 bits in the rotated basis, and return to their own: (…, K) in at least float32."""
     if rotation is None:
         return round_in_basis(x, None)
     with full_precision():

@@ -1,4 +1,4 @@
-"""What the steps on codes start from, and go on from."""
+"""Define the problem of steps that improve codes: target, metric, grids and present codes."""
 
 from typing import NamedTuple
 

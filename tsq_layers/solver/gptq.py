@@ -95,9 +95,9 @@ def assign(
     if free is not None:
         arguments = (*arguments, fold(free, blocks))
     parts = zip(*(values.split(together) for values in arguments), strict=True)
-    found = [_assign(bits, group_size, *part) for part in parts]
+    results = [_assign(bits, group_size, *part) for part in parts]
     codes, loss, whitened = (
-        found[0] if len(found) == 1 else map(torch.cat, zip(*found, strict=True))
+        results[0] if len(results) == 1 else map(torch.cat, zip(*results, strict=True))
     )
     return Assigned(codes.flatten(0, 1), loss.flatten(), whitened)
 
@@ -116,17 +116,17 @@ def _assign(
     whitened = target.mT.clone(
         memory_format=torch.contiguous_format
     )  # its place, once the columns are in order
-    left = take_rows(whitened, order)
-    codes = torch.empty(left.shape, dtype=torch.uint8, device=left.device)
-    loss = left.new_zeros(left.shape[0], left.shape[2])
+    remainder = take_rows(whitened, order)
+    codes = torch.empty(remainder.shape, dtype=torch.uint8, device=remainder.device)
+    loss = remainder.new_zeros(remainder.shape[0], remainder.shape[2])
     grids = _Grids(
         scales.mT.contiguous(), zeros.mT.contiguous(), order // group_size, grid.code_max(bits)
     )
     grids.free = None if free is None else take_rows(free.mT.contiguous(), order)
-    for start in range(0, left.shape[1], _BLOCK):
-        stop = min(start + _BLOCK, left.shape[1])
-        loss += _Block(left, factor, grids, codes, whitened, start, stop).solve()
-    del left, grids
+    for start in range(0, remainder.shape[1], _BLOCK):
+        stop = min(start + _BLOCK, remainder.shape[1])
+        loss += _Block(remainder, factor, grids, codes, whitened, start, stop).solve()
+    del remainder, grids
     return Assigned(take_rows(codes, order.argsort(-1)).mT.contiguous(), loss, whitened)
 
 
@@ -139,15 +139,15 @@ def pulled(whitened: Tensor, factor: Tensor) -> Tensor:
     """
     factors = stack(factor)
     blocks, columns, rows = whitened.shape
-    found = whitened.new_empty(blocks, rows, columns)
+    error_H = whitened.new_empty(blocks, rows, columns)
     for start in range(0, columns, _PANEL):
         stop = min(start + _PANEL, columns)
         errors, panel = whitened[:, start:].mT, factors[:, start:stop, start:].mT
         if blocks == 1:
-            torch.mm(errors[0], panel[0], out=found[0, :, start:stop])
+            torch.mm(errors[0], panel[0], out=error_H[0, :, start:stop])
         else:
-            torch.bmm(errors, panel, out=found[:, :, start:stop])
-    return found.flatten(0, 1)
+            torch.bmm(errors, panel, out=error_H[:, :, start:stop])
+    return error_H.flatten(0, 1)
 
 
 class _Grids:

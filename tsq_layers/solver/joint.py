@@ -52,9 +52,9 @@ def refine(
     hessian, group_size = problem.hessian, problem.group_size
     for _ in range(rounds):
         problem = problem._replace(codes=cyclic.descend(problem, sweeps))
-        pulled = product(problem.error(), hessian)
+        error_H = product(problem.error(), hessian)
         small = stage2.small_problem(
-            problem.steps(), pulled, hessian, problem.scales, group_size, ridge
+            problem.steps(), error_H, hessian, problem.scales, group_size, ridge
         )
         scales = stage2.accept(small, stage2.exact(small, fallback=small.start), dtype)
         problem = problem._replace(scales=scales)
@@ -102,9 +102,9 @@ def refine_with_offsets(
         problem = problem._replace(
             codes=cyclic.descend(problem._replace(target=target - spread), sweeps)
         )
-        pulled = product(problem.dequantized() + spread - target, hessian)
+        error_H = product(problem.dequantized() + spread - target, hessian)
         small = offsets.small_problem(
-            problem.codes, pulled, hessian, problem.scales, added, bits, group_size, ridge
+            problem.codes, error_H, hessian, problem.scales, added, bits, group_size, ridge
         )
         solution = stage2.exact(small, fallback=small.start, positive=scales.shape[1])
         scales, added = offsets.accept(small, solution, added, bits, dtype)

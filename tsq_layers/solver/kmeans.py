@@ -34,10 +34,10 @@ def levels(values: Tensor, weights: Tensor, count: int, iterations: int = _ITERA
     total = torch.zeros_like(values[..., :1])
     mass = torch.cat([total, weights.cumsum(-1)], -1)
     moment = torch.cat([total, (weights * values).cumsum(-1)], -1)
-    found = _start(values, count)
+    centers = _start(values, count)
     for _ in range(iterations):
-        found = _means(values, mass, moment, found)
-    return found
+        centers = _means(values, mass, moment, centers)
+    return centers
 
 
 def _start(values: Tensor, count: int) -> Tensor:

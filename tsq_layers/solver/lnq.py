@@ -11,7 +11,8 @@ values of Q are levels c of a table. Two steps alternate and neither raises the 
      whose minimum is one Cholesky solve of 2^b unknowns. A pull towards c° of 1e-7·A_ll settles what A leaves open, a
      level that no column has stays, and a row takes its new table only if its loss falls after the table
      is rounded to the dtype in which it is stored. With tables for groups, one group after the other.
-(ii) With the tables kept, sweeps of coordinate descent, each column at the level nearest to its best value (sweeper.py).
+(ii) With the tables kept, sweeps of coordinate descent, each column at the level nearest to its
+best value (sweeper.py).
 
 Tables start as k-means of the weights, each weighted by its H_jj (kmeans.py). They are kept in ascending order, so
 the nearest level is found by bisection between midpoints.
@@ -84,18 +85,21 @@ def start(
     per_group: bool,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Tables of weighted k-means, (N, T, 2^bits), made of values that ``dtype`` holds; arguments as in :func:`solve`."""
+    """Return tables of weighted k-means, (N, T, 2^bits), made of values that ``dtype`` holds.
+
+    Arguments are those of :func:`solve`.
+    """
     columns = target.shape[1]
     width = group_size if per_group else columns
     diagonal = stack(hessian).diagonal(dim1=-2, dim2=-1)
     weights = diagonal.repeat_interleave(len(target) // len(diagonal), 0)
     whole = columns // width * width
-    found = []
+    tables = []
     for part, size in ((slice(0, whole), width), (slice(whole, columns), columns - whole)):
         if part.start < part.stop:
             values, weight = (grid.to_groups(tensor[:, part], size) for tensor in (target, weights))
-            found.append(kmeans.levels(values, weight, grid.code_max(bits) + 1))
-    return rounded(torch.cat(found, 1), dtype)
+            tables.append(kmeans.levels(values, weight, grid.code_max(bits) + 1))
+    return rounded(torch.cat(tables, 1), dtype)
 
 
 def rounded(tables: Tensor, dtype: torch.dtype) -> Tensor:
@@ -123,7 +127,7 @@ def dequantize(codes: Tensor, tables: Tensor, group_size: int) -> Tensor:
 
 
 def _width(values: Tensor, tables: Tensor, group_size: int) -> int:
-    """How many columns share a table."""
+    """Return how many columns share a table."""
     return values.shape[1] if tables.shape[1] == 1 else group_size
 
 
@@ -167,10 +171,10 @@ def fit(
     error = dequantize(codes, tables, group_size) - target
     for group in range(tables.shape[1]):
         part = slice(group * width, min((group + 1) * width, codes.shape[1]))
-        pulled = product(error, hessian[..., :, part])
-        found = _fitted(codes[:, part], pulled, hessian[..., part, part], tables[:, group], dtype)
-        error[:, part] += (found - tables[:, group]).gather(1, codes[:, part].long())
-        tables[:, group] = found
+        error_H = product(error, hessian[..., :, part])
+        levels = _fitted(codes[:, part], error_H, hessian[..., part, part], tables[:, group], dtype)
+        error[:, part] += (levels - tables[:, group]).gather(1, codes[:, part].long())
+        tables[:, group] = levels
     tables, order = tables.sort(dim=-1, stable=True)
     grouped = grid.to_groups(codes, width).long()
     renamed = order.argsort(-1).gather(-1, grouped).to(torch.uint8)
@@ -195,15 +199,15 @@ def _fitted(
 def _gram(codes: Tensor, lower: Tensor, count: int) -> Tensor:
     """A = Pᵀ H P of some rows, (C, L, L), from the lower triangle of H, (b, g, g), its diagonal halved."""
     blocks, columns = lower.shape[:2]
-    chosen = F.one_hot(fold(codes, blocks).long(), count).to(lower.dtype)  # (b, n, g, L)
-    chosen_first = chosen.transpose(1, 2).flatten(2)  # (b, g, n·L)
+    indicators = F.one_hot(fold(codes, blocks).long(), count).to(lower.dtype)  # (b, n, g, L)
+    chosen_first = indicators.transpose(1, 2).flatten(2)  # (b, g, n·L)
     half = lower.new_zeros(len(codes), count, count)
     size = -(-columns // _PANELS)
     for first in range(0, columns, size):
         last = min(first + size, columns)
         response = lower[:, first:last, :last].bmm(chosen_first[:, :last])  # (b, panel, n·L)
         response = response.unflatten(2, (-1, count)).transpose(1, 2).flatten(0, 1)  # (C, panel, L)
-        half += chosen[:, :, first:last].flatten(0, 1).mT.bmm(response)
+        half += indicators[:, :, first:last].flatten(0, 1).mT.bmm(response)
     return half + half.mT
 
 
@@ -218,8 +222,10 @@ def descend(
     rows = (fold(part, blocks) for part in (target, values, tables))
     parts = zip(*(part.split(together) for part in (metrics, *rows)), strict=True)
     width = _width(codes, tables, group_size)
-    found = torch.cat([_descend(*part, width=width, sweeps=sweeps) for part in parts]).flatten(0, 1)
-    return nearest(found, tables, group_size)
+    improved = torch.cat([_descend(*part, width=width, sweeps=sweeps) for part in parts]).flatten(
+        0, 1
+    )
+    return nearest(improved, tables, group_size)
 
 
 def _descend(
@@ -237,5 +243,5 @@ def _descend(
 
 
 def _nearest_level(best: Tensor, middle: Tensor, table: Tensor, out: Tensor) -> None:
-    chosen = torch.searchsorted(middle, best.unsqueeze(-1).contiguous())
-    out.copy_(table.gather(-1, chosen).squeeze(-1))
+    indices = torch.searchsorted(middle, best.unsqueeze(-1).contiguous())
+    out.copy_(table.gather(-1, indices).squeeze(-1))

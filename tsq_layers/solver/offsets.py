@@ -55,9 +55,9 @@ def fit_grids(target: Tensor, metric: Tensor, bits: int, group_size: int) -> tup
         (0.1, 5.0)
     """
     pieces = chunks(target, stage1.grouped(metric, group_size), _CHUNK_ELEMENTS)
-    fitted = [_fit_chunk(*piece, bits, group_size) for piece in pieces]
-    return torch.cat([scales for scales, _ in fitted]), torch.cat(
-        [offsets for _, offsets in fitted]
+    results = [_fit_chunk(*piece, bits, group_size) for piece in pieces]
+    return torch.cat([scales for scales, _ in results]), torch.cat(
+        [offsets for _, offsets in results]
     )
 
 
@@ -110,8 +110,8 @@ def _loss(weight_Gcg: Tensor, scale: Tensor, centre: Tensor, metric: Tensor, bit
     """The loss of the nearest codes, (b G, c)."""
     codes = _rounded(weight_Gcg, scale, centre, bits)
     error = codes.mul_(scale.unsqueeze(-1)).add_(centre.unsqueeze(-1)).sub_(weight_Gcg)
-    found: Tensor = torch.linalg.vecdot(error, stage1.weigh(error, metric))
-    return found
+    loss: Tensor = torch.linalg.vecdot(error, stage1.weigh(error, metric))
+    return loss
 
 
 def _refitted(
@@ -127,8 +127,8 @@ def _refitted(
         for left, right in ((codes, pulled_codes), (codes, pulled_ones), (ones, pulled_ones))
     )
     u, v = (
-        torch.linalg.vecdot(error, pulled.expand_as(error))
-        for pulled in (pulled_codes, pulled_ones)
+        torch.linalg.vecdot(error, error_H.expand_as(error))
+        for error_H in (pulled_codes, pulled_ones)
     )
     determinant = a * d - b.square()
     new_scale, new_centre = (
@@ -181,11 +181,11 @@ def small_problem(
 def _against_ones(centred: Tensor, groups: Tensor, group_size: int) -> Tensor:
     """(C, G, G) of some rows: (b·c, K) and (b, K, G)."""
     count = groups.shape[-1]
-    found = centred.new_empty(len(centred), count, count)
+    products = centred.new_empty(len(centred), count, count)
     for i in range(count):
         part = slice(i * group_size, min((i + 1) * group_size, centred.shape[1]))
-        found[:, i] = product(centred[:, part], groups[:, part])
-    return found
+        products[:, i] = product(centred[:, part], groups[:, part])
+    return products
 
 
 def accept(
@@ -201,6 +201,8 @@ def accept(
     """
     count, middle = offsets.shape[1], grid.code_max(bits) / 2
     scales = grid.storable(unknowns[:, :count], dtype)
-    found = storable(unknowns[:, count:] - middle * scales, dtype)
-    lower = (problem.loss(torch.cat([scales, found + middle * scales], 1)) < 0).unsqueeze(1)
-    return torch.where(lower, scales, problem.start[:, :count]), torch.where(lower, found, offsets)
+    new_offsets = storable(unknowns[:, count:] - middle * scales, dtype)
+    lower = (problem.loss(torch.cat([scales, new_offsets + middle * scales], 1)) < 0).unsqueeze(1)
+    return torch.where(lower, scales, problem.start[:, :count]), torch.where(
+        lower, new_offsets, offsets
+    )

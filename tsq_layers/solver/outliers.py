@@ -6,7 +6,8 @@ arXiv 2309.01885, section 4. The weight is Q + S, Q on a grid and S with a given
 (i)   the codes: cyclic descent of Q against W' − S,
 (ii)  the places of S: the largest entries (or columns, by their norm) of S − 2η D H, η = 1/(2 λ_max(H)); a
       step of projected gradients, which cannot raise the loss for a step up to this size,
-(iii) the values of S in these places, by a few steps of conjugate gradients with the diagonal of H as preconditioner. The
+(iii) the values of S in these places, by a few steps of conjugate gradients with the diagonal of H
+as preconditioner. The
       step of (ii) is as short as the largest eigenvalue makes it, and alone would take very long to get there.
 
 λ_max is estimated by power iteration, from below, so the loss could rise after all, as it can where values are
@@ -31,7 +32,7 @@ _MARGIN = 1.05  # by how much the largest eigenvalue may have been underestimate
 
 @dataclass(frozen=True)
 class Budget:
-    """How many outliers there may be: ``columns`` whole ones, or ``entries`` anywhere.
+    """The number of outliers that there may be: ``columns`` whole ones, or ``entries`` anywhere.
 
     Example:
         >>> Budget(entries=2).places(torch.tensor([[1.0, -3.0], [2.0, 0.0]]))
@@ -45,16 +46,16 @@ class Budget:
     columns: int = 0
 
     def places(self, values: Tensor) -> Tensor:
-        """Where the largest of these values (N, K) are, bool (N, K)."""
+        """Return the places of the largest of these values (N, K), bool (N, K)."""
         if self.columns:
             largest = values.square().sum(0).topk(min(self.columns, values.shape[1])).indices
-            chosen = torch.zeros_like(values[0], dtype=torch.bool).index_fill(0, largest, True)
-            return chosen.expand_as(values)
+            mask = torch.zeros_like(values[0], dtype=torch.bool).index_fill(0, largest, True)
+            return mask.expand_as(values)
         largest = values.abs().flatten().topk(min(self.entries, values.numel())).indices
-        chosen = torch.zeros(values.numel(), dtype=torch.bool, device=values.device).index_fill(
+        mask = torch.zeros(values.numel(), dtype=torch.bool, device=values.device).index_fill(
             0, largest, True
         )
-        return chosen.view_as(values)
+        return mask.view_as(values)
 
     def stored(self, sparse: Tensor, places: Tensor, dtype: torch.dtype) -> Outliers:
         """Values and places (N, K) as they are stored; as many as the budget says, whatever the values are."""
@@ -79,8 +80,8 @@ def largest_eigenvalue(hessian: Tensor) -> Tensor:
     for _ in range(_POWER_STEPS):
         vector = hessian @ (vector / torch.linalg.vector_norm(vector, dim=-2, keepdim=True))
     vector = vector / torch.linalg.vector_norm(vector, dim=-2, keepdim=True)
-    found: Tensor = (vector * (hessian @ vector)).sum((-2, -1))
-    return found
+    eigenvalue: Tensor = (vector * (hessian @ vector)).sum((-2, -1))
+    return eigenvalue
 
 
 def start(target: Tensor, budget: Budget) -> Tensor:
@@ -94,7 +95,8 @@ def solve(
     """Better codes and outliers, on given grids.
 
     Args:
-        problem: where to start, see :class:`Coded`; its target is W', its grids are for the weights without the outliers.
+        problem: where to start, see :class:`Coded`; its target is W', its grids are for the weights
+            without the outliers.
         sparse: the outliers of the start, (N, K), see :func:`start`.
         budget: how many there may be.
         sweeps: passes over the columns; between two of them, outliers move.
@@ -181,15 +183,15 @@ def _settled(sparse: Tensor, places: Tensor, rest: Tensor, hessian: Tensor) -> T
     weight = torch.where(diagonal > 0, diagonal, torch.ones_like(diagonal)).reciprocal()
     weight = weight.repeat_interleave(len(sparse) // len(weight), 0) * places
     slope = -product(rest + sparse, hessian) * places
-    drawn = slope * weight
-    direction, strength = drawn, (slope * drawn).sum(1, keepdim=True)
+    scaled_slope = slope * weight
+    direction, strength = scaled_slope, (slope * scaled_slope).sum(1, keepdim=True)
     for _ in range(_VALUE_STEPS):
-        pulled = product(direction, hessian) * places
-        curvature = (direction * pulled).sum(1, keepdim=True)
+        direction_H = product(direction, hessian) * places
+        curvature = (direction * direction_H).sum(1, keepdim=True)
         length = torch.where(curvature > 0, strength / curvature, torch.zeros_like(curvature))
-        sparse, slope = sparse + length * direction, slope - length * pulled
-        drawn = slope * weight
-        before, strength = strength, (slope * drawn).sum(1, keepdim=True)
+        sparse, slope = sparse + length * direction, slope - length * direction_H
+        scaled_slope = slope * weight
+        before, strength = strength, (slope * scaled_slope).sum(1, keepdim=True)
         share = torch.where(before > 0, strength / before, torch.zeros_like(before))
-        direction = drawn + share * direction
+        direction = scaled_slope + share * direction
     return sparse

@@ -1,4 +1,4 @@
-"""The problem that every step solves: which weights, under which metric.
+"""Build the problem that every step solves: a target for the weights, and a metric.
 
 Symbols (docstrings of this folder use the paper's letters):
 
@@ -100,22 +100,22 @@ def build(
         if config.option("act_order", True)
         else torch.arange(diagonal.shape[-1], device=diagonal.device).expand_as(diagonal)
     )
-    wanted, strength, ridged = config.settled()
+    damping_, strength, ridged = config.settled()
     deviation = statistics.deviation if config.uses_deviation else None
-    shifted = weight
+    target = weight
     if (
-        deviation is not None and ridged != wanted
+        deviation is not None and ridged != damping_
     ):  # first, so that this factor is gone when the other one is made
-        shifted = shift_target(
+        target = shift_target(
             weight, deviation / count, factorise(hessian, order, ridged, name)[1], order, strength
         )
-    damped, factor, damping, ridge = factorise(hessian, order, wanted, name, in_place=True)
-    if deviation is not None and ridged == wanted:
-        shifted = shift_target(weight, deviation / count, factor, order, strength)
+    damped, factor, damping, ridge = factorise(hessian, order, damping_, name, in_place=True)
+    if deviation is not None and ridged == damping_:
+        target = shift_target(weight, deviation / count, factor, order, strength)
     return Problem(
         weight=weight,
-        grid_target=shifted if config.option("deviation") == "target" else weight,
-        refine_target=shifted,
+        grid_target=target if config.option("deviation") == "target" else weight,
+        refine_target=target,
         hessian=damped,
         factor=factor,
         order=order,
@@ -156,25 +156,28 @@ def factorise(
     ridge = damping * mean
     damped.diagonal(dim1=-2, dim2=-1).copy_(diagonal + ridge.unsqueeze(-1))
     factor, info = _factors(damped, order)
-    used, raised = damping, 0
+    factor_damping, raised = damping, 0
     while failed := int(to_host(info.count_nonzero())[0]):
         raised = raised or failed
-        if used >= _LARGEST_DAMPING:
+        if factor_damping >= _LARGEST_DAMPING:
             raise SingularHessianError(
-                f"{name}: the Hessian{_which(info, failed)} is not positive definite even with damping {used:g}; calibrate with more, or more varied, data, or look for overflow in the activations"
+                f"{name}: the Hessian{_which(info, failed)} is not positive definite even with "
+                f"damping {factor_damping:g}; calibrate with more, or more varied, data, or look for "
+                "overflow in the activations"
             )
-        used = min(used * 10, _LARGEST_DAMPING)
+        factor_damping = min(factor_damping * 10, _LARGEST_DAMPING)
         again = info.argsort(descending=True)[:failed] if info.dim() else ...
-        ridge[again] = used * mean[again]
+        ridge[again] = factor_damping * mean[again]
         damped.diagonal(dim1=-2, dim2=-1).copy_(diagonal + ridge.unsqueeze(-1))
         factor[again], info[again] = _factors(damped[again], order[again])
     if raised:
         warnings.warn(
-            f"{name}: damping was raised from {damping:g} to {used:g} to factorise the Hessian{_which(info, raised)}; more calibration tokens make this unnecessary",
+            f"{name}: damping was raised from {damping:g} to {factor_damping:g} to factorise the "
+            f"Hessian{_which(info, raised)}; more calibration tokens make this unnecessary",
             DampingWarning,
             stacklevel=2,
         )
-    return damped, factor, used, ridge
+    return damped, factor, factor_damping, ridge
 
 
 def _which(info: Tensor, failed: int) -> str:
@@ -210,18 +213,18 @@ def shift_target(
     deviation = deviation.to(weight.dtype)
     blocks = stack(deviation).shape[0]
     if weight.shape[0] > blocks * weight.shape[1]:
-        solved = _divided(deviation.reshape(-1, weight.shape[1]), factor, order)
-        return weight - strength * product(weight, solved.view_as(deviation))
+        quotient = _divided(deviation.reshape(-1, weight.shape[1]), factor, order)
+        return weight - strength * product(weight, quotient.view_as(deviation))
     return weight - strength * _divided(product(weight, deviation), factor, order)
 
 
 def _divided(rows: Tensor, factor: Tensor, order: Tensor) -> Tensor:
     """Rows (N, K) times H⁻¹ of their block."""
     factors, orders = stack(factor), order.reshape(-1, order.shape[-1])
-    found = take_columns(fold(rows, len(factors)), orders)
-    found = torch.linalg.solve_triangular(factors.mT, found, upper=False, left=False)
-    found = torch.linalg.solve_triangular(factors, found, upper=True, left=False)
-    return in_original_order(found.flatten(0, 1), order)
+    quotient = take_columns(fold(rows, len(factors)), orders)
+    quotient = torch.linalg.solve_triangular(factors.mT, quotient, upper=False, left=False)
+    quotient = torch.linalg.solve_triangular(factors, quotient, upper=True, left=False)
+    return in_original_order(quotient.flatten(0, 1), order)
 
 
 def squared_error(difference: Tensor, hessian: Tensor, ridge: Tensor | None = None) -> Tensor:
@@ -240,39 +243,41 @@ def squared_error(difference: Tensor, hessian: Tensor, ridge: Tensor | None = No
     if ridge is None:
         return torch.cat([_squared_error(*piece) for piece in pieces])
     less = ridge.reshape(-1, 1).expand(len(metrics), len(difference) // len(metrics)).reshape(-1, 1)
-    found, first = [], 0
+    losses, first = [], 0
     for rows, own in pieces:
-        found.append(_squared_error(rows, own, less[first : first + len(rows)]))
+        losses.append(_squared_error(rows, own, less[first : first + len(rows)]))
         first += len(rows)
-    return torch.cat(found)
+    return torch.cat(losses)
 
 
 def _squared_error(rows: Tensor, metrics: Tensor, less: Tensor | None = None) -> Tensor:
     """:func:`squared_error` of some blocks, or of some rows of one: (b·c, K), (b, K, K) and (b·c, 1)."""
-    found = rows.new_zeros(len(rows))
+    losses = rows.new_zeros(len(rows))
     for start in range(0, rows.shape[1], _PANEL):
         stop = min(start + _PANEL, rows.shape[1])
         panel = rows[:, start:stop]
         if start:
-            found.add_(
+            losses.add_(
                 product(panel, metrics[:, start:stop, :start]).mul_(rows[:, :start]).sum(1), alpha=2
             )
         own = product(panel, metrics[:, start:stop, start:stop])
         if less is not None:
             own -= panel * less
-        found += own.mul_(panel).sum(1)
-    return found
+        losses += own.mul_(panel).sum(1)
+    return losses
 
 
 def check_shapes(weight: Tensor, statistics: LayerStatistics, name: str) -> None:
     """Refuse a weight that is no matrix, or one whose columns or blocks of rows are not those of its statistics."""
     if weight.dim() != 2 or weight.shape[1] != statistics.columns:
         raise LayerError(
-            f"{name}: weight has shape {tuple(weight.shape)}, its statistics are for {statistics.columns} columns; give (N, {statistics.columns})"
+            f"{name}: weight has shape {tuple(weight.shape)}, its statistics are for "
+            f"{statistics.columns} columns; give (N, {statistics.columns})"
         )
     if weight.shape[0] % statistics.blocks:
         raise LayerError(
-            f"{name}: weight has {weight.shape[0]} rows, its statistics {statistics.blocks} blocks; give blocks of equally many rows, N a multiple of {statistics.blocks}"
+            f"{name}: weight has {weight.shape[0]} rows, its statistics {statistics.blocks} "
+            f"blocks; give blocks of equally many rows, N a multiple of {statistics.blocks}"
         )
 
 
@@ -299,10 +304,11 @@ def check_values(weight: Tensor, statistics: LayerStatistics | None, name: str) 
         )
     if not math.isfinite(sums) and any(map(_bad, inputs)):
         raise CalibrationError(
-            f"{name}: NaN or inf in its input statistics; look at the calibration data and for overflow in half precision, or add the layer to skip"
+            f"{name}: NaN or inf in its input statistics; look at the calibration data and for "
+            "overflow in half precision, or add the layer to skip"
         )
 
 
 def _bad(values: Tensor) -> int:
-    """How many are NaN or inf."""
+    """Return how many values are NaN or inf."""
     return int(to_host((~torch.isfinite(values)).sum())[0])

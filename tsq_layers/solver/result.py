@@ -1,4 +1,4 @@
-"""What the solver returns."""
+"""Define the result of the solver."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from tsq_layers.numerics.weight import QuantizedWeight
 
 @dataclass(frozen=True, eq=False)
 class SolverResult:
-    """What a solver returns: the weight, and what each step did to every row.
+    """The result of a solver: the weight, and the losses of every row after each step.
 
     Attributes:
         weight: codes, scales, zero points.

@@ -1,4 +1,4 @@
-"""What the configuration leaves open is chosen for each layer, on tokens that are not fitted.
+"""Choose what the configuration leaves open, for each layer, on tokens that are not fitted.
 
 With H_b, R_b of other tokens, the output error of weights Q is, but for a constant (objective.py),
 
@@ -60,8 +60,8 @@ def settle(
     if other is None or not to_host(other.count)[0] > 0:
         return _filled(config)
     if "auto" in (config.option("deviation_strength"), config.option("deviation_damping")):
-        chosen = _best_deviation(config, weight, fitted, other, name)
-        config = chosen.changed(damping=config.option("damping"))
+        candidate = _best_deviation(config, weight, fitted, other, name)
+        config = candidate.changed(damping=config.option("damping"))
     if config.option("damping") == "auto":
         config = config.changed(damping=_best_damping(config, weight, fitted, other, name))
     return config
@@ -76,19 +76,19 @@ def _filled(config: QuantConfig) -> QuantConfig:
 def error(difference: Tensor, weight: Tensor, statistics: LayerStatistics) -> Tensor:
     """Mean squared output error of a weight difference Q − W, but for a constant: a scalar tensor."""
     count = statistics.count
-    found = (
+    total = (
         product(difference, (statistics.hessian / count).to(difference.dtype))
         .mul_(difference)
         .sum()
     )
     if statistics.deviation is not None:
-        found += (
+        total += (
             2
             * product(weight, (statistics.deviation / count).to(weight.dtype))
             .mul_(difference)
             .sum()
         )
-    return found
+    return total
 
 
 def _best_deviation(

@@ -111,11 +111,11 @@ def _fit(
     both_zeros: bool,
 ) -> tuple[Tensor, Tensor]:
     blocks = grouped(metric, group_size)
-    fitted = [
+    grids = [
         _fit_chunk(*piece, bits, group_size, symmetric, factors, both_zeros)
         for piece in chunks(target, blocks, _CHUNK_ELEMENTS)
     ]
-    return torch.cat([scales for scales, _ in fitted]), torch.cat([zeros for _, zeros in fitted])
+    return torch.cat([scales for scales, _ in grids]), torch.cat([zeros for _, zeros in grids])
 
 
 def grouped(metric: Tensor, group_size: int) -> Tensor:

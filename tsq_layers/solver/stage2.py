@@ -108,8 +108,8 @@ def _gram(steps: Tensor, hessian: Tensor, group_size: int, out: Tensor) -> None:
                 torch.mm(hessian[0, other, own], steps_bKc[0, own], out=products[0])
             else:
                 torch.bmm(hessian[:, other, own], steps_bKc[:, own], out=products)
-            found = products.mul_(steps_bKc[:, other]).unflatten(1, (stop - first, -1)).sum(2)
-            gram_bGGc[:, i, first:stop] = gram_bGGc[:, first:stop, i] = found
+            block = products.mul_(steps_bKc[:, other]).unflatten(1, (stop - first, -1)).sum(2)
+            gram_bGGc[:, i, first:stop] = gram_bGGc[:, first:stop, i] = block
     fold(out, blocks).flatten(2).copy_(gram_bGGc.flatten(1, 2).mT)
 
 
@@ -163,13 +163,13 @@ def exact(problem: SmallProblem, fallback: Tensor, positive: int | None = None) 
         positive: how many of the unknowns, from the first on, must be positive; ``None``: all.
     """
     height = max(1, _SYSTEM_ELEMENTS // problem.gram.shape[1] ** 2)
-    given = (problem.gram, problem.slope, problem.start, fallback)
-    pieces = zip(*(values.split(height) for values in given), strict=True)
-    found = [
+    tensors = (problem.gram, problem.slope, problem.start, fallback)
+    pieces = zip(*(values.split(height) for values in tensors), strict=True)
+    solutions = [
         _exact(SmallProblem(gram, slope, start, problem.ridge), other, positive)
         for gram, slope, start, other in pieces
     ]
-    return torch.cat(found)
+    return torch.cat(solutions)
 
 
 def _exact(problem: SmallProblem, fallback: Tensor, positive: int | None) -> Tensor:

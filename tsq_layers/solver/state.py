@@ -1,4 +1,4 @@
-"""A layer that is being solved, and what its steps have found so far."""
+"""Define the layer that is solved, and the state that its steps change."""
 
 from dataclasses import dataclass, field
 
@@ -21,7 +21,7 @@ _CHUNK_ELEMENTS = 2**20  # weights whose errors are squared at once: bounds the 
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """What is given.
+    """The layer that is solved; it does not change.
 
     Attributes:
         weight: W, float32 (N, K).
@@ -51,7 +51,9 @@ class Layer:
 
 @dataclass(eq=False)
 class State:
-    """What the steps have found, which they change. ``scales`` and ``zeros`` or ``tables`` are there from the first on.
+    """The results of the steps so far, which they change.
+
+    After the first step there are ``scales`` and ``zeros``, or ``tables``.
 
     Attributes:
         scales: made of values that are stored, float32 (N, G).
@@ -88,7 +90,7 @@ class State:
             LayerError: they are not what the layer's configuration says.
         """
         config = layer.config
-        wanted = (
+        required = (
             *layer.weight.shape,
             config.bits,
             layer.group_size,
@@ -96,15 +98,17 @@ class State:
             config.has_offsets,
         )
         form = (weight.bits, weight.group_size, weight.symmetric, weight.offsets is not None)
-        found = (*weight.codes.shape, *form)
+        actual = (*weight.codes.shape, *form)
         if (
-            found != wanted
+            actual != required
             or weight.scales.dtype != config.torch_scale_dtype
             or weight.tables is not None
         ):
             raise LayerError(
-                f"{layer.name}: codes to start from are of rows, columns, bits, group size, symmetry, offsets {found} in "
-                f"{weight.scales.dtype}, the layer is of {wanted} in {config.scale_dtype}; give a configuration of the codes"
+                f"{layer.name}: codes to start from are of rows, columns, bits, group size, "
+                f"symmetry, offsets {actual} in "
+                f"{weight.scales.dtype}, the layer is of {required} in {config.scale_dtype}; give a "
+                "configuration of the codes"
             )
         self.codes, self.scales = weight.codes, weight.scales.to(torch.float32)
         self.offsets = None if weight.offsets is None else weight.offsets.to(torch.float32)
@@ -133,7 +137,7 @@ class State:
         return target if self.sparse is None else target - self.sparse
 
     def integers(self, layer: Layer) -> Coded:
-        """What the steps on codes start from."""
+        """Return the problem from which steps on codes start."""
         (scales, zeros), problem = self.grids(layer), layer.known
         target = self.reduced(layer, problem.refine_target)
         codes, bits = self.chosen(layer), layer.config.bits
@@ -211,9 +215,11 @@ class State:
         ridge = layer.known.ridge
         if self.loss is not None:
             damping = scaled(self._squares(layer).unsqueeze(1), ridge).squeeze(1)
-            left = self.loss - damping
+            undamped_loss = self.loss - damping
             return torch.where(
-                left > _SLACK * torch.finfo(left.dtype).eps * damping, left, torch.zeros_like(left)
+                undamped_loss > _SLACK * torch.finfo(undamped_loss.dtype).eps * damping,
+                undamped_loss,
+                torch.zeros_like(undamped_loss),
             )
         difference = self.difference(layer)
         if self.residual is not None:

@@ -83,20 +83,21 @@ class TwoStageGroupQuantizer:
             )
         if statistics is None and config.needs_calibration:
             raise LayerError(
-                f"{name}: method {config.method!r} needs statistics of the layer's input; calibrate, or use method='rtn'"
+                f"{name}: method {config.method!r} needs statistics of the layer's input; "
+                "calibrate, or use method='rtn'"
             )
         self.config, self.name = config, name
         self.group_size = min(config.group_size or weight.shape[1], weight.shape[1])
         values = weight.detach().to(torch.float32)
         self._recipe = steps.recipe(config)
         self._state = State()
-        started = clock(weight)
+        start = clock(weight)
         if statistics is None:
             objective.check_values(values, None, name)
         self.problem = (
             None if statistics is None else objective.build(weight, statistics, config, name)
         )
-        self._state.seconds["factorise"] = clock(weight) - started
+        self._state.seconds["factorise"] = clock(weight) - start
         free = values != 0 if config.keep_zeros and config.holds_zero else None
         self._layer = Layer(values, self.problem, config, self.group_size, name, free)
 
@@ -116,9 +117,9 @@ class TwoStageGroupQuantizer:
             LayerError: it is of another shape or kind.
         """
         self._state = State(seconds={"factorise": self._state.seconds["factorise"]})
-        started = clock(self._layer.weight)
+        start = clock(self._layer.weight)
         self._state.adopt(self._layer, weight)
-        self._state.seconds["assign"] = clock(self._layer.weight) - started
+        self._state.seconds["assign"] = clock(self._layer.weight) - start
 
     def assign_codes(self) -> None:
         """Choose codes on the present grids (step 2).
@@ -153,7 +154,7 @@ class TwoStageGroupQuantizer:
         if step is None:
             return
         layer, state = self._layer, self._state
-        started = clock(layer.weight)
+        start = clock(layer.weight)
         if name != "refine":  # which makes use of the loss and the error that GPTQ has left
             state.change()
         before = None if layer.free is None else dataclasses.replace(state)
@@ -162,7 +163,7 @@ class TwoStageGroupQuantizer:
         if before is not None and name in ("descend", "pairs", "joint"):
             # Moves of pairs count on both codes; where a zero was put back, the row has lost.
             state.restore_rows(layer, before)
-        state.seconds[name] = clock(layer.weight) - started
+        state.seconds[name] = clock(layer.weight) - start
 
     @full_precision()
     def run(
@@ -232,15 +233,15 @@ class TwoStageGroupQuantizer:
         return self._layer.known.grid_target
 
     def _is_next(self, step: str) -> bool:
-        """Whether a step is the next one of those that are asked for."""
+        """Return whether a step is the next one of the recipe."""
         remaining = [name for name in self._recipe if name not in self._state.seconds]
         return remaining[:1] == [step]
 
     @full_precision()
     def _signal(self, statistics: LayerStatistics | None = None) -> Tensor:
-        known = self._layer.known
+        problem = self._layer.known
         if statistics is None:
-            return objective.squared_error(known.refine_target, known.hessian, known.ridge)
+            return objective.squared_error(problem.refine_target, problem.hessian, problem.ridge)
         return objective.squared_error(
-            known.refine_target, (statistics.hessian / statistics.count).to(torch.float32)
+            problem.refine_target, (statistics.hessian / statistics.count).to(torch.float32)
         )

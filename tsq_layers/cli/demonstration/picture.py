@@ -52,10 +52,10 @@ def _panel(panel: Any, rows: Sequence[Row], text: str) -> None:
                 zorder=3,
             )
         for width, value in points:
-            shown = f"{value:.1f}" if value < 1000 else f"{value:,.0f}"
+            label = f"{value:.1f}" if value < 1000 else f"{value:,.0f}"
             if value < top:
                 panel.annotate(
-                    shown,
+                    label,
                     (width, value),
                     xytext=offset,
                     textcoords="offset points",
@@ -65,7 +65,7 @@ def _panel(panel: Any, rows: Sequence[Row], text: str) -> None:
                 )
             else:
                 panel.annotate(
-                    f"↑ {shown}",
+                    f"↑ {label}",
                     (width, top),
                     xytext=(-4, -12),
                     textcoords="offset points",

@@ -1,4 +1,4 @@
-"""What the demo measured: a row for every configuration, kept on disk as soon as it is known, and shown as a table."""
+"""Store what the demo measures: a row for every configuration, on disk at once, and shown as a table."""
 
 import dataclasses
 import hashlib
@@ -92,9 +92,9 @@ def machine() -> dict[str, Any]:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:  # not Linux
         lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return {
-        "processor": next(named, platform.processor() or platform.machine()),
+        "processor": next(names, platform.processor() or platform.machine()),
         "threads": torch.get_num_threads(),
     }
 

@@ -36,7 +36,7 @@ _SPEECHES = "speeches"  # the name of the first text
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How much data the demo uses: windows of tokens for calibration and, of each text, for evaluation."""
+    """The amount of data of the demo: windows of tokens for calibration and, of each text, for evaluation."""
 
     calibration_windows: int
     evaluation_windows: int
@@ -156,7 +156,7 @@ def _remembered(material: Material, case: Case | None, write: Write) -> Row:
     """The row of a configuration (``None``: the float model), from an earlier run if it is there."""
     path, key = material.out / "runs.jsonl", _key(material, case)
     row = results.kept(path).get(key)
-    known = row is not None
+    is_known = row is not None
     if row is None:
         row = _float_row(material) if case is None else _quantised_row(material, case)
         results.keep(path, key, row)
@@ -165,7 +165,7 @@ def _remembered(material: Material, case: Case | None, write: Write) -> Row:
         f"{row.label}: perplexity {values}"
         + (
             " (from an earlier run)"
-            if known
+            if is_known
             else f"; quantised in {row.seconds:.1f} s"
             if case
             else ""
@@ -209,7 +209,7 @@ def _float_row(material: Material) -> Row:
 
 def _quantised_row(material: Material, case: Case) -> Row:
     model = load_causal_lm(material.model)
-    started = time.perf_counter()
+    start = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter(
             "ignore", FewTokensWarning
@@ -217,7 +217,7 @@ def _quantised_row(material: Material, case: Case) -> Row:
         model = tsq.quantize(
             model, case.config, material.calibration if case.config.needs_calibration else None
         )
-    seconds = time.perf_counter() - started
+    seconds = time.perf_counter() - start
     report = report_of(model)
     row = Row(
         method=case.method,
@@ -277,10 +277,12 @@ def _in_fresh_process(material: Material, directory: Path, expected: float) -> f
         "--json",
     ]
     command += ["--window", str(settings.length), "--batch-size", str(settings.batch_size)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  (no shell, fixed arguments)
+    # There is no shell, and the arguments are fixed.
+    result = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
     if result.returncode:
         raise CheckpointError(
-            f"loading {directory} in a fresh process failed: {' '.join(result.stderr.splitlines()[-1:]) or result.returncode}"
+            f"loading {directory} in a fresh process failed: "
+            f"{' '.join(result.stderr.splitlines()[-1:]) or result.returncode}"
         )
     value = float(json.loads(result.stdout)["perplexity"])
     if not abs(value - expected) <= 1e-6 * expected:
@@ -309,7 +311,8 @@ def _show(material: Material, rows: list[Row], write: Write) -> None:
     for row in rows:
         if row.reloaded is not None:
             write(
-                f"{row.label}: saved, loaded in a fresh process, perplexity on {_SPEECHES} {row.perplexity[_SPEECHES]:.6f} → {row.reloaded:.6f}"
+                f"{row.label}: saved, loaded in a fresh process, perplexity on {_SPEECHES} "
+                f"{row.perplexity[_SPEECHES]:.6f} → {row.reloaded:.6f}"
             )
     write("")
     for row in rows:

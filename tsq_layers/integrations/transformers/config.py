@@ -17,7 +17,7 @@ _VERSION = "library_version"
 
 @register_quantization_config(QUANT_METHOD)
 class TsqConfig(QuantizationConfigMixin):
-    """How a model is to be quantised while it is loaded, or how it was.
+    """The way in which a model is quantised while it is loaded, or was quantised.
 
     Args:
         config: how it is to be quantised, or was; ``None`` if that is not known.
@@ -69,8 +69,8 @@ class TsqConfig(QuantizationConfigMixin):
             for key, value in config_dict.items()
             if key not in ("quant_method", _VERSION)
         }
-        made = cls._from_values(values)
-        return (made, kwargs) if return_unused_kwargs else made
+        config = cls._from_values(values)
+        return (config, kwargs) if return_unused_kwargs else config
 
     @classmethod
     def _from_values(cls, values: dict[str, Any]) -> Self:

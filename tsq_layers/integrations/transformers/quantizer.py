@@ -45,12 +45,13 @@ class TsqHfQuantizer(HfQuantizer):
         self._report: Report | None = None
 
     def validate_environment(self, *_: Any, **__: Any) -> None:
-        """Whether the configuration can be used for what is to be loaded; called before the model is built."""
+        """Check that the configuration can be used for what is loaded, before the model is built."""
         recipe = self.quantization_config.config
         if self.pre_quantized:
             if self.quantization_config.outline is None:
                 raise ConfigError(
-                    "quantization_config in config.json names no layers: save the model again with save_pretrained or save_causal_lm"
+                    "quantization_config in config.json names no layers: save the model again with "
+                    "save_pretrained or save_causal_lm"
                 )
         elif recipe is None:
             raise ConfigError(
@@ -58,7 +59,8 @@ class TsqHfQuantizer(HfQuantizer):
             )
         elif recipe.needs_calibration:
             raise ConfigError(
-                f"method={recipe.method!r}, channel_scaling={recipe.channel_scaling} needs calibration batches, which from_pretrained does not have: "
+                f"method={recipe.method!r}, channel_scaling={recipe.channel_scaling} needs "
+                "calibration batches, which from_pretrained does not have: "
                 "load the float model and call tsq_layers.quantize(model, config, batches), or give method='rtn'"
             )
 
@@ -84,9 +86,9 @@ class TsqHfQuantizer(HfQuantizer):
         outline = self.quantization_config.outline
         assert outline is not None
         files = [Path(file) for file in checkpoint_files or ()]
-        stored, metadata = read_headers(files)
+        headers, metadata = read_headers(files)
         self._skeleton = skeleton(
-            model, outline, stored if files else None, model._get_dtype_plan(dtype)
+            model, outline, headers if files else None, model._get_dtype_plan(dtype)
         )
         self._report = _report(metadata, files)
         ignored = {
@@ -120,9 +122,10 @@ class TsqHfQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(
         self, model: Any
     ) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
-        """What ``save_pretrained`` writes; ``model.config`` gets the outline of the model as it is now.
+        """Return what ``save_pretrained`` writes; ``model.config`` gets the outline of the model as it is now.
 
-        Tensors that packed layers share among themselves are written once. Of a model with adapters only these are saved.
+        Tensors that packed layers share among themselves are written once. Of a model with adapters
+        only these are saved.
 
         Raises:
             ConfigError: no parameter of the model is a float.
@@ -131,7 +134,8 @@ class TsqHfQuantizer(HfQuantizer):
             return None, {}
         if not any(parameter.is_floating_point() for parameter in model.parameters()):
             raise ConfigError(
-                f"every parameter of {type(model).__name__} is quantised, and transformers asks one for the dtype of the model: "
+                f"every parameter of {type(model).__name__} is quantised, and transformers asks "
+                "one for the dtype of the model: "
                 "leave the embeddings or the head in floats (embeddings, skip), or write it with tsq.save"
             )
         outline = Outline.of(model)
@@ -154,12 +158,12 @@ class TsqHfQuantizer(HfQuantizer):
         }
 
     def is_serializable(self) -> bool:
-        """Whether ``save_pretrained`` can write the model."""
+        """Return whether ``save_pretrained`` can write the model."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """Whether adapters on packed layers can be trained; the packed weights themselves stay as they are."""
+        """Return whether adapters on packed layers can be trained; the packed weights themselves stay as they are."""
         return True
 
 
@@ -188,7 +192,7 @@ def _forget_outlines(model: nn.Module) -> None:
 
 
 def _report(metadata: Mapping[str, str], files: list[Path]) -> Report | None:
-    """What happened to every layer: from the files' metadata, or from ``tsq.json`` beside them."""
+    """Return the report of a model, from the files' metadata or from ``tsq.json`` beside them."""
     if REPORT in metadata:
         return Report.from_dict(json.loads(metadata[REPORT]))
     if not files or not is_described(files[0].parent):

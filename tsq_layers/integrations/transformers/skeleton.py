@@ -31,7 +31,7 @@ class _Later(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class Skeleton:
-    """What was put into a model.
+    """The modules that were put into a model.
 
     Args:
         layers: name → packed layer, all of them.
@@ -78,17 +78,18 @@ def skeleton(
         own: _in_dtype(model, own, outline.layers[name], dtypes) for name, own in names.items()
     }
     keys = None if stored is None else {_own_key(key, names): spec for key, spec in stored.items()}
-    shared = {
+    owners = {
         _own_key(key, names): _own_key(other, names) for key, other in outline.aliases.items()
     }
     layers = new_layers(
-        model, _description(specs, shared if keys is None else present_aliases(shared, keys))
+        model, _description(specs, owners if keys is None else present_aliases(owners, keys))
     )
     first_layers, later = _apart(layers, keys)
     if keys is not None:
         _check(first_layers, keys)
     for module in splits.values():
-        module._is_hf_initialized = True  # type: ignore[assignment]  # its parameters are not what _init_weights expects
+        # Its parameters are not those that _init_weights expects.
+        module._is_hf_initialized = True  # type: ignore[assignment]
     for name, layer in layers.items():
         # A table of its own class may have buffers, which transformers makes anew; the rest needs no initial values.
         layer._is_hf_initialized = isinstance(layer, QuantLinear) or not layer._buffers  # type: ignore[assignment]
@@ -97,7 +98,7 @@ def skeleton(
 
 
 def _own_name(model: Any, name: str) -> str | None:
-    """What a layer is called in this model, which may be the saved one's base model, or have one; ``None``: not in it.
+    """Return the name of a layer in this model, which may be the saved one's base model, or have one.
 
     Raises:
         CheckpointError: it is not in it, but should be.
@@ -112,13 +113,14 @@ def _own_name(model: Any, name: str) -> str | None:
     )
     if _has(model, top) or _has(base, top):
         raise CheckpointError(
-            f"layer {name!r} of the checkpoint is not in this {type(model).__name__}: its config.json is that of another model"
+            f"layer {name!r} of the checkpoint is not in this {type(model).__name__}: its "
+            "config.json is that of another model"
         )
     return None
 
 
 def _has(model: nn.Module, name: str) -> bool:
-    """Whether there is such a module."""
+    """Return whether there is such a module."""
     module: Any = model
     for part in name.split("."):
         module = module._modules.get(part)
@@ -142,10 +144,10 @@ def _in_dtype(
 ) -> LayerSpec:
     """The specification of a layer that computes in the dtype that the model is loaded in."""
     weight = replaced_weight(model, name, spec)
-    wanted = next(
+    stored_dtype = next(
         (dtype for part, dtype in dtypes.items() if part in name.split(".")), weight.dtype
     )
-    return dataclasses.replace(spec, dtype=dtype_name(wanted))
+    return dataclasses.replace(spec, dtype=dtype_name(stored_dtype))
 
 
 def _description(specs: Mapping[str, LayerSpec], aliases: Mapping[str, str]) -> Description:
@@ -176,18 +178,19 @@ def _check(layers: Mapping[str, nn.Module], keys: Mapping[str, TensorSpec]) -> N
     """Every tensor of the packed layers is stored, and as the layer needs it; floating point ones are cast."""
     for name, layer in layers.items():
         for entry in entries(layer, name):
-            found, wanted = keys.get(entry.key), TensorSpec.of(entry.tensor)
+            actual, required = keys.get(entry.key), TensorSpec.of(entry.tensor)
             if entry.key.startswith("non_persistent:"):
                 continue
-            if found is None:
+            if actual is None:
                 raise CheckpointError(
                     f"layer {name!r}: its tensor {entry.key!r} is not in the checkpoint; {AGAIN}"
                 )
-            if found.shape != wanted.shape or (
-                found.dtype != wanted.dtype and not entry.tensor.is_floating_point()
+            if actual.shape != required.shape or (
+                actual.dtype != required.dtype and not entry.tensor.is_floating_point()
             ):
                 raise CheckpointError(
-                    f"layer {name!r}: its tensor {entry.key!r} is {found} in the checkpoint and should be {wanted}; {AGAIN}"
+                    f"layer {name!r}: its tensor {entry.key!r} is {actual} in the checkpoint and "
+                    f"should be {required}; {AGAIN}"
                 )
 
 

@@ -81,18 +81,16 @@ class Intake:
         Raises:
             CheckpointError: the layer has no such buffer, or of another shape or dtype.
         """
-        expected = self.expected.get(key)
-        if expected is None:
+        shape = self.expected.get(key)
+        if shape is None:
             raise CheckpointError(
                 f"layer {self.name!r} has no {key!r}, it has {', '.join(self.expected)}: tsq.json and the tensors do not belong together"
             )
-        fits = tensor.shape == expected.shape and (
-            self.spec is None or tensor.dtype == expected.dtype
-        )
+        fits = tensor.shape == shape.shape and (self.spec is None or tensor.dtype == shape.dtype)
         if not fits:
             raise CheckpointError(
                 f"{self.name}.{key} is {dtype_name(tensor.dtype)} {list(tensor.shape)}, and tsq.json needs "
-                f"{dtype_name(expected.dtype)} {list(expected.shape)}: the file is damaged, or not of this model"
+                f"{dtype_name(shape.dtype)} {list(shape.shape)}: the file is damaged, or not of this model"
             )
         self._tensors[key] = part(key, tensor, self.spec, self.cut)
 

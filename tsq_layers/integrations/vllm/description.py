@@ -106,9 +106,9 @@ def check_unclaimed(layers: Iterable[str], claimed: Iterable[str]) -> None:
         tsq_layers.errors.ConfigError: layer 'wte' is quantised, but is no linear layer in vLLM's model: only \
 linear layers are served packed; quantise with embeddings=False, or skip=('wte',)
     """
-    known = set(claimed)
+    names = set(claimed)
     for name in layers:
-        if name not in known:
+        if name not in names:
             pattern = re.sub(r"\b\d+\b", "*", name)
             raise ConfigError(
                 f"layer {name!r} is quantised, but is no linear layer in vLLM's model: only linear layers are served packed; "

@@ -87,16 +87,16 @@ class TsqConfig(QuantizationConfig):  # type: ignore[misc]
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
         """How a layer is run; ``None`` leaves it to vLLM."""
-        known = self.layers or {}
+        specs = self.layers or {}
         if isinstance(layer, RoutedExperts):
-            check_within(prefix, known)
+            check_within(prefix, specs)
         if not isinstance(layer, LinearBase | ParallelLMHead):
             return None
-        names = parts_of(prefix, self.packed_modules_mapping, known)
-        if known.keys().isdisjoint(names):
+        names = parts_of(prefix, self.packed_modules_mapping, specs)
+        if specs.keys().isdisjoint(names):
             return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
         self._claimed.update(names)
-        return TsqLinearMethod(names, [known.get(name) for name in names])
+        return TsqLinearMethod(names, [specs.get(name) for name in names])
 
     def get_checkpoint_weight_mapper(self) -> WeightsMapper:
         """Leave out what the file holds for other loaders. All layers are built when this is asked for.

@@ -82,12 +82,12 @@ def loss_chart(layers: Sequence[LayerReport]) -> Chart | None:
         [value for value in values if value is not None]
         for values in zip(*by_step.values(), strict=True)
     ]
-    drawn = [
+    marks = [
         Series(label="", style="stem", path=frame.stems(y, ranges), stroke=max(frame.dot / 5, 0.6))
     ]
     for order, (step, values) in enumerate(by_step.items()):
         size = frame.dot * (_DOTS[min(order, 2)] if frame.dot > _LARGE else 1.0)
-        drawn.append(
+        marks.append(
             Series(
                 label=step,
                 style=f"dot {_style(step, order)}",
@@ -95,18 +95,18 @@ def loss_chart(layers: Sequence[LayerReport]) -> Chart | None:
                 stroke=size,
             )
         )
-    drawn.append(
+    marks.append(
         Series(label="held out, last step", style="ring", path=frame.rings(y, held_out), stroke=1.4)
     )
     medians = series.block_medians(
         [series.positive(series.final_loss(layer)) for layer in layers], axis
     )
     path = frame.levels(y, medians)
-    drawn.append(
+    marks.append(
         Series(label="median of a block, last step", style="median", path=path, stroke=2.5)
     )
     return _chart(
-        frame, "Output error of every layer, after each step", "relative error", ticks, drawn, axis
+        frame, "Output error of every layer, after each step", "relative error", ticks, marks, axis
     )
 
 
@@ -119,21 +119,21 @@ def bar_charts(layers: Sequence[LayerReport]) -> list[Chart]:
 
 
 def _bits(layers: Sequence[LayerReport], axis: series.LayerAxis) -> Chart | None:
-    codes, stored = series.bits(layers)
-    if not any(stored):
+    codes, totals = series.bits(layers)
+    if not any(totals):
         return None
     frame = Frame(count=len(layers), plot=90)
-    y, ticks = _linear(frame, max(stored))
+    y, ticks = _linear(frame, max(totals))
     base = [0.0] * len(layers)
-    drawn = [
+    bars = [
         Series(label="codes", style=f"{frame.bar} codes", path=frame.bars(y, base, codes)),
         Series(
             label="scales and zero points",
             style=f"{frame.bar} overhead",
-            path=frame.bars(y, codes, stored),
+            path=frame.bars(y, codes, totals),
         ),
     ]
-    return _chart(frame, "Stored bits per weight", "bits", ticks, drawn, axis)
+    return _chart(frame, "Stored bits per weight", "bits", ticks, bars, axis)
 
 
 def _seconds(layers: Sequence[LayerReport], axis: series.LayerAxis) -> Chart | None:
@@ -143,13 +143,13 @@ def _seconds(layers: Sequence[LayerReport], axis: series.LayerAxis) -> Chart | N
         return None
     frame = Frame(count=len(layers), plot=120)
     y, ticks = _linear(frame, highest)
-    drawn = [
+    bars = [
         Series(
             label=step, style=f"{frame.bar} {_style(step, order)}", path=frame.bars(y, bottom, top)
         )
         for order, (step, bottom, top) in enumerate(stacked)
     ]
-    return _chart(frame, "Seconds in the solver", "seconds", ticks, drawn, axis)
+    return _chart(frame, "Seconds in the solver", "seconds", ticks, bars, axis)
 
 
 def _chart(

@@ -72,7 +72,7 @@ def tiles(
         if bits
         else "no layer was quantised"
     )
-    stored = f"{totals.bits_per_weight:.2f}" if totals.bits_per_weight is not None else _BLANK
+    bits_text = f"{totals.bits_per_weight:.2f}" if totals.bits_per_weight is not None else _BLANK
     counts = f"{len(quantized)} of {len(layers)} layers"
     share = table.share(totals.coverage)
     covered = "of all parameters" if parameters else "of the layers' weights"
@@ -80,7 +80,7 @@ def tiles(
     passes = "paired passes" if totals.paired else "one pass"
     return [
         Tile(label="Smaller", value=smaller, note=sizes),
-        Tile(label="Bits per weight", value=stored, note=codes),
+        Tile(label="Bits per weight", value=bits_text, note=codes),
         Tile(label="Quantised", value=share, note=f"{covered}, {counts}"),
         _error_tile(quantized),
         Tile(
@@ -106,9 +106,9 @@ def sizes(
     whole = max(totals.size_before, totals.size_after, 1)
     replaced = sum(item.quantized * item.itemsize for item in parameters)
     if parameters:  # what was not replaced is still there
-        packed = max(totals.size_after - (totals.size_before - replaced), 0)
+        packed_bytes = max(totals.size_after - (totals.size_before - replaced), 0)
     else:
-        packed = round(
+        packed_bytes = round(
             sum(
                 layer.weights * (layer.bits_per_weight or 0.0) / 8
                 for layer in layers
@@ -118,16 +118,16 @@ def sizes(
     bars = []
     for label, total, quantized, name in (
         ("before", totals.size_before, replaced, "to be quantised"),
-        ("after", totals.size_after, packed, "packed"),
+        ("after", totals.size_after, packed_bytes, "packed"),
     ):
         inside = min(quantized, total)
         parts = [(name, inside, "quantized"), ("as it was", total - inside, "gap-0")]
-        found = [
+        slices = [
             Part(label=text, share=size / whole, note=table.format_bytes(size), style=style)
             for text, size, style in parts
             if size
         ]
-        bars.append((label, total, found))
+        bars.append((label, total, slices))
     return bars
 
 

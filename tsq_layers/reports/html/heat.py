@@ -59,7 +59,7 @@ def heat_map(layers: Sequence[LayerReport]) -> HeatMap | None:
         or len(fields) < 2 * len(rows)
     ):
         return None
-    worst = {place: max(found) for place, found in fields.items()}
+    worst = {place: max(place_losses) for place, place_losses in fields.items()}
     losses = sorted(loss for loss, _ in worst.values())
     low, high = losses[int(_LOWEST * len(losses))], losses[-1]
     cells = [

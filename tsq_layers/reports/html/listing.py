@@ -39,7 +39,11 @@ class Column:
 
 @dataclass(frozen=True, kw_only=True)
 class Field:
-    """A field of the table: text, what to sort by (``None``: the text, or nothing where that is a dash), and the bar (0 to 1)."""
+    """A field of the table.
+
+    Attributes are its text, the value to sort by (``None``: the text, or nothing where that is a
+    dash), and the length of its bar (0 to 1).
+    """
 
     text: str
     order: float | None
@@ -76,8 +80,8 @@ def listing(layers: Sequence[LayerReport]) -> Listing:
 
 
 def _fields(column: Column, layers: Sequence[LayerReport], values: Sequence[Value]) -> list[Field]:
-    found = [value for value in map(_loggable, values) if value is not None] if column.bar else []
-    low, high = (math.log(min(found)), math.log(max(found))) if found else (0.0, 0.0)
+    numbers = [value for value in map(_loggable, values) if value is not None] if column.bar else []
+    low, high = (math.log(min(numbers)), math.log(max(numbers))) if numbers else (0.0, 0.0)
     fields = []
     for layer, value in zip(layers, values, strict=True):
         place = _loggable(value) if column.bar else None

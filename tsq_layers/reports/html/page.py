@@ -44,7 +44,7 @@ class KeptParameters:
 
 @dataclass(frozen=True, kw_only=True)
 class Contents:
-    """What a page shows."""
+    """The contents of a page."""
 
     totals: Totals
     layers: Sequence[LayerReport]
@@ -74,14 +74,14 @@ def render(contents: Contents, title: str) -> str:
     }
     script = _source("page.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    found = environment.get_template("page.html").render(
+    page = environment.get_template("page.html").render(
         title=title,
         script=script,
         script_digest=digest,
         style=_source("page.css"),
         **_context(contents),
     )
-    return str(found)
+    return str(page)
 
 
 def _source(name: str) -> str:
@@ -97,7 +97,7 @@ def _context(contents: Contents) -> dict[str, Any]:
     totals, layers, parameters = contents.totals, contents.layers, contents.parameters
     columns = [index for index, layer in enumerate(layers) if layer.is_quantized]
     quantized = [layer for layer in layers if layer.is_quantized]
-    kept = kept_parameters(parameters)
+    gaps = kept_parameters(parameters)
     return {
         "layers": layers,
         "parameters": parameters,
@@ -117,8 +117,8 @@ def _context(contents: Contents) -> dict[str, Any]:
         "chips": _chips(layers),
         "statuses": list(dict.fromkeys(layer.status for layer in layers)),
         "listing": listing(layers),
-        "kept": kept[:_KEPT],
-        "more_kept": len(kept[_KEPT:]),
+        "kept": gaps[:_KEPT],
+        "more_kept": len(gaps[_KEPT:]),
         "settings": _settings(contents.config),
         "overrides": _overrides(contents.config),
     }
@@ -126,17 +126,19 @@ def _context(contents: Contents) -> dict[str, Any]:
 
 def _notes(layers: Sequence[LayerReport]) -> list[tuple[str, int, str]]:
     """Status, number and reason of the layers that did not get what was asked for."""
-    asked = [layer for layer in layers if layer.status in ("fallback", "never called")]
-    found: list[tuple[str, int, str]] = []
-    for status in dict.fromkeys(layer.status for layer in asked):
+    incomplete = [layer for layer in layers if layer.status in ("fallback", "never called")]
+    notes: list[tuple[str, int, str]] = []
+    for status in dict.fromkeys(layer.status for layer in incomplete):
         items = [
-            (layer.name, layer.weights, layer.reason) for layer in asked if layer.status == status
+            (layer.name, layer.weights, layer.reason)
+            for layer in incomplete
+            if layer.status == status
         ]
-        found += [
+        notes += [
             (status, len(group), coverage.common([reason for _, _, reason in group]))
             for group in coverage.grouped(items)
         ]
-    return found
+    return notes
 
 
 def _worst(layers: Sequence[LayerReport]) -> list[tuple[int, LayerReport, float, float]]:
@@ -162,7 +164,10 @@ def _chips(layers: Sequence[LayerReport]) -> list[tuple[str, int]]:
 
 
 def kept_parameters(parameters: Sequence[ParameterReport]) -> list[KeptParameters]:
-    """Parameters that were not quantised, largest first; one row for those that differ in numbers of their names only."""
+    """Return parameters that were not quantised, largest first.
+
+    Those whose names differ in numbers only are one row.
+    """
     groups: dict[tuple[object, ...], list[ParameterReport]] = {}
     for item in parameters:
         if item.kept:

@@ -42,6 +42,6 @@ def _best_move(rows: Rows, number: int) -> Tensor:  # noqa: ARG001
     gains = torch.sub(rows.residual, moves, alpha=0.5).mul_(moves).mul_(rows.weight)
     gain, column = largest(gains)
     levels = moves.gather(1, column)
-    moved = worthwhile(gain, rows.weight.gather(1, column) * levels.square())
-    rows.move(column, levels * moved)
-    return moved
+    is_better = worthwhile(gain, rows.weight.gather(1, column) * levels.square())
+    rows.move(column, levels * is_better)
+    return is_better

@@ -55,7 +55,7 @@ def descend(
     _, target, hessian, scales, zeros, bits, group_size = problem[:-1]
     steps, scales, zeros = problem.steps(), scales.clone(), zeros.to(target.dtype)
     for _ in range(passes):
-        pulled = product(grid.scaled(steps, scales, group_size) - target, hessian)
+        error_H = product(grid.scaled(steps, scales, group_size) - target, hessian)
         for group in range(scales.shape[1]):
             part = slice(group * group_size, min((group + 1) * group_size, target.shape[1]))
             old, zero, metric = (
@@ -64,17 +64,19 @@ def descend(
                 hessian[..., part, part],
             )
             values = old * scales[:, group : group + 1]
-            goal = target[:, part] if nearest else values - divided(pulled[:, part], metric)
+            goal = target[:, part] if nearest else values - divided(error_H[:, part], metric)
             candidates = [
                 grid.storable(scales[:, group : group + 1] * factor, dtype) for factor in FACTORS
             ]
-            tried = [(scale, grid.steps(goal, scale, zero, bits)) for scale in candidates]
+            trials = [(scale, grid.steps(goal, scale, zero, bits)) for scale in candidates]
             if problem.free is not None:
-                tried = [(scale, new * problem.free[:, part]) for scale, new in tried]
+                trials = [(scale, new * problem.free[:, part]) for scale, new in trials]
             scale, new = _best(
-                values, pulled[:, part], metric, (scales[:, group : group + 1], old), tried
+                values, error_H[:, part], metric, (scales[:, group : group + 1], old), trials
             )
-            pulled[:, part.stop :] += product(new * scale - values, hessian[..., part, part.stop :])
+            error_H[:, part.stop :] += product(
+                new * scale - values, hessian[..., part, part.stop :]
+            )
             steps[:, part], scales[:, group : group + 1] = new, scale
     return grid.recoded(steps, zeros, group_size), scales
 
@@ -90,8 +92,8 @@ def _best(
     scale, steps = present
     least = torch.zeros_like(scale)
     for new_scale, new_steps in tried:
-        moved = new_steps * new_scale - values
-        loss = ((product(moved, metric) + 2 * pulled) * moved).sum(1, keepdim=True)
+        shift = new_steps * new_scale - values
+        loss = ((product(shift, metric) + 2 * pulled) * shift).sum(1, keepdim=True)
         lower = loss < least
         least = torch.where(lower, loss, least)
         scale, steps = torch.where(lower, new_scale, scale), torch.where(lower, new_steps, steps)

@@ -91,8 +91,8 @@ class Sweeper:
 
     def better(self, kept: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         """The better of the present steps and those kept, for each row, (b, K, n), and its loss (b, 1, n)."""
-        pulled = self.error - self.coupling.bmm(self.error)
-        loss = pulled.mul_(self.error).mul_(self.curvature).sum(1, keepdim=True)
+        error_H = self.error - self.coupling.bmm(self.error)
+        loss = error_H.mul_(self.error).mul_(self.curvature).sum(1, keepdim=True)
         if kept is None:
             return self.steps.clone(), loss
         lower = loss < kept[1]
@@ -115,20 +115,20 @@ class Sweeper:
         group, width = leaf.group, leaf.stop - leaf.start
         scale, low, high = (values[:, group].contiguous() for values in (self.scale, *self.levels))
         before = self.steps[:, leaf.start : leaf.stop]
-        chosen = torch.empty_like(before)
+        codes = torch.empty_like(before)
         coupling = self.coupling[:, leaf.start : leaf.stop, leaf.start : leaf.stop].unsqueeze(-1)
         best.div_(scale.unsqueeze(1))
-        working = (values.unbind(1) for values in (best, before, chosen, change))
+        working = (values.unbind(1) for values in (best, before, codes, change))
         columns = zip(*working, coupling.unbind(2), strict=True)
-        for column, (value, old, new, moved, carry) in enumerate(columns, start=1):
+        for column, (value, old, new, shift, carry) in enumerate(columns, start=1):
             choose(value, low, high, new)
             if self.free is not None:
                 new.mul_(self.free[:, leaf.start + column - 1])
-            torch.sub(new, old, out=moved)
+            torch.sub(new, old, out=shift)
             if column < width:
                 later = best.narrow(1, column, width - column)
-                later.addcmul_(carry.narrow(1, column, width - column), moved.unsqueeze(1))
-        before.copy_(chosen)
+                later.addcmul_(carry.narrow(1, column, width - column), shift.unsqueeze(1))
+        before.copy_(codes)
         change.mul_(scale.unsqueeze(1))
         self._settle(leaf)
 
@@ -148,12 +148,12 @@ def _blocks(columns: int, group_size: int) -> list[list[_Leaf]]:
         for first in range(0, columns, group_size)
         for start in range(first, min(first + group_size, columns), _LEAF)
     ]
-    found: list[list[_Leaf]] = [[]]
+    groups: list[list[_Leaf]] = [[]]
     for leaf in leaves:
-        if found[-1] and leaf.stop - found[-1][0].start > _BLOCK:
-            found.append([])
-        found[-1].append(leaf)
-    return found
+        if groups[-1] and leaf.stop - groups[-1][0].start > _BLOCK:
+            groups.append([])
+        groups[-1].append(leaf)
+    return groups
 
 
 def turned(values: Tensor) -> Tensor:

@@ -61,10 +61,10 @@ def _best_pair(rows: Rows, column: int, distances: list[int]) -> Tensor:
     )
     partner = torch.zeros_like(rows.first)
     for distance in distances:
-        seen = torch.add(rows.residual, change, alpha=distance)
-        replies = torch.clamp(torch.round(seen), rows.low, rows.high)
+        neighbour_error = torch.add(rows.residual, change, alpha=distance)
+        replies = torch.clamp(torch.round(neighbour_error), rows.low, rows.high)
         replies.select(1, column).zero_()
-        gains = seen.sub_(replies, alpha=0.5).mul_(replies).mul_(rows.weight)
+        gains = neighbour_error.sub_(replies, alpha=0.5).mul_(replies).mul_(rows.weight)
         gain, other = largest(gains)
         gain = gain + weight * distance * (residual - distance / 2)
         better = (low <= distance) & (distance <= high) & (gain > best)
@@ -74,7 +74,7 @@ def _best_pair(rows: Rows, column: int, distances: list[int]) -> Tensor:
             torch.where(better, replies.gather(1, other), reply),
         )
     size = weight * move.square() + rows.weight.gather(1, partner) * reply.square()
-    moved = worthwhile(best, size)
-    rows.move(torch.full_like(partner, column), move * moved)
-    rows.move(partner, reply * moved)
-    return moved
+    is_better = worthwhile(best, size)
+    rows.move(torch.full_like(partner, column), move * is_better)
+    rows.move(partner, reply * is_better)
+    return is_better

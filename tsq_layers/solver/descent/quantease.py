@@ -47,21 +47,23 @@ def descend(problem: Coded, sweeps: int, *, relax: bool = False) -> Tensor:
     metrics = stack(hessian)
     blocks = metrics.shape[0]
     together = max(1, _CHUNK_ELEMENTS * blocks // max(1, target.numel()))
-    given = target, problem.steps(), scales.to(target.dtype), zeros.to(target.dtype)
+    tensors = target, problem.steps(), scales.to(target.dtype), zeros.to(target.dtype)
     rows = [
         fold(values, blocks)
-        for values in (given if problem.free is None else (*given, problem.free.to(target.dtype)))
+        for values in (
+            tensors if problem.free is None else (*tensors, problem.free.to(target.dtype))
+        )
     ]
     parts = zip(*(values.split(together) for values in (metrics, *rows)), strict=True)
-    found = [
+    improved = [
         _descend(*part, bits=bits, group_size=group_size, sweeps=sweeps, relax=relax)
         for part in parts
     ]
-    return grid.recoded(torch.cat(found).flatten(0, 1), zeros, group_size)
+    return grid.recoded(torch.cat(improved).flatten(0, 1), zeros, group_size)
 
 
 def is_relaxed(sweep: int, sweeps: int) -> bool:
-    """Whether the published schedule leaves this sweep (from 0) unrounded: each third, up to 25, never the last.
+    """Return whether the published schedule leaves this sweep (from 0) unrounded: each third, up to 25, never the last.
 
     Example:
         >>> [sweep for sweep in range(8) if is_relaxed(sweep, 8)]
@@ -95,14 +97,14 @@ def _descend(
         group_size,
         None if free is None else turned(free),
     )
-    kept: tuple[Tensor, Tensor] | None = None
+    best_state: tuple[Tensor, Tensor] | None = None
     for sweep in range(sweeps):
         if relax and is_relaxed(sweep, sweeps):
-            kept = run.better(kept)  # up to here every sweep has lowered the loss
+            best_state = run.better(best_state)  # up to here every sweep has lowered the loss
             run.sweep(_stay)
         else:
             run.sweep(_round)
-    return turned(run.steps if kept is None else run.better(kept)[0])
+    return turned(run.steps if best_state is None else run.better(best_state)[0])
 
 
 def _round(best: Tensor, low: Tensor, high: Tensor, out: Tensor) -> None:

@@ -94,10 +94,10 @@ def advance(problem: Coded, step: Step, steps: int, patience: int) -> Tensor:
     Returns:
         codes uint8 (N, K).
     """
-    found = torch.empty_like(problem.codes)
+    codes = torch.empty_like(problem.codes)
     for rows in _pieces(problem):
-        _advance(step, rows, found, steps, patience)
-    return found
+        _advance(step, rows, codes, steps, patience)
+    return codes
 
 
 def _advance(step: Step, rows: Rows, found: Tensor, steps: int, patience: int) -> None:
@@ -106,11 +106,11 @@ def _advance(step: Step, rows: Rows, found: Tensor, steps: int, patience: int) -
         rows.idle = torch.where(step(rows, number), 0, rows.idle + 1)
         if (number + 1) % every == 0 and number + 1 < steps:
             going = (rows.idle < patience).squeeze(1)
-            left = int(to_host(going.sum())[0])
-            if left < len(going):
+            count = int(to_host(going.sum())[0])
+            if count < len(going):
                 found.index_copy_(0, rows.index, rows.codes())
-                rows.keep(going.to(torch.uint8).argsort(descending=True, stable=True)[:left])
-            if left == 0:
+                rows.keep(going.to(torch.uint8).argsort(descending=True, stable=True)[:count])
+            if count == 0:
                 return
     found.index_copy_(0, rows.index, rows.codes())
 
@@ -172,5 +172,5 @@ def largest(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def worthwhile(gain: Tensor, size: Tensor) -> Tensor:
-    """Whether a gain is more than rounding, where the move alone would cost ``size``; bool."""
+    """Return whether a gain is more than rounding, where the move alone would cost ``size``; bool."""
     return gain > _SLACK * torch.finfo(gain.dtype).eps * size
