@@ -79,9 +79,8 @@ def solve(
 
 def _rows_may_stack(target: Target, other: Target) -> bool:
     """Whether each layer is solved as by itself. Outliers are those of one layer: they are not chosen row by row."""
-    sparse = target.additions.keys() & {"outliers", "outlier_columns"}
     return (
-        not sparse
+        not target.format.has_outliers
         and target.config == other.config
         and (target.given is None) == (other.given is None)
     )
@@ -221,7 +220,7 @@ def _split(
         matrix = QuantLinear.from_quantized(
             weight,
             dtype=target.weight.dtype,
-            activation_bits=target.additions.get("activation_bits"),
+            activation_bits=target.format.activation_bits,
         )
         solved[target.name] = Solved(
             matrix,
