@@ -5,11 +5,12 @@ basis of the input, a sparse part, rounded inputs. :class:`WeightFormat` names a
 how the weight is stored: nobody else computes a number of words, groups or bytes.
 
 ``GRIDS`` holds what differs between the kinds of grids. A new kind is an entry there, a function for its
-values in :mod:`tsq_layers.runtime.kernels`, and a writer in :mod:`tsq_layers.runtime.storage`. An entry gives
-*all* of its stored tensors, so that a kind need not have groups, nor words of whole codes. Codes of a
-trellis, for example, are a stream of exactly k bits a weight whose states overlap, with one scale a row: such
-an entry answers a buffer of N·K·k/32 words, one of N scales and ``groups=False``. Scales may have either
-sign; no kind assumes that they are positive.
+values in :data:`tsq_layers.runtime.kernels.MATRICES`, and a writer in :mod:`tsq_layers.runtime.storage`; a
+kernel of its own is one more entry, where it is worth one. An entry gives *all* of its stored tensors, so
+that a kind need not have groups, nor words of whole codes. Codes of a trellis, for example, are a stream of
+exactly k bits a weight whose states overlap, with one scale a row: such an entry answers a buffer of N·K·k/32
+words and one of N scales, says ``groups=False``, and is spelled ``{"grid": "trellis"}`` in files. Scales may
+have either sign; no kind assumes that they are positive.
 
 Shapes: N rows, K columns, G groups a row, W words a row, T tables a row, E entries and C columns of the sparse part.
 """
@@ -22,7 +23,8 @@ from typing import Any, Literal, Self, TypedDict
 import torch
 
 from tsq_layers.errors import LayerError
-from tsq_layers.numerics import grid, packing
+from tsq_layers.numerics import packing
+from tsq_layers.numerics.grid import group_count
 from tsq_layers.numerics.memory import dtype_name
 
 GridKind = Literal["symmetric", "zero_points", "offsets", "row_tables", "group_tables"]
@@ -85,8 +87,8 @@ class BufferSpec:
 class FormatKeywords(TypedDict, total=False):
     """The properties of a packed weight as keywords of :class:`~tsq_layers.QuantLinear`.
 
-    ``bits`` and ``group_size`` are required. ``symmetric``, ``offsets`` and ``tables`` together say which kind
-    of grid it is; the others are fields of :class:`WeightFormat`.
+    ``bits`` and ``group_size`` are required. ``symmetric``, ``offsets`` and ``tables`` together, or ``grid``, say
+    which kind of grid it is; the others are fields of :class:`WeightFormat`.
     """
 
     bits: int
@@ -95,6 +97,7 @@ class FormatKeywords(TypedDict, total=False):
     scale_dtype: torch.dtype
     offsets: bool
     tables: Literal["row", "group"] | None
+    grid: GridKind | None
     rotation: int | None
     channel_scaling: bool
     outliers: int
@@ -181,6 +184,7 @@ class WeightFormat:
         symmetric: bool = False,
         offsets: bool = False,
         tables: Literal["row", "group"] | None = None,
+        grid: GridKind | None = None,
         **others: Any,
     ) -> Self:
         """Make a format from the keywords of :class:`FormatKeywords`.
@@ -192,7 +196,7 @@ class WeightFormat:
             >>> WeightFormat.of(bits=2, group_size=64, tables="row").grid
             'row_tables'
         """
-        kind = kind_of_grid(symmetric=symmetric, offsets=offsets, tables=tables)
+        kind = grid or kind_of_grid(symmetric=symmetric, offsets=offsets, tables=tables)
         return cls(bits=bits, group_size=group_size, grid=kind, **others)
 
     def to_dict(self) -> dict[str, Any]:
@@ -283,7 +287,7 @@ class WeightFormat:
 
     def groups(self, columns: int) -> int:
         """G, the groups of a row of K columns."""
-        return grid.group_count(columns, self.group_columns(columns))
+        return group_count(columns, self.group_columns(columns))
 
     def has_one_group(self, columns: int) -> bool:
         """Whether a row of K columns has one scale or one table."""
@@ -371,6 +375,9 @@ class Grid:
     Args:
         keywords: of :class:`FormatKeywords` that name the kind; files hold them too.
         buffers: (format, N, K) → the stored tensors of codes and grids.
+        grids: name of the tensor with the scales or tables.
+        shifts: name of the tensor with what else there is for each group or row; ``None`` if there is none.
+        float_shifts: whether those are the bits of numbers in the dtype of the scales.
         zero_points: whether values are scales · (codes − integers).
         tables: what has a look-up table of its own.
         groups: whether columns are in groups.
@@ -378,6 +385,9 @@ class Grid:
 
     keywords: Mapping[str, Any]
     buffers: Callable[[WeightFormat, int, int], dict[str, BufferSpec]]
+    grids: str = "scale_bits"
+    shifts: str | None = None
+    float_shifts: bool = False
     zero_points: bool = False
     tables: Literal["row", "group"] | None = None
     groups: bool = True
@@ -420,10 +430,16 @@ def _tables(form: WeightFormat, rows: int, columns: int) -> dict[str, BufferSpec
 
 GRIDS: dict[str, Grid] = {
     "symmetric": Grid(keywords={"symmetric": True}, buffers=_symmetric, zero_points=True),
-    "zero_points": Grid(keywords={}, buffers=_zero_points, zero_points=True),
-    "offsets": Grid(keywords={"offsets": True}, buffers=_offsets),
-    "row_tables": Grid(keywords={"tables": "row"}, buffers=_tables, tables="row"),
-    "group_tables": Grid(keywords={"tables": "group"}, buffers=_tables, tables="group"),
+    "zero_points": Grid(keywords={}, buffers=_zero_points, shifts="zero_words", zero_points=True),
+    "offsets": Grid(
+        keywords={"offsets": True}, buffers=_offsets, shifts="offset_bits", float_shifts=True
+    ),
+    "row_tables": Grid(
+        keywords={"tables": "row"}, buffers=_tables, grids="table_bits", tables="row"
+    ),
+    "group_tables": Grid(
+        keywords={"tables": "group"}, buffers=_tables, grids="table_bits", tables="group"
+    ),
 }
 """Kind → what is particular to it."""
 

@@ -21,7 +21,11 @@ _REQUIRED = {
     "scale_dtype": str,
     "dtype": str,
 }
-_KINDS = [("offsets", bool, False), ("tables", Literal["row", "group"] | None, None)]
+_KINDS = [
+    ("offsets", bool, False),
+    ("tables", Literal["row", "group"] | None, None),
+    ("grid", str | None, None),  # of kinds that the two do not name
+]
 
 
 def _stored_fields() -> type:

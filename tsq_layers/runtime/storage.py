@@ -15,6 +15,7 @@ from tsq_layers.numerics.basis import Basis
 from tsq_layers.numerics.weight import Outliers, QuantizedWeight
 from tsq_layers.numerics.weight_format import (
     BUFFER_NAMES,
+    GRIDS,
     BufferSpec,
     FormatKeywords,
     WeightFormat,
@@ -159,11 +160,13 @@ class PackedStorage(nn.Module):
         # Not by attribute: that takes a microsecond each, and this is asked for at each call.
         buffers = self._buffers
         form = self.format
-        words, tables, offsets = buffers["words"], buffers["table_bits"], buffers["offset_bits"]
-        grids = buffers["scale_bits"] if tables is None else tables
+        grid = GRIDS[form.grid]
+        words, grids = buffers["words"], buffers[grid.grids]
         assert words is not None
         assert grids is not None
-        shifts = buffers["zero_words"] if offsets is None else offsets.view(form.scale_dtype)
+        shifts = None if grid.shifts is None else buffers[grid.shifts]
+        if grid.float_shifts and shifts is not None:
+            shifts = shifts.view(form.scale_dtype)
         codes = Parts(words, grids.view(form.scale_dtype), shifts)
         if not (form.has_basis or form.has_outliers):
             return codes
