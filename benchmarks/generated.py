@@ -42,6 +42,8 @@ from benchmarks.running import random_layer
 from tsq_layers.runtime import kernels
 from tsq_layers.runtime.linear import QuantLinear
 from tsq_layers.runtime.one_pass import few_rows
+from tsq_layers.runtime.parts import Parts
+from tsq_layers.runtime.route import most_rows
 
 TARGET = GPUTarget("cuda", 90, 32)
 # What Inductor asks for; of an H100.
@@ -193,21 +195,28 @@ def compiled(kernel: Any) -> Kernel:
     )
 
 
-def functions(layer: QuantLinear, group: int) -> dict[str, tuple[Generated, int]]:
+def functions(layer: QuantLinear) -> dict[str, tuple[Generated, int]]:
     """What is made for one row of input, for as many as one pass takes, and for more; with the bytes that must be moved."""
     weight = (layer.words, layer.grids, layer.shifts)
     packed = sum(tensor.numel() * tensor.dtype.itemsize for tensor in weight if tensor is not None)
-    form = kernels.format_of(layer.grids, layer.bits, group, layer.in_features)
+    columns = layer.in_features
+
+    def in_one_pass(x: Tensor, *parts: Tensor | None) -> Tensor:
+        return few_rows(x, Parts(*parts), None, layer.format, columns)
+
+    def matrix(*parts: Tensor | None) -> Tensor:
+        return kernels.matrix_of(Parts(*parts), layer.format, columns, torch.bfloat16)
+
     made = {}
-    for rows in sorted({1, kernels.most_rows(layer.grids, layer.bits)}):
+    for rows in sorted({1, most_rows(layer.format)}):
         x = torch.empty(rows, layer.in_features)
-        one_pass = generate(few_rows, x, *weight, None, form=form)
+        one_pass = generate(in_one_pass, x, *weight)
         made[f"{rows} rows" if rows > 1 else "1 row"] = (
             one_pass,
             packed + x.numel() * 4 + one_pass.output,
         )
-    matrix = generate(kernels.matrix_of, *weight, form=form, dtype=torch.bfloat16)
-    return {**made, "matrix": (matrix, packed + matrix.output)}
+    whole = generate(matrix, *weight)
+    return {**made, "matrix": (whole, packed + whole.output)}
 
 
 def main() -> None:
@@ -230,7 +239,7 @@ def main() -> None:
                 layer = random_layer(
                     rows, columns, bits, arguments.group_size, kind, torch.bfloat16
                 )
-                for name, (made, least) in functions(layer, arguments.group_size).items():
+                for name, (made, least) in functions(layer).items():
                     moved = (
                         least + 2 * made.temporary
                     ) / least  # what is temporary is written and read

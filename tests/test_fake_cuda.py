@@ -307,9 +307,8 @@ def test_offsets_and_tables_stay_on_the_device_and_read_nothing(
     x = torch.randn(rows, 64, device=CUDA, dtype=dtype)
     y = layer(x)
     assert (y.device.type, y.dtype, tuple(y.shape)) == ("cuda", dtype, (rows, 24))
-    form = few_rows.Format(bits, 64 if kind == "row tables" else 16, 64)
-    if few_rows.one_pass(*form):  # what is compiled on a GPU
-        y = few_rows.few_rows(x, layer.words, layer.grids, layer.shifts, None, form)
+    if few_rows.one_pass(layer.format, 64):  # what is compiled on a GPU
+        y = few_rows.few_rows(x, layer.parts, None, layer.format, 64)
         assert (y.device.type, tuple(y.shape)) == ("cuda", (rows, 24))
     assert (
         layer.weight.device.type

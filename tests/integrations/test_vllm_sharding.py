@@ -305,7 +305,7 @@ def test_the_operation_is_what_it_says() -> None:
     layer = layer_of(rotation=16)
     torch.library.opcheck(
         assembly._operation,
-        (inputs(3, 128), inputs(12), *layer.parts, *layer.form, None),
+        (inputs(3, 128), inputs(12), list(layer.parts), assembly._text_of(layer.format)),
         test_utils=("test_schema", "test_faketensor"),
     )
 

@@ -18,6 +18,7 @@ from tsq_layers.numerics.statistics import LayerStatistics
 from tsq_layers.numerics.weight import QuantizedWeight
 from tsq_layers.runtime import kernels
 from tsq_layers.runtime.linear import QuantLinear
+from tsq_layers.runtime.parts import Parts
 from tsq_layers.solver import TwoStageGroupQuantizer
 
 ROWS, COLUMNS = 20, 40
@@ -96,9 +97,9 @@ def dequantised(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     counts: list[int] = []
     original = kernels.dequantize
 
-    def count(words: Tensor, *args: Any) -> Tensor:
-        counts.append(words.shape[0])
-        return original(words, *args)
+    def count(parts: Parts, *args: Any) -> Tensor:
+        counts.append(parts.words.shape[0])
+        return original(parts, *args)
 
     monkeypatch.setattr(kernels, "dequantize", count)
     return counts

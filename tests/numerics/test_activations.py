@@ -13,6 +13,8 @@ from tsq_layers.numerics import activations
 from tsq_layers.observer import HessianObserver
 from tsq_layers.passes.batches import with_input
 from tsq_layers.runtime import forward as running
+from tsq_layers.runtime import route as routes
+from tsq_layers.runtime.environment import environment_of
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -84,7 +86,7 @@ def test_integers_and_floats_agree(bits, symmetric, dtype, monkeypatch):
     layer, x = layer_of(bits=bits, symmetric=symmetric).to(dtype), torch.randn(3, 20, 64).to(dtype)
     with torch.no_grad():
         emulated = layer(x)
-        monkeypatch.setattr(running, "_integers_pay", lambda *args: True)
+        monkeypatch.setattr(running, "route", lambda *args: "integers")
         found = layer(x)
     assert (found.dtype, found.shape) == (dtype, emulated.shape)
     torch.testing.assert_close(
@@ -97,14 +99,14 @@ def test_integers_are_exact_at_their_limits(symmetric):
     layer = layer_of(symmetric=symmetric, columns=4096, bias=False)
     layer.words.fill_(-1)  # all codes are the largest
     x = torch.full((17, 4096), 3.0)
-    found = running.integer_product(x, None, layer.parts, layer.form)
+    found = running.integer_product(x, None, layer.parts, layer.format)
     expected = (x.double() @ layer.dequantize(torch.float64).T).float()
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
 
 
 def test_integers_are_not_used_where_they_do_not_pay_or_fit(monkeypatch):
-    assert running._has_integer_product(torch.device("cpu"))
-    monkeypatch.setattr(running, "_has_integer_product", lambda device: True)
+    assert routes.has_integer_product(torch.device("cpu"))
+    monkeypatch.setattr(routes, "has_integer_product", lambda device: True)
 
     class Elsewhere:
         device, dtype, requires_grad = torch.device("meta"), torch.float32, False
@@ -114,7 +116,8 @@ def test_integers_are_not_used_where_they_do_not_pay_or_fit(monkeypatch):
 
     def pays(x, **options):
         layer = layer_of(**options)
-        return running._integers_pay(x, None, layer.parts, layer.form)
+        way = routes.route(x, layer.parts, layer.format, environment_of(x))
+        return way == "integers"
 
     with torch.no_grad():
         assert pays(Elsewhere())
@@ -124,7 +127,8 @@ def test_integers_are_not_used_where_they_do_not_pay_or_fit(monkeypatch):
         assert not pays(Elsewhere(), rows=12)
         for kind in KINDS:
             layer = tsq.QuantLinear.from_quantized(made(kind, 16, 64, 4, 64), activation_bits=8)
-            assert not running._integers_pay(Elsewhere(), None, layer.parts, layer.form)
+            x = Elsewhere()
+            assert routes.route(x, layer.parts, layer.format, environment_of(x)) != "integers"
 
 
 def test_gradients_flow_through_the_layer():

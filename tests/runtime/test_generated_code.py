@@ -25,7 +25,7 @@ pytestmark = [
 def test_each_function_is_one_kernel_without_a_temporary_tensor(kind, bits):
     layer = random_layer(64, 512, bits, 64, kind, torch.bfloat16)
     with generated.described_gpu():
-        for name, (made, _) in generated.functions(layer, 64).items():
+        for name, (made, _) in generated.functions(layer).items():
             assert len(made.kernels) == 1, (name, made.source)
             assert made.temporary == 0
             assert made.kernels[0].spilled == 0

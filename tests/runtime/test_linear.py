@@ -16,9 +16,11 @@ from torch.autograd import forward_ad
 
 from tsq_layers.errors import LayerError
 from tsq_layers.numerics import grid
-from tsq_layers.numerics.weight import QuantizedWeight
+from tsq_layers.numerics.weight import QuantizedWeight, WeightFormat
 from tsq_layers.runtime import kernels, native
 from tsq_layers.runtime.linear import QuantLinear
+from tsq_layers.runtime.one_pass import one_pass
+from tsq_layers.runtime.parts import Parts
 
 WIDTHS = range(1, 9)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -121,9 +123,9 @@ def test_blocks_of_rows_are_bit_equal_to_the_whole(
     original = kernels.matrix_of
     monkeypatch.setattr(native, "_usable", False)
 
-    def record(words: Tensor, *args: Any) -> Tensor:
-        sizes.append(words.shape[0])
-        return original(words, *args)
+    def record(parts: Parts, *args: Any) -> Tensor:
+        sizes.append(parts.words.shape[0])
+        return original(parts, *args)
 
     monkeypatch.setattr(kernels, "matrix_of", record)
     for block, expected in ((10, [1] * 9), (160, [2, 2, 2, 2, 1]), (9 * 75, [9])):
@@ -260,11 +262,13 @@ def test_the_bound_notices_one_changed_code() -> None:
 
 def test_which_shapes_take_one_pass() -> None:
     assert all(
-        kernels.one_pass(bits, 64, 4096) and kernels.one_pass(bits, 4096, 4096) for bits in WIDTHS
+        one_pass(WeightFormat(bits=bits, group_size=64), 4096)
+        and one_pass(WeightFormat(bits=bits), 4096)
+        for bits in WIDTHS
     )
-    assert kernels.one_pass(2, 64, 576)
-    assert kernels.one_pass(4, 64, 576)
-    assert not kernels.one_pass(3, 32, 75)
+    assert one_pass(WeightFormat(bits=2, group_size=64), 576)
+    assert one_pass(WeightFormat(bits=4, group_size=64), 576)
+    assert not one_pass(WeightFormat(bits=3, group_size=32), 75)
 
 
 @pytest.mark.parametrize("shape", [(64,), (1, 64), (0, 64), (2, 0, 64), (2, 3, 64), (2, 3, 4, 64)])
@@ -463,7 +467,7 @@ def test_inductor_is_as_exact_as_the_plain_path(
 ) -> None:
     monkeypatch.setattr(native, "_usable", False)
     layer = QuantLinear.from_quantized(random_weight(64, columns, bits, 48), inputs(64)).to(dtype)
-    assert kernels.one_pass(bits, 48, columns)
+    assert one_pass(layer.format, columns)
     for rows in (1, 3, 7) if bits == 4 else (1,):
         x = inputs(rows, columns, dtype=dtype)
         assert error_ratio(layer(x), x, layer) <= 2
@@ -477,9 +481,7 @@ def test_inductor_makes_the_matrix_bit_by_bit(bits: int, monkeypatch: pytest.Mon
     monkeypatch.setattr(kernels, "_PLAIN_MATRICES", set())
     layer = QuantLinear.from_quantized(random_weight(24, 100, bits, 16))
     kept = len(kernels._compiled)
-    found = kernels._matrix(
-        layer.words, layer.grids, layer.shifts, kernels.Format(bits, 16, 100), torch.float32
-    )
+    found = kernels.dense_weight(layer.parts, layer.format, 100, torch.float32)
     assert len(kernels._compiled) == kept + 1
     assert torch.equal(found, layer.weight)
 

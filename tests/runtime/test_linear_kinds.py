@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tsq_layers.errors import LayerError
 from tsq_layers.layers.convolution import CONVOLUTIONS
 from tsq_layers.layers.embedding import EMBEDDING
+from tsq_layers.numerics.weight import WeightFormat
 from tsq_layers.runtime import kernels, native
 from tsq_layers.runtime import one_pass as few_rows
 from tsq_layers.runtime.linear import QuantLinear
@@ -217,12 +218,16 @@ def test_a_float64_pass_is_exact(kind: str) -> None:
         torch.testing.assert_close(layer(x), exact, rtol=0, atol=1e-10)
 
 
+def format_of(kind: str, bits: int, group_size: int) -> WeightFormat:
+    return WeightFormat(bits=bits, group_size=group_size, grid=kind.replace(" ", "_"))  # type: ignore[arg-type]
+
+
 PASSES = [
     pytest.param(kind, bits, group_size, id=f"{kind}-{bits}-{group_size}")
     for kind in KINDS
     for bits in WIDTHS[kind]
     for group_size in (32, 48, 64)
-    if few_rows.one_pass(bits, 192 if kind == "row tables" else group_size, 192)
+    if few_rows.one_pass(format_of(kind, bits, group_size), 192)
 ]
 
 
@@ -231,10 +236,8 @@ def test_the_pass_over_the_words_gives_what_the_matrix_gives(
     kind: str, bits: int, group_size: int
 ) -> None:
     layer = layer_of(kind, 8, 192, bits, group_size)
-    group_size = 192 if kind == "row tables" else group_size
-    form = few_rows.Format(bits, group_size, 192)
     x = inputs(3, 192).double()
-    found = few_rows.few_rows(x, layer.words, layer.grids, layer.shifts, None, form)
+    found = few_rows.few_rows(x, layer.parts, None, layer.format, 192)
     torch.testing.assert_close(found, x @ layer.dequantize(torch.float64).T, rtol=0, atol=1e-10)
 
 
@@ -435,7 +438,7 @@ def test_inductor_is_as_exact_as_the_plain_path(
 ) -> None:
     monkeypatch.setattr(native, "_usable", False)
     layer = layer_of(kind, 64, 128, bits, 64).to(dtype)
-    assert kernels.one_pass(bits, 64, 128)
+    assert few_rows.one_pass(layer.format, 128)
     x = inputs(1, 128, dtype=dtype)
     assert error_ratio(layer(x), x, layer) <= 2
 
@@ -449,8 +452,8 @@ def test_inductor_makes_the_matrix_of_the_plain_path(
     monkeypatch.setattr(native, "_usable", False)
     monkeypatch.setattr(kernels, "_PLAIN_MATRICES", set())
     layer = layer_of(kind, 24, 100, bits, 16)
-    kept, form = len(kernels._compiled), kernels.Format(bits, layer.group_size, 100)
-    found = kernels._matrix(layer.words, layer.grids, layer.shifts, form, torch.float32)
+    kept = len(kernels._compiled)
+    found = kernels.dense_weight(layer.parts, layer.format, 100, torch.float32)
     assert len(kernels._compiled) == kept + 1
     if kind == "offsets":  # product and sum may be rounded once
         torch.testing.assert_close(found, layer.weight, rtol=1e-6, atol=1e-7)

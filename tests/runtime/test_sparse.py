@@ -204,13 +204,14 @@ class Largest(TorchDispatchMode):
 
 def test_few_rows_make_no_dense_sparse_part():
     weight, sparse = quantised("entries", rows=256, columns=256, share=0.01)
-    parts, x = tsq.QuantLinear.from_quantized(weight).parts, torch.randn(4, 256)
+    layer, x = tsq.QuantLinear.from_quantized(weight), torch.randn(4, 256)
+    parts = layer.parts
     with Largest() as largest:
         found = running._sparse_product(x, parts.values, parts.places, 256)
     assert largest.size < 256 * 256 / 8
     torch.testing.assert_close(found.double(), x.double() @ sparse.T, rtol=1e-4, atol=1e-4)
     with Largest() as largest:
-        running.dequantize(parts, running.Form(4, 16, 256), torch.float32)
+        running.dequantize(parts, layer.format, 256, torch.float32)
     assert largest.size >= 256 * 256
 
 
@@ -348,7 +349,7 @@ def test_damaged_counts_are_refused(kind, tmp_path):
     tsq.save(model, tmp_path)
     file = tmp_path / "tsq.json"
     name = "outliers" if kind == "entries" else "outlier_columns"
-    count = model.out.additions()[name]
+    count = getattr(model.out.format, name)
     file.write_text(file.read_text().replace(f'"{name}": {count}', f'"{name}": {count + 1}'))
     with pytest.raises(tsq.errors.CheckpointError):
         tsq.load(tmp_path, Net())

@@ -183,7 +183,10 @@ class _Grids:
         parts = self.matrix.parts
         shifts = now[1] if len(now) > 1 else parts.shifts
         return running.dequantize(
-            parts._replace(grids=now[0], shifts=shifts), self.matrix.form, torch.float32
+            parts._replace(grids=now[0], shifts=shifts),
+            self.matrix.format,
+            self.matrix.in_features,
+            torch.float32,
         ).to(dtype)
 
     @torch.no_grad()

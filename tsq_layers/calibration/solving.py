@@ -86,7 +86,7 @@ def stacks(targets: Sequence[Target]) -> list[list[Target]]:
 
 def _may_stack(target: Target, other: Target) -> bool:
     """Return whether each of two layers is solved in a stack as it is by itself."""
-    if target.additions.keys() & {"outliers", "outlier_columns"}:
+    if target.format.has_outliers:
         return False  # outliers are chosen over a whole layer, not row by row
     return target.config == other.config and (target.given is None) == (other.given is None)
 
@@ -213,7 +213,7 @@ def _split(
         matrix = QuantLinear.from_quantized(
             weight,
             dtype=target.weight.dtype,
-            activation_bits=target.additions.get("activation_bits"),
+            activation_bits=target.format.activation_bits,
         )
         strength = ridge = None
         if target.uses_deviation:

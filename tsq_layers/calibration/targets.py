@@ -1,7 +1,7 @@
 """A layer that is to be quantised, before it is solved and after."""
 
+import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from tsq_layers.calibration.guidance import groups_of
 from tsq_layers.config import QuantConfig
 from tsq_layers.layers import LayerKind, rows_of
 from tsq_layers.layers.pools import Pool
-from tsq_layers.numerics.weight import QuantizedWeight
+from tsq_layers.numerics.weight import QuantizedWeight, WeightFormat
 from tsq_layers.observer import HessianObserver
 from tsq_layers.reports import LayerReport
 from tsq_layers.runtime.linear import QuantLinear
@@ -80,33 +80,42 @@ class Target:
         )
 
     @property
-    def additions(self) -> dict[str, Any]:
-        """Return the parts of the packed matrix beside codes, scales and zero points, named as in ``QuantLinear``."""
+    def format(self) -> WeightFormat:
+        """What its packed matrix will be."""
         config, (rows, columns) = self.config, self.shape
-        parts: dict[str, Any] = {"offsets": config.has_offsets, "tables": config.tables}
-        if config.option("outlier_columns"):
-            parts["outlier_columns"] = min(config.option("outlier_columns"), columns)
-        elif config.option("outliers"):
-            parts["outliers"] = max(1, round(config.option("outliers") * rows * columns))
-        if self.kind.inputs is None:
-            return parts
-        basis = {"rotation": config.rotation, "channel_scaling": config.channel_scaling}
-        return parts | basis | {"activation_bits": config.activation_bits}
-
-    def empty_matrix(self, device: torch.device | str | None = None) -> QuantLinear:
-        """Its packed matrix before it is solved, without bias; on the device of its weight unless another is given."""
-        config, weight, (rows, columns) = self.config, self.weight, self.shape
-        return QuantLinear(
-            columns,
-            rows,
+        codes = WeightFormat.of(
             bits=config.bits,
             group_size=min(config.group_size or columns, columns),
             symmetric=config.symmetric,
-            bias=False,
             scale_dtype=config.torch_scale_dtype,
-            **self.additions,
-            device=device or weight.device,
-            dtype=weight.dtype,
+            offsets=config.has_offsets,
+            tables=config.tables,
+        )
+        if config.option("outlier_columns"):
+            count = min(config.option("outlier_columns"), columns)
+            codes = dataclasses.replace(codes, outlier_columns=count)
+        elif config.option("outliers"):
+            count = max(1, round(config.option("outliers") * rows * columns))
+            codes = dataclasses.replace(codes, outliers=count)
+        if self.kind.inputs is None:
+            return codes
+        return dataclasses.replace(
+            codes,
+            rotation=config.rotation,
+            channel_scaling=config.channel_scaling,
+            activation_bits=config.activation_bits,
+        )
+
+    def empty_matrix(self, device: torch.device | str | None = None) -> QuantLinear:
+        """Its packed matrix before it is solved, without bias; on the device of its weight unless another is given."""
+        rows, columns = self.shape
+        return QuantLinear(
+            columns,
+            rows,
+            self.format,
+            bias=False,
+            device=device or self.weight.device,
+            dtype=self.weight.dtype,
         )
 
     def rounded(self, rows: Tensor) -> Tensor:

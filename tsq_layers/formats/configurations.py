@@ -5,7 +5,7 @@ from tsq_layers.errors import ExportError
 from tsq_layers.formats.compressed_tensors import writing as compressed_tensors
 from tsq_layers.formats.gguf import writing as gguf
 from tsq_layers.formats.gptq import writing as gptq
-from tsq_layers.formats.limits import Limits
+from tsq_layers.formats.limits import Limits, check_asked_for
 from tsq_layers.numerics.memory import dtype_name
 
 LIMITS: dict[str, Limits] = {
@@ -36,29 +36,8 @@ def check_configuration(config: QuantConfig, format_name: str) -> None:
         *(config.changed(overrides={}, **changes) for changes in config.overrides.values()),
     ]
     for layer in layers:
-        _check_additions(layer, format_name)
+        check_asked_for(layer, format_name)
         _check_grids(layer, LIMITS[format_name])
-
-
-def _check_additions(config: QuantConfig, form: str) -> None:
-    wanted = {
-        "zero_points": ("integer", config.has_offsets),
-        "method": ("two-stage", config.tables is not None),
-        "rotation": (None, config.rotation is not None),
-        "outliers": (0, config.option("outliers", 0) > 0),
-        "outlier_columns": (0, config.option("outlier_columns", 0) > 0),
-        "activation_bits": (None, config.activation_bits is not None),
-        "channel_scaling": (
-            False,
-            config.channel_scaling,
-        ),  # a directory has no place for what folds them
-    }
-    found = [field for field, (_, there) in wanted.items() if there]
-    if found:
-        values = config.values()
-        given = ", ".join(f"{field}={values[field]!r}" for field in found)
-        changed = ", ".join(f"{field}={wanted[field][0]!r}" for field in found)
-        raise ExportError(f"{given}: {form} files hold plain codes and scales; give {changed}")
 
 
 def _check_grids(config: QuantConfig, limits: Limits) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 
 from tsq_layers.errors import ExportError, StateError
 from tsq_layers.formats.floats import Stored, float_tensors
+from tsq_layers.formats.limits import check_properties
 from tsq_layers.layers import composite_behind, kind_behind, packed
 from tsq_layers.runtime.linear import QuantLinear
 
@@ -97,7 +98,7 @@ def read(
         )
     if planned is None:
         _check_values(layers)
-    check_additions(held, format_name)
+    check_properties(held, format_name)
     turned = _turned(others) if planned is None else {}  # floats still
     linear = [layer.name for layer in others if layer.kind in ("Linear", "Conv1D")]
     unquantised = dict.fromkeys([*_unquantised(model), *linear])
@@ -166,28 +167,6 @@ def _turned(others: Sequence[Layer]) -> dict[str, bool]:
 def _named(others: Sequence[Layer]) -> str:
     shown = ", ".join(f"{layer.name!r} ({layer.kind})" for layer in others[:3])
     return shown if len(others) <= 3 else f"{shown} and {len(others) - 3} more"
-
-
-def check_additions(held: Mapping[str, QuantLinear], format_name: str) -> None:
-    """Refuse packed layers that do more than multiply by codes on grids.
-
-    Raises:
-        ExportError: the first such layer, and what to do.
-    """
-    cures = {
-        "rotation": "a rotation of its input: quantise with rotation=None",
-        "channel_scaling": "column scales: fold them into the norm before it with tsq.fold_scaling, or quantise with channel_scaling=False",
-        "activation_bits": "8-bit inputs: quantise with activation_bits=None",
-        "outliers": "a sparse part: quantise with outliers=0",
-        "outlier_columns": "a sparse part: quantise with outlier_columns=0",
-    }
-    for name, layer in held.items():
-        additions = layer.additions()
-        found = next((cure for addition, cure in cures.items() if additions[addition]), None)
-        if found is not None:
-            raise ExportError(
-                f"layer {name!r} has {found}; {format_name} holds only codes, scales and zero points"
-            )
 
 
 def _check_values(layers: Sequence[Layer]) -> None:

@@ -51,7 +51,7 @@ def export_checkpoint(
     model: nn.Module,
     directory: str | os.PathLike[str],
     *,
-    format: str,  # noqa: A002  (so it is called everywhere)
+    format: str,
     tokenizer: Any = None,
     engine: str | None = None,
     dequantize_others: bool = False,
@@ -130,7 +130,7 @@ def export_checkpoint(
 def checked(
     model: nn.Module,
     *,
-    format: str,  # noqa: A002  (as in export)
+    format: str,
     tokenizer: Any = None,
     dequantize_others: bool = False,
     config: QuantConfig | None = None,

@@ -1,13 +1,15 @@
 """What a format can hold of a layer, and the nearest configuration that it can."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from tsq_layers.config import QuantConfig
 from tsq_layers.errors import ExportError
 from tsq_layers.numerics.memory import dtype_name
+from tsq_layers.numerics.weight import WeightFormat
 from tsq_layers.runtime.linear import QuantLinear
 
 
@@ -46,6 +48,118 @@ class Limits:
         return ", ".join(parts)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Property:
+    """A property of a packed weight that a file of codes, scales and integer zero points does not hold.
+
+    Args:
+        is_of: whether a weight of a format has it.
+        is_asked_for: whether a configuration makes layers that have it.
+        refusal: what the message says of a layer, behind "has"; ``{format}`` is the format of the file.
+        field: of a configuration, which asks for it.
+        cure: value of the field that does not.
+        held_by: names of the export formats that hold it all the same.
+    """
+
+    is_of: Callable[[WeightFormat], bool]
+    is_asked_for: Callable[[QuantConfig], bool]
+    refusal: str
+    field: str
+    cure: object
+    held_by: frozenset[str] = frozenset()
+
+
+_NO_GRID = "and {format} holds scales with integer zero points only: quantise it with"
+_CODES_ONLY = "{format} holds only codes, scales and zero points"
+
+PROPERTIES: tuple[Property, ...] = (
+    Property(
+        is_of=lambda form: form.has_offsets,
+        is_asked_for=lambda config: config.has_offsets,
+        refusal=f"float offsets, {_NO_GRID} zero_points='integer', or add it to skip",
+        field="zero_points",
+        cure="integer",
+    ),
+    Property(
+        is_of=lambda form: form.has_tables,
+        is_asked_for=lambda config: config.tables is not None,
+        refusal=f"look-up tables, {_NO_GRID} a method other than 'lnq', or add it to skip",
+        field="method",
+        cure="two-stage",
+    ),
+    Property(
+        is_of=lambda form: form.rotation is not None,
+        is_asked_for=lambda config: config.rotation is not None,
+        refusal=f"a rotation of its input: quantise with rotation=None; {_CODES_ONLY}",
+        field="rotation",
+        cure=None,
+    ),
+    Property(
+        is_of=lambda form: form.outliers > 0,
+        is_asked_for=lambda config: config.option("outliers", 0) > 0,
+        refusal=f"a sparse part: quantise with outliers=0; {_CODES_ONLY}",
+        field="outliers",
+        cure=0,
+    ),
+    Property(
+        is_of=lambda form: form.outlier_columns > 0,
+        is_asked_for=lambda config: config.option("outlier_columns", 0) > 0,
+        refusal=f"a sparse part: quantise with outlier_columns=0; {_CODES_ONLY}",
+        field="outlier_columns",
+        cure=0,
+    ),
+    Property(
+        is_of=lambda form: form.activation_bits is not None,
+        is_asked_for=lambda config: config.activation_bits is not None,
+        refusal=f"8-bit inputs: quantise with activation_bits=None; {_CODES_ONLY}",
+        field="activation_bits",
+        cure=None,
+    ),
+    # A directory has no place for the norm that would fold the scales.
+    Property(
+        is_of=lambda form: form.channel_scaling,
+        is_asked_for=lambda config: config.channel_scaling,
+        refusal="column scales: fold them into the norm before it with tsq.fold_scaling, "
+        f"or quantise with channel_scaling=False; {_CODES_ONLY}",
+        field="channel_scaling",
+        cure=False,
+    ),
+)
+"""In the order in which they are refused."""
+
+
+def check_properties(layers: Mapping[str, QuantLinear], format_name: str) -> None:
+    """Refuse layers with a property that a format does not hold.
+
+    Raises:
+        ExportError: the first such layer, its property, and what to do.
+    """
+    family = format_name.removesuffix("-v1")  # both versions of gptq hold the same
+    for name, layer in layers.items():
+        for item in PROPERTIES:
+            if item.is_of(layer.format) and format_name not in item.held_by:
+                refusal = item.refusal.replace("{format}", family)
+                raise ExportError(f"layer {name!r} has {refusal}")
+
+
+def check_asked_for(config: QuantConfig, format_name: str) -> None:
+    """Refuse a configuration that asks for properties that a format does not hold.
+
+    Raises:
+        ExportError: the fields, and their values that the format holds.
+    """
+    refused = [
+        item for item in PROPERTIES if item.is_asked_for(config) and format_name not in item.held_by
+    ]
+    if refused:
+        values = config.values()
+        present = ", ".join(f"{item.field}={values[item.field]!r}" for item in refused)
+        cures = ", ".join(f"{item.field}={item.cure!r}" for item in refused)
+        raise ExportError(
+            f"{present}: {format_name} files hold plain codes and scales; give {cures}"
+        )
+
+
 def check(layers: Mapping[str, QuantLinear], limits: Limits) -> None:
     """Refuse layers that a format cannot hold.
 
@@ -53,7 +167,6 @@ def check(layers: Mapping[str, QuantLinear], limits: Limits) -> None:
         ExportError: the first such layer, what the format holds, and the nearest configuration that it can hold.
     """
     for name, layer in layers.items():
-        _check_kind(name, layer, limits.format_name)
         if _fits(layer, limits):
             if limits.scale_dtype is not None and not is_exact(layer.scales, limits.scale_dtype):
                 raise ExportError(
@@ -67,19 +180,6 @@ def check(layers: Mapping[str, QuantLinear], limits: Limits) -> None:
             changes = ", ".join(f"{key}={value!r}" for key, value in nearest(layer, limits).items())
             cure = f"the nearest that it holds is QuantConfig({changes})"
         raise ExportError(f"{has}, and {limits.format_name} holds {limits}: {cure}")
-
-
-def _check_kind(name: str, layer: QuantLinear, format_name: str) -> None:
-    if layer.codebook is not None:
-        has, cure = "look-up tables", "a method other than 'lnq'"
-    elif layer.offset_bits is not None:
-        has, cure = "float offsets", "zero_points='integer'"
-    else:
-        return
-    raise ExportError(
-        f"layer {name!r} has {has}, and {format_name} holds scales with integer zero points only: quantise it with {cure}, "
-        "or add it to skip"
-    )
 
 
 def _fits(layer: QuantLinear, limits: Limits) -> bool:

@@ -3,6 +3,7 @@
 Shapes: B batch, C channels in, N channels out, K columns of the weight matrix, n spatial dimensions.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -10,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tsq_layers.numerics.weight import WeightFormat
 from tsq_layers.runtime import forward as running
-from tsq_layers.runtime import kernels
-from tsq_layers.runtime.forward import Form, Parts
+from tsq_layers.runtime.environment import autocast
 from tsq_layers.runtime.linear import QuantLinear
+from tsq_layers.runtime.parts import Parts
 
 CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 """By the number of spatial dimensions."""
@@ -94,9 +96,9 @@ def convolve(x: Tensor, matrix: QuantLinear, geometry: Geometry) -> Tensor:
         >>> convolve(torch.zeros(2, 4, 10), QuantLinear(4 * 3, 8, bits=4, group_size=None), geometry).shape
         torch.Size([2, 8, 10])
     """
-    padded = geometry.pad(kernels.autocast(x), done=geometry.own_padding)
+    padded = geometry.pad(autocast(x), done=geometry.own_padding)
     bias = None if matrix.bias is None else matrix.bias.to(padded.dtype)
-    arguments = (padded, bias, matrix.form, geometry, *matrix.parts)
+    arguments = (padded, bias, matrix.format, geometry, *matrix.parts)
     differentiable = torch.is_grad_enabled() and (
         padded.requires_grad or (bias is not None and bias.requires_grad)
     )
@@ -111,9 +113,10 @@ def convolve(x: Tensor, matrix: QuantLinear, geometry: Geometry) -> Tensor:
 
 
 def _forward(
-    x: Tensor, bias: Tensor | None, form: Form, geometry: Geometry, *parts: Tensor | None
+    x: Tensor, bias: Tensor | None, form: WeightFormat, geometry: Geometry, *parts: Tensor | None
 ) -> Tensor:
-    weight = _weight(parts, form, geometry, x.dtype)
+    columns = x.shape[1] // geometry.groups * math.prod(geometry.kernel_size)
+    weight = _weight(parts, form, columns, geometry, x.dtype)
     convolution = CONVOLUTIONS[len(geometry.kernel_size)]
     return convolution(
         x, weight, bias, geometry.stride, geometry.own_padding, geometry.dilation, geometry.groups
@@ -121,9 +124,13 @@ def _forward(
 
 
 def _weight(
-    parts: Sequence[Tensor | None], form: Form, geometry: Geometry, dtype: torch.dtype
+    parts: Sequence[Tensor | None],
+    form: WeightFormat,
+    columns: int,
+    geometry: Geometry,
+    dtype: torch.dtype,
 ) -> Tensor:
-    weight_NK = running.dequantize(Parts(*parts), form, dtype)  # type: ignore[arg-type]
+    weight_NK = running.dequantize(Parts(*parts), form, columns, dtype)  # type: ignore[arg-type]
     return weight_NK.view(weight_NK.shape[0], -1, *geometry.kernel_size)
 
 
@@ -132,7 +139,11 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x: Tensor, bias: Tensor | None, form: Form, geometry: Geometry, *parts: Tensor | None
+        x: Tensor,
+        bias: Tensor | None,
+        form: WeightFormat,
+        geometry: Geometry,
+        *parts: Tensor | None,
     ) -> Tensor:
         return _forward(x, bias, form, geometry, *parts)
 
@@ -147,7 +158,8 @@ class _Convolution(torch.autograd.Function):
         to_x = to_bias = None
         if ctx.needs_input_grad[0]:
             geometry: Geometry = ctx.geometry
-            weight = _weight(ctx.saved_tensors, ctx.form, geometry, gradient.dtype)
+            columns = ctx.shape[1] // geometry.groups * math.prod(geometry.kernel_size)
+            weight = _weight(ctx.saved_tensors, ctx.form, columns, geometry, gradient.dtype)
             x = gradient.new_empty(1).expand(ctx.shape)  # only its shape is used
             to_x, _, _ = torch.ops.aten.convolution_backward(
                 gradient,

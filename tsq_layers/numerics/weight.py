@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,10 +12,23 @@ from tsq_layers.errors import LayerError
 from tsq_layers.numerics import grid
 from tsq_layers.numerics.basis import Basis
 from tsq_layers.numerics.sync import to_host
+from tsq_layers.numerics.weight_format import (
+    SCALE_DTYPES,
+    BufferSpec,
+    FormatKeywords,
+    WeightFormat,
+)
 
-SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-TABLE_BITS = 4
-"""The widest codes of a look-up table: its 16 levels stay in registers."""
+__all__ = [
+    "SCALE_DTYPES",
+    "BufferSpec",
+    "FormatKeywords",
+    "Outliers",
+    "QuantizedWeight",
+    "WeightFormat",
+    "out_of_range",
+    "stacked",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,20 +142,11 @@ class QuantizedWeight:
     basis: Basis | None = None
 
     def __post_init__(self) -> None:
-        if not 1 <= self.bits <= 8:
-            raise LayerError(f"bits={self.bits}: give 1 to 8")
+        self._check_format()
         if self.codes.dim() != 2 or self.codes.dtype != torch.uint8:
             raise LayerError(
                 f"codes are {self.codes.dtype} of shape {tuple(self.codes.shape)}; give uint8 (N, K)"
             )
-        if self.group_size < 1:
-            raise LayerError(f"group_size={self.group_size}: give a positive integer")
-        check_kind(
-            self.bits,
-            symmetric=self.symmetric,
-            offsets=self.offsets is not None,
-            tables=self.tables is not None,
-        )
         rows, columns = self.codes.shape
         groups = grid.group_count(columns, self.group_size)
         expected = (rows, groups if self.tables is None else 0)
@@ -161,6 +166,34 @@ class QuantizedWeight:
             shapes = [(rows, count, 1 << self.bits) for count in dict.fromkeys((1, groups))]
             self._check_like_scales("tables", self.tables, shapes)
         self._check_additions()
+
+    @property
+    def format(self) -> WeightFormat:
+        """What the weight is, but for its values; inputs are not rounded."""
+        basis, outliers = self.basis, self.outliers
+        return replace(
+            self._check_format(),
+            scale_dtype=self.scales.dtype,
+            rotation=None if basis is None else basis.rotation,
+            channel_scaling=basis is not None and basis.scaling is not None,
+            outliers=0 if outliers is None or outliers.indices is None else len(outliers.indices),
+            outlier_columns=0
+            if outliers is None or outliers.columns is None
+            else len(outliers.columns),
+        )
+
+    def _check_format(self) -> WeightFormat:
+        """The format of codes and grids, in a dtype of scales that is not looked at."""
+        tables: Literal["row", "group"] | None = None
+        if self.tables is not None:
+            tables = "row" if self.tables.dim() == 3 and self.tables.shape[1] == 1 else "group"
+        return WeightFormat.of(
+            bits=self.bits,
+            group_size=self.group_size,
+            symmetric=self.symmetric,
+            offsets=self.offsets is not None,
+            tables=tables,
+        )
 
     def _check_like_scales(
         self, name: str, given: Tensor, shapes: Sequence[tuple[int, ...]]
@@ -328,22 +361,3 @@ def stacked(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
         zeros=zeros,
         offsets=torch.cat(offsets) if offsets else None,
     )
-
-
-def check_kind(bits: int, *, symmetric: bool, offsets: bool, tables: bool) -> None:
-    """Refuse kinds of grids that exclude one another.
-
-    Raises:
-        LayerError: offsets and tables; either of a symmetric grid; tables of more than 4 bits.
-    """
-    if offsets and tables:
-        raise LayerError("a weight has float offsets or look-up tables, not both; give one of them")
-    if symmetric and (offsets or tables):
-        kind = "float offsets" if offsets else "look-up tables"
-        raise LayerError(
-            f"a weight with {kind} has no zero points that could be symmetric; give symmetric=False"
-        )
-    if tables and bits > TABLE_BITS:
-        raise LayerError(
-            f"bits={bits}: look-up tables are of codes of 1 to {TABLE_BITS} bits; give one of these, or scales"
-        )

@@ -54,21 +54,13 @@ class Needs:
 
     def dense(self, target: Target) -> Need:
         """To have the quantised weight of a layer as a dense one."""
-        config, weight = target.config, target.weight
-        layout = (
-            config.bits,
-            config.group_size,
-            config.symmetric,
-            config.scale_dtype,
-            str(target.additions),
-        )
         key = (
             "dense",
             target.kind.name,
             target.kind.to_matrix is as_it_is,
             target.shape,
-            weight.dtype,
-            layout,
+            target.weight.dtype,
+            target.format,
         )
         if key not in self._known:
             self._known[key] = self._dense(target)
@@ -109,6 +101,4 @@ class Needs:
 
 def packed_bytes(target: Target) -> int:
     """Bytes of the packed matrix of a layer, without bias."""
-    return sum(
-        buffer.numel() * buffer.element_size() for buffer in target.empty_matrix("meta").buffers()
-    )
+    return target.format.nbytes(*target.shape)

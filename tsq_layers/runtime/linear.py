@@ -5,15 +5,15 @@ There may be a sparse part, another basis of the input, and 8-bit inputs beside 
 Shapes: N out_features, K in_features, G groups a row, W words a row.
 """
 
+import dataclasses
+
 import torch
 from torch import Tensor, nn
 
 from tsq_layers.errors import LayerError
-from tsq_layers.numerics import packing
 from tsq_layers.numerics.weight import QuantizedWeight
 from tsq_layers.runtime import forward as running
-from tsq_layers.runtime import kernels
-from tsq_layers.runtime.storage import PackedStorage, codebook_of, raw_bits
+from tsq_layers.runtime.storage import PackedStorage
 
 
 class QuantLinear(PackedStorage):
@@ -29,10 +29,11 @@ class QuantLinear(PackedStorage):
     Args:
         in_features: K.
         out_features: N.
+        format: what the packed weight is; or leave it out, and give its properties as keywords.
+        bias: whether there is a bias. It is a parameter and, as in ``nn.Linear``, trainable.
         bits: width of a code, 1 to 8.
         group_size: columns that share a scale, ``None`` for the whole row; it need not divide K.
         symmetric: the zero points are the constant 2^(bits−1) and not stored.
-        bias: whether there is a bias. It is a parameter and, as in ``nn.Linear``, trainable.
         scale_dtype: float16, bfloat16 or float32, of offsets and tables too. The state dict holds
             raw bits, so it must be loaded into a layer of the same ``scale_dtype``.
         offsets: each group has an offset in ``scale_dtype`` in the place of a zero point.
@@ -93,30 +94,11 @@ class QuantLinear(PackedStorage):
                 f"bias has shape {tuple(bias.shape)}; a weight of shape {rows}×{columns} needs ({rows},)"
             )
         dtype = dtype or (None if bias is None else bias.dtype)
+        form = dataclasses.replace(weight.format, activation_bits=activation_bits)
         # Made on meta: every tensor is replaced below.
-        layer = cls(
-            columns,
-            rows,
-            bits=weight.bits,
-            group_size=weight.group_size,
-            symmetric=weight.symmetric,
-            bias=False,
-            scale_dtype=weight.scales.dtype,
-            offsets=weight.offsets is not None,
-            tables=codebook_of(weight),
-            activation_bits=activation_bits,
-            device="meta",
-            dtype=dtype,
-        )
-        layer.words = packing.pack(weight.codes, weight.bits)
-        layer.scale_bits = None if layer.scale_bits is None else raw_bits(weight.scales)
-        layer.zero_words = (
-            None if layer.zero_words is None else packing.pack(weight.zeros, weight.bits)
-        )
-        layer.offset_bits = None if weight.offsets is None else raw_bits(weight.offsets)
-        layer.table_bits = None if weight.tables is None else raw_bits(weight.tables)
+        layer = cls(columns, rows, form, bias=False, device="meta", dtype=dtype)
+        layer.take(weight)
         layer.dtype_marker = torch.empty(0, dtype=dtype, device=weight.codes.device)
-        layer._take_additions(weight)
         if bias is not None:
             trainable = bias.requires_grad if isinstance(bias, nn.Parameter) else True
             copy = bias.detach().to(weight.codes.device, dtype, copy=True)
@@ -148,7 +130,7 @@ class QuantLinear(PackedStorage):
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight (N, K) in any floating dtype, computed in float32 (float64) and rounded once."""
-        return running.dequantize(self.parts, self.form, dtype)
+        return running.dequantize(self.parts, self.format, self.in_features, dtype)
 
     def rows(self, ids: Tensor) -> Tensor:
         """Some rows of :attr:`weight`, bit-equal to ``weight[ids]`` (if not rotated); only these are dequantised.
@@ -170,31 +152,9 @@ class QuantLinear(PackedStorage):
             raise LayerError(
                 f"ids are {ids.dtype}; give int32 or int64, numbers of rows in 0 … {self.out_features - 1}"
             )
-        rows = running.rows(ids.reshape(-1), self.parts, self.form, self.dtype)
+        numbers = ids.reshape(-1)
+        rows = running.rows(numbers, self.parts, self.format, self.in_features, self.dtype)
         return rows.reshape(*ids.shape, self.in_features)
-
-    def quantized_weight(self) -> QuantizedWeight:
-        """Codes and grids, sparse part and basis; exact inverse of :meth:`from_quantized`."""
-        codes = packing.unpack(self.words, self.bits, self.in_features)
-        offsets, tables = (
-            None if values is None else values.clone() for values in (self.offsets, self.tables)
-        )
-        if offsets is None and tables is None:
-            zeros = kernels.zero_points(self.scales, self.zero_words, self.bits)
-        else:
-            zeros = torch.zeros_like(self.scales, dtype=torch.uint8)
-        return QuantizedWeight(
-            codes,
-            self.scales.clone(),
-            zeros,
-            self.bits,
-            self.group_size,
-            self.symmetric,
-            offsets,
-            tables,
-            self.outliers,
-            self.basis,
-        )
 
     def rounded_input(self, x: Tensor) -> Tensor:
         """What is left of an input once it is rounded to ``activation_bits``, for use with :attr:`weight`.
@@ -207,7 +167,7 @@ class QuantLinear(PackedStorage):
         """
         if self.activation_bits is None:
             return x
-        return running.round_input(x, self.parts, self.form).to(x.dtype)
+        return running.round_input(x, self.parts, self.format).to(x.dtype)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (so it is called in nn.Linear)
         """``x Wᵀ + b``: (…, K) → (…, N) in the dtype of ``input``, or in that of autocast.
@@ -215,24 +175,14 @@ class QuantLinear(PackedStorage):
         Raises:
             LayerError: the last dimension of ``input`` is not K, or it is not floating point.
         """
-        if not self._is_plain:
-            return running.linear(input, self.bias, self.parts, self.form, self.activation_bits)
-        words = self._buffers["words"]  # as in grids
-        assert words is not None
-        return kernels.linear(
-            input,
-            words,
-            self.grids,
-            self.shifts,
-            self.bias,
-            self.bits,
-            self.group_size,
-            self.in_features,
-        )
+        return running.linear(input, self.bias, self.parts, self.format, self.in_features)
 
     def extra_repr(self) -> str:
-        """What the layer is, for ``repr``."""
-        shape = f"in_features={self.in_features}, out_features={self.out_features}"
-        grids = f"bits={self.bits}, group_size={self.group_size}, symmetric={self.symmetric}"
-        more = "".join(f", {name}={value!r}" for name, value in self.additions().items() if value)
-        return f"{shape}, {grids}{more}, bias={self.bias is not None}, bits_per_weight={self.bits_per_weight:.2f}"
+        """Describe the layer, for ``repr``."""
+        properties = self.format.to_dict()
+        del properties["scale_dtype"]
+        shown = "".join(f", {name}={value!r}" for name, value in properties.items())
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}{shown}, "
+            f"bias={self.bias is not None}, bits_per_weight={self.bits_per_weight:.2f}"
+        )

@@ -30,6 +30,9 @@ from tsq_layers.errors import CompileWarning
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Of inputs, outputs and dequantised weights."""
 
+GRIDS = frozenset({"symmetric", "zero_points", "offsets", "row_tables", "group_tables"})
+"""Kinds of grids that the operations know."""
+
 FEW_ROWS = 16
 """Up to this many rows of input codes are multiplied as they are decoded; with more, blocks of the matrix are made first."""
 

@@ -8,6 +8,7 @@ input, L = 2^bits levels of a table.
 """
 
 import math
+from collections.abc import Callable
 from functools import reduce
 from typing import NamedTuple
 
@@ -16,65 +17,51 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tsq_layers.numerics import packing
+from tsq_layers.numerics.weight import WeightFormat
+from tsq_layers.runtime.parts import Parts
 
 _SHORTEST_RUN = 4
 """Shorter runs of one scale fill no vector; the weight is then dequantised first."""
 
-_Parts = list[
-    tuple[packing.Plane, tuple[Tensor, ...]]
-]  # each plane, and its segments of words (N, R, h)
+# Each plane, and its segments of words (N, R, h).
+_Planes = list[tuple[packing.Plane, tuple[Tensor, ...]]]
 
 
-class Format(NamedTuple):
-    """How codes and groups are laid out: numbers only, which are part of a compiled function."""
-
-    bits: int
-    group_size: int
-    columns: int
-
-
-def one_pass(bits: int, group_size: int, columns: int) -> bool:
+def one_pass(format: WeightFormat, columns: int) -> bool:
     """Whether few rows of input are done in one pass over the words.
 
     The segments of all planes must fit into one another, and runs of one scale must not be too
     short: both hold when K is a multiple of 32 and K·bits/32 has a factor in common with the groups.
     """
-    layout = packing.planes(columns, bits)
+    if format.grid not in _SEGMENTS:
+        return False
+    layout = packing.planes(columns, format.bits)
     base = layout[-1]
     nested = all(plane.words * base.bits == base.words * plane.bits for plane in layout)
-    return nested and _run_length(bits, group_size, columns) >= _SHORTEST_RUN
+    return nested and _run_length(format, columns) >= _SHORTEST_RUN
 
 
 def few_rows(
-    x_MK: Tensor,
-    words: Tensor,
-    grids: Tensor,
-    shifts: Tensor | None,
-    bias: Tensor | None,
-    form: Format,
+    x_MK: Tensor, parts: Parts, bias: Tensor | None, format: WeightFormat, columns: int
 ) -> Tensor:
     """The sum over segments t of ``x[t] · weight[t]``, and then over runs; arguments as of ``kernels.linear``.
 
     float32 (float64 for float64 inputs), (M, N).
     """
-    layout = packing.planes(form.columns, form.bits)
-    base, h = layout[-1], _run_length(*form)
-    T, R = base.fields, base.words // h
-    working = torch.float64 if torch.float64 in (x_MK.dtype, grids.dtype) else torch.float32
-    x_MTRh = F.pad(x_MK.to(working), (0, T * R * h - form.columns)).reshape(-1, T, R, h)
+    layout = packing.planes(columns, format.bits)
+    base = layout[-1]
+    h = _run_length(format, columns)
+    runs = _Runs(base.fields, base.words // h, h, format, columns)
+    T, R = runs.segments, runs.per_segment
+    working = torch.float64 if torch.float64 in (x_MK.dtype, parts.grids.dtype) else torch.float32
+    x_MTRh = F.pad(x_MK.to(working), (0, T * R * h - columns)).reshape(-1, T, R, h)
     # A wider plane has several of the base's segments in each of its own: (N, segments, R, h).
-    rows = words.shape[0]
-    parts = [
-        (plane, words.narrow(1, plane.start, plane.words).view(rows, -1, R, h).unbind(1))
+    rows = parts.words.shape[0]
+    planes = [
+        (plane, parts.words.narrow(1, plane.start, plane.words).view(rows, -1, R, h).unbind(1))
         for plane in layout
     ]
-    grids = grids.to(working)
-    if grids.dim() == 3:
-        segments = _looked_up(parts, grids, form, (T, R))
-    elif shifts is not None and shifts.is_floating_point():
-        segments = _with_offsets(parts, grids, shifts.to(working), form, (T, R))
-    else:
-        segments = _with_zeros(parts, grids, shifts, form, (T, R))
+    segments = _SEGMENTS[format.grid](planes, parts.grids.to(working), parts.shifts, runs)
     total = reduce(
         torch.add,
         [segment * x_MTRh.select(1, t).unsqueeze(1) for t, segment in enumerate(segments)],
@@ -83,46 +70,58 @@ def few_rows(
     return y_MN if bias is None else y_MN + bias
 
 
+class _Runs(NamedTuple):
+    """How a row is cut: T segments of R runs of h columns, a scale being constant in a run."""
+
+    segments: int
+    per_segment: int
+    length: int
+    format: WeightFormat
+    columns: int
+
+
 def _with_zeros(
-    parts: _Parts, scales: Tensor, zero_words: Tensor | None, form: Format, shape: tuple[int, int]
+    planes: _Planes, scales: Tensor, zero_words: Tensor | None, runs: _Runs
 ) -> list[Tensor]:
     """``scales · (codes − zeros)`` of each segment, (N, R, h)."""
-    scales_NTR = _per_run(scales, form, shape)
+    bits = runs.format.bits
+    scales_NTR = _per_run(scales, runs)
     zeros_NTR = None
     if zero_words is not None:
-        zeros = packing.unpack(zero_words, form.bits, scales.shape[1])
-        zeros_NTR = _per_run(zeros.to(torch.int32), form, shape)
+        zeros = packing.unpack(zero_words, bits, scales.shape[1])
+        zeros_NTR = _per_run(zeros.to(torch.int32), runs)
     segments = []
-    for t in range(shape[0]):
+    for t in range(runs.segments):
+        zero = 2 ** (bits - 1) if zeros_NTR is None else zeros_NTR.select(1, t)
         # Subtracted as integers: the zero point's share of the sum would cancel, and cost digits.
-        steps = _codes(parts, t) - (
-            2 ** (form.bits - 1) if zeros_NTR is None else zeros_NTR.select(1, t)
-        )
-        segments.append(steps.to(scales.dtype) * scales_NTR.select(1, t))
+        levels = _codes(planes, t) - zero
+        segments.append(levels.to(scales.dtype) * scales_NTR.select(1, t))
     return segments
 
 
 def _with_offsets(
-    parts: _Parts, scales: Tensor, offsets: Tensor, form: Format, shape: tuple[int, int]
+    planes: _Planes, scales: Tensor, offsets: Tensor | None, runs: _Runs
 ) -> list[Tensor]:
     """``scales · codes + offsets`` of each segment, (N, R, h): added to each weight, for the same reason."""
-    scales_NTR, offsets_NTR = (_per_run(values, form, shape) for values in (scales, offsets))
+    assert offsets is not None
+    scales_NTR = _per_run(scales, runs)
+    offsets_NTR = _per_run(offsets.to(scales.dtype), runs)
     return [
-        _codes(parts, t).to(scales.dtype) * scales_NTR.select(1, t) + offsets_NTR.select(1, t)
-        for t in range(shape[0])
+        _codes(planes, t).to(scales.dtype) * scales_NTR.select(1, t) + offsets_NTR.select(1, t)
+        for t in range(runs.segments)
     ]
 
 
-def _looked_up(parts: _Parts, tables: Tensor, form: Format, shape: tuple[int, int]) -> list[Tensor]:
-    """``table[code]`` of each segment, (N, R, h): for each bit of the code, half of the levels are left.
+def _looked_up(planes: _Planes, tables: Tensor, _: Tensor | None, runs: _Runs) -> list[Tensor]:
+    """``table[code]`` of each segment, (N, R, h): each bit of the code halves the levels.
 
     Inductor makes scalar loads of a gather, 30 times slower than these selections.
     """
-    levels_LNTR = [_per_run(level, form, shape) for level in tables.unbind(-1)]
+    levels_LNTR = [_per_run(level, runs) for level in tables.unbind(-1)]
     segments = []
-    for t in range(shape[0]):
+    for t in range(runs.segments):
         levels = [level.select(1, t) for level in levels_LNTR]
-        for bit in _bits(parts, t):
+        for bit in _bits(planes, t):
             levels = [
                 torch.where(bit, high, low)
                 for low, high in zip(levels[::2], levels[1::2], strict=True)
@@ -131,21 +130,31 @@ def _looked_up(parts: _Parts, tables: Tensor, form: Format, shape: tuple[int, in
     return segments
 
 
-def _codes(parts: _Parts, t: int) -> Tensor:
+_SEGMENTS: dict[str, Callable[[_Planes, Tensor, Tensor | None, _Runs], list[Tensor]]] = {
+    "symmetric": _with_zeros,
+    "zero_points": _with_zeros,
+    "offsets": _with_offsets,
+    "row_tables": _looked_up,
+    "group_tables": _looked_up,
+}
+"""Kind of grid → the weight of each segment. Other kinds are dequantised first."""
+
+
+def _codes(planes: _Planes, t: int) -> Tensor:
     """Codes of segment t, int32 (N, R, h)."""
     return reduce(
         torch.add,
         [
             packing.field_of(segments[t % len(segments)], plane, t // len(segments))
-            for plane, segments in parts
+            for plane, segments in planes
         ],
     )
 
 
-def _bits(parts: _Parts, t: int) -> list[Tensor]:
+def _bits(planes: _Planes, t: int) -> list[Tensor]:
     """The bits of the codes of segment t, the lowest first, bool (N, R, h): each shifted to where the sign is."""
     bits: list[Tensor] = []
-    for plane, segments in parts:
+    for plane, segments in planes:
         words, field = segments[t % len(segments)], t // len(segments)
         first = (
             packing.WORD_BITS - 1 - plane.bits * field
@@ -154,17 +163,21 @@ def _bits(parts: _Parts, t: int) -> list[Tensor]:
     return bits
 
 
-def _run_length(bits: int, group_size: int, columns: int) -> int:
+def _run_length(format: WeightFormat, columns: int) -> int:
     """h, the longest run that tiles every segment and crosses no group's border."""
-    segment = packing.planes(columns, bits)[-1].words
-    return segment if group_size >= columns else math.gcd(segment, group_size)
+    segment = packing.planes(columns, format.bits)[-1].words
+    if format.has_one_group(columns):
+        return segment
+    return math.gcd(segment, format.group_columns(columns))
 
 
-def _per_run(values_NG: Tensor, form: Format, shape: tuple[int, int]) -> Tensor:
+def _per_run(values_NG: Tensor, runs: _Runs) -> Tensor:
     """Values per group as values per run, (N, T, R, 1); runs behind the last column get 0."""
-    count = shape[0] * shape[1]
-    h = _run_length(*form)
-    values = values_NG.repeat_interleave(
-        count if form.group_size >= form.columns else form.group_size // h, dim=1
+    count = runs.segments * runs.per_segment
+    repeats = count
+    if not runs.format.has_one_group(runs.columns):
+        repeats = runs.format.group_columns(runs.columns) // runs.length
+    values = values_NG.repeat_interleave(repeats, dim=1)
+    return F.pad(values, (0, count - values.shape[1])).reshape(
+        -1, runs.segments, runs.per_segment, 1
     )
-    return F.pad(values, (0, count - values.shape[1])).reshape(-1, *shape, 1)

@@ -1,18 +1,28 @@
-"""What a packed layer stores: buffers of integers, and views of them as what they mean.
+"""The tensors that a packed layer stores: buffers of integers, and views of them as what they mean.
 
-Shapes: N out_features, K in_features, G groups a row, W words a row.
+Shapes: N out_features, K in_features, G groups a row, W words a row, T tables a row.
 """
 
-from typing import Any, Literal
+import dataclasses
+from typing import Any, Literal, Self, Unpack, cast
 
 import torch
 from torch import Tensor, nn
 
 from tsq_layers.errors import LayerError
-from tsq_layers.numerics import grid, packing
+from tsq_layers.numerics import packing
 from tsq_layers.numerics.basis import Basis
-from tsq_layers.numerics.weight import SCALE_DTYPES, Outliers, QuantizedWeight, check_kind
-from tsq_layers.runtime import forward as running
+from tsq_layers.numerics.weight import Outliers, QuantizedWeight
+from tsq_layers.numerics.weight_format import (
+    BUFFER_NAMES,
+    GRIDS,
+    BufferSpec,
+    FormatKeywords,
+    WeightFormat,
+    bits_dtype,
+)
+from tsq_layers.runtime import kernels
+from tsq_layers.runtime.parts import Parts
 
 
 class PackedStorage(nn.Module):
@@ -27,6 +37,7 @@ class PackedStorage(nn.Module):
         (torch.Size([8, 8]), torch.Size([8, 2]), 5.0)
     """
 
+    format: WeightFormat
     words: Tensor
     scale_bits: Tensor | None
     zero_words: Tensor | None
@@ -43,105 +54,157 @@ class PackedStorage(nn.Module):
         self,
         in_features: int,
         out_features: int,
+        format: WeightFormat | None = None,
         *,
-        bits: int,
-        group_size: int | None,
-        symmetric: bool = False,
         bias: bool = True,
-        scale_dtype: torch.dtype = torch.float16,
-        offsets: bool = False,
-        tables: Literal["row", "group"] | None = None,
-        rotation: int | None = None,
-        channel_scaling: bool = False,
-        outliers: int = 0,
-        outlier_columns: int = 0,
-        activation_bits: int | None = None,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
+        **keywords: Unpack[FormatKeywords],
     ) -> None:
         super().__init__()
-        _check(in_features, out_features, bits, group_size, scale_dtype)
-        _check_tables(bits, tables, symmetric=symmetric, offsets=offsets)
-        _check_additions(rotation, outliers, outlier_columns, activation_bits)
-        self.in_features, self.out_features = in_features, out_features
-        self.bits, self.group_size, self.symmetric = bits, group_size or in_features, symmetric
-        self.scale_dtype, self.codebook = scale_dtype, tables
-        groups = grid.group_count(in_features, self.group_size)
-
-        def words(columns: int) -> Tensor:
-            return torch.zeros(
-                out_features, packing.word_count(columns, bits), dtype=torch.int32, device=device
+        if format is None:
+            format = WeightFormat.of(**cast("Any", keywords))
+        elif keywords:
+            raise LayerError(
+                f"{', '.join(keywords)} beside a format: give a WeightFormat, or its properties as keywords"
             )
-
-        def raw(*shape: int) -> Tensor:
-            return torch.zeros(out_features, *shape, dtype=_bits_dtype(scale_dtype), device=device)
-
-        levels = (1 if tables == "row" else groups, 1 << bits)
-        self.register_buffer("words", words(in_features))
-        self.register_buffer("scale_bits", None if tables else raw(groups))
-        self.register_buffer(
-            "zero_words", None if symmetric or offsets or tables else words(groups)
-        )
-        self.register_buffer("offset_bits", raw(groups) if offsets else None)
-        self.register_buffer("table_bits", raw(*levels) if tables else None)
-        self.rotation, self.activation_bits = rotation, activation_bits
-        shape = (outliers,) if outliers else (out_features, outlier_columns)
-        self._register_additions(shape if shape[-1] else None, channel_scaling, device)
+        specs = format.buffers(out_features, in_features)
+        self.in_features, self.out_features = in_features, out_features
+        self.format = format.for_columns(in_features)
+        for name in dict.fromkeys((*BUFFER_NAMES, *specs)):
+            spec = specs.get(name)
+            self.register_buffer(name, None if spec is None else empty_buffer(spec, device))
         # Empty, and not saved: it only follows .to(dtype), as a weight would.
         self.register_buffer(
             "dtype_marker", torch.empty(0, dtype=dtype, device=device), persistent=False
         )
-        self.bias = (
-            nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
-        )
-        self._absent_last()
+        self.bias = None
+        if bias:
+            self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device))
+        self._put_absent_buffers_last()
 
-    def _register_additions(
-        self,
-        outliers: tuple[int, ...] | None,
-        channel_scaling: bool,
-        device: torch.device | str | int | None,
-    ) -> None:
-        """Buffers of the basis and of the sparse part, empty: no scaling, and places that are all 0."""
-        columns, bits = self.in_features, _bits_dtype(self.scale_dtype)
-        signs = (
-            None if self.rotation is None else torch.ones(columns, dtype=torch.int8, device=device)
-        )
-        scaling = (
-            torch.ones(columns, device=device, dtype=torch.float32).view(torch.int32)
-            if channel_scaling
-            else None
-        )
-        self.register_buffer("rotation_signs", signs)
-        self.register_buffer("column_scale_bits", scaling)
-        values = None if outliers is None else torch.zeros(outliers, dtype=bits, device=device)
-        places = (
-            None
-            if outliers is None
-            else torch.zeros(outliers[-1], dtype=torch.int32, device=device)
-        )
-        self.register_buffer("outlier_bits", values)
-        self.register_buffer("outlier_places", places)
-
-    def _take_additions(self, weight: QuantizedWeight) -> None:
-        """Copies of the basis and of the sparse part of a weight."""
-        if weight.basis is not None:
-            signs, scaling = weight.basis.signs, weight.basis.scaling
-            self.rotation = weight.basis.rotation
-            self.rotation_signs = None if signs is None else signs.detach().clone()
-            self.column_scale_bits = (
-                None if scaling is None else scaling.detach().clone().view(torch.int32)
-            )
-        if weight.outliers is not None and len(weight.outliers.places):
-            values = weight.outliers.values.detach().clone(memory_format=torch.contiguous_format)
-            self.outlier_bits = values.view(_bits_dtype(values.dtype))
-            self.outlier_places = weight.outliers.places.detach().clone()
-        self._absent_last()
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Unpickle; layers of version 0.1 had their properties one by one in the place of a format."""
+        if "format" not in state:
+            state = _state_with_format(state)
+        super().__setstate__(state)
 
     def drop_scaling(self) -> None:
         """Forget the column scales, once whatever gives the layer its input applies them; changes :attr:`weight`."""
         self.column_scale_bits = None
-        self._absent_last()
+        self.format = dataclasses.replace(self.format, channel_scaling=False)
+        self._put_absent_buffers_last()
+
+    def _put_absent_buffers_last(self) -> None:
+        """Put buffers that are ``None`` behind the others: torch.export numbers them as if they were there."""
+        absent = [name for name, buffer in self._buffers.items() if buffer is None]
+        for name in absent:
+            self._buffers[name] = self._buffers.pop(name)
+
+    # --- properties of the format ----------------------------------------------------------------
+
+    @property
+    def bits(self) -> int:
+        """Width of a code."""
+        return self.format.bits
+
+    @property
+    def group_size(self) -> int:
+        """Columns that share a scale; K if the whole row does."""
+        return self.format.group_size or self.in_features
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether the zero points are the constant 2^(bits−1)."""
+        return self.format.symmetric
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """The dtype of scales, offsets, tables and the sparse part."""
+        return self.format.scale_dtype
+
+    @property
+    def codebook(self) -> Literal["row", "group"] | None:
+        """What has a look-up table of its own."""
+        return self.format.tables
+
+    @property
+    def rotation(self) -> int | None:
+        """Largest block of input columns that is rotated."""
+        return self.format.rotation
+
+    @property
+    def activation_bits(self) -> int | None:
+        """8 if inputs are rounded, which can be switched on and off; ``None`` if they are not."""
+        return self.format.activation_bits
+
+    @activation_bits.setter
+    def activation_bits(self, bits: int | None) -> None:
+        self.format = dataclasses.replace(self.format, activation_bits=bits)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of :attr:`weight`; it follows ``.to(dtype)``."""
+        return self.dtype_marker.dtype
+
+    @property
+    def bits_per_weight(self) -> float:
+        """All stored bits of the weight (words, scales or tables, zero words, …) for each of its N·K entries."""
+        return self.format.bits_per_weight(self.out_features, self.in_features)
+
+    # --- views of the buffers --------------------------------------------------------------------
+
+    @property
+    def parts(self) -> Parts:
+        """The tensors, as they are run: views of the buffers."""
+        # Not by attribute: that takes a microsecond each, and this is asked for at each call.
+        buffers = self._buffers
+        form = self.format
+        grid = GRIDS[form.grid]
+        words, grids = buffers["words"], buffers[grid.grids]
+        assert words is not None
+        assert grids is not None
+        shifts = None if grid.shifts is None else buffers[grid.shifts]
+        if grid.float_shifts and shifts is not None:
+            shifts = shifts.view(form.scale_dtype)
+        codes = Parts(words, grids.view(form.scale_dtype), shifts)
+        if not (form.has_basis or form.has_outliers):
+            return codes
+        scaling, values = buffers["column_scale_bits"], buffers["outlier_bits"]
+        return codes._replace(
+            signs=buffers["rotation_signs"],
+            scaling=None if scaling is None else scaling.view(torch.float32),
+            values=None if values is None else values.view(form.scale_dtype),
+            places=buffers["outlier_places"],
+        )
+
+    @property
+    def grids(self) -> Tensor:
+        """Tables, or else scales."""
+        return self.parts.grids
+
+    @property
+    def shifts(self) -> Tensor | None:
+        """Packed zero points, or offsets."""
+        return self.parts.shifts
+
+    @property
+    def scales(self) -> Tensor:
+        """Scales (N, G) in ``scale_dtype``: a view of ``scale_bits``. Beside tables there are none: (N, 0)."""
+        if self.scale_bits is None:
+            device = self.words.device
+            return torch.empty(self.out_features, 0, dtype=self.scale_dtype, device=device)
+        return self.scale_bits.view(self.scale_dtype)
+
+    @property
+    def offsets(self) -> Tensor | None:
+        """Offsets (N, G) in ``scale_dtype``: a view of ``offset_bits``."""
+        return None if self.offset_bits is None else self.offset_bits.view(self.scale_dtype)
+
+    @property
+    def tables(self) -> Tensor | None:
+        """Levels (N, T, 2^bits) in ``scale_dtype``, T = 1 or G: a view of ``table_bits``."""
+        return None if self.table_bits is None else self.table_bits.view(self.scale_dtype)
 
     @property
     def basis(self) -> Basis | None:
@@ -159,152 +222,84 @@ class PackedStorage(nn.Module):
             return None
         return Outliers(values, places) if values.dim() == 1 else Outliers(values, columns=places)
 
-    @property
-    def parts(self) -> running.Parts:
-        """The tensors, as they are run: views of the buffers."""
-        scaling = (
-            None if self.column_scale_bits is None else self.column_scale_bits.view(torch.float32)
-        )
-        values = None if self.outlier_bits is None else self.outlier_bits.view(self.scale_dtype)
-        return running.Parts(
-            self.words,
-            self.grids,
-            self.shifts,
-            self.rotation_signs,
-            scaling,
-            values,
-            self.outlier_places,
-        )
+    # --- to and from a quantised weight ----------------------------------------------------------
 
-    @property
-    def form(self) -> running.Form:
-        """What the tensors do not say."""
-        return running.Form(self.bits, self.group_size, self.in_features, self.rotation)
+    def take(self, weight: QuantizedWeight) -> Self:
+        """Store copies of a weight of the layer's format, in the place of all buffers."""
+        for name, tensor in stored_tensors(weight).items():
+            setattr(self, name, tensor)
+        self._put_absent_buffers_last()
+        return self
 
-    @property
-    def scales(self) -> Tensor:
-        """Scales (N, G) in ``scale_dtype``: a view of ``scale_bits``. Beside tables there are none: (N, 0)."""
-        if self.scale_bits is None:
-            return torch.empty(
-                self.out_features, 0, dtype=self.scale_dtype, device=self.words.device
-            )
-        return self.scale_bits.view(self.scale_dtype)
-
-    @property
-    def offsets(self) -> Tensor | None:
-        """Offsets (N, G) in ``scale_dtype``: a view of ``offset_bits``."""
-        return None if self.offset_bits is None else self.offset_bits.view(self.scale_dtype)
-
-    @property
-    def tables(self) -> Tensor | None:
-        """Levels (N, T, 2^bits) in ``scale_dtype``, T = 1 or G: a view of ``table_bits``."""
-        return None if self.table_bits is None else self.table_bits.view(self.scale_dtype)
-
-    @property
-    def grids(self) -> Tensor:
-        """What :mod:`tsq_layers.runtime.kernels` calls so: tables, or else scales."""
-        tables = self._buffers[
-            "table_bits"
-        ]  # not by attribute: that takes a microsecond, and this is asked for at each call
-        bits = self._buffers["scale_bits"] if tables is None else tables
-        assert bits is not None
-        return bits.view(self.scale_dtype)
-
-    @property
-    def shifts(self) -> Tensor | None:
-        """What :mod:`tsq_layers.runtime.kernels` calls so: packed zero points, or offsets."""
-        offsets = self._buffers["offset_bits"]
-        return self._buffers["zero_words"] if offsets is None else offsets.view(self.scale_dtype)
-
-    def _absent_last(self) -> None:
-        """Put buffers that are ``None`` behind the others: torch.export numbers them as if they were there."""
-        additions = (
-            self.rotation_signs,
-            self.column_scale_bits,
-            self.outlier_bits,
-            self.activation_bits,
-        )
-        self._is_plain = all(addition is None for addition in additions)
-        for name in [name for name, buffer in self._buffers.items() if buffer is None]:
-            self._buffers[name] = self._buffers.pop(name)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of :attr:`weight`; it follows ``.to(dtype)``."""
-        return self.dtype_marker.dtype
-
-    @property
-    def bits_per_weight(self) -> float:
-        """All stored bits of the weight (words, scales or tables, zero words, …) for each of its N·K entries."""
-        stored = list(self.buffers(recurse=False))  # one of them is empty
-        return (
-            sum(tensor.numel() * tensor.element_size() for tensor in stored)
-            * 8
-            / (self.in_features * self.out_features)
+    def quantized_weight(self) -> QuantizedWeight:
+        """Codes and grids, sparse part and basis; exact inverse of ``QuantLinear.from_quantized``."""
+        scales = self.scales
+        if self.format.has_zero_points:
+            zeros = kernels.zero_points(scales, self.zero_words, self.bits)
+        else:
+            zeros = torch.zeros_like(scales, dtype=torch.uint8)
+        return QuantizedWeight(
+            packing.unpack(self.words, self.bits, self.in_features),
+            scales.clone(),
+            zeros,
+            self.bits,
+            self.group_size,
+            self.symmetric,
+            None if self.offsets is None else self.offsets.clone(),
+            None if self.tables is None else self.tables.clone(),
+            self.outliers,
+            self.basis,
         )
 
-    def additions(self) -> dict[str, Any]:
-        """What the layer has beside codes, scales and zero points, by the names of the constructor's arguments."""
-        shape = () if self.outlier_bits is None else self.outlier_bits.shape
-        return {
-            "offsets": self.offset_bits is not None,
-            "tables": self.codebook,
-            "rotation": self.rotation,
-            "channel_scaling": self.column_scale_bits is not None,
-            "outliers": shape[0] if len(shape) == 1 else 0,
-            "outlier_columns": shape[1] if len(shape) == 2 else 0,
-            "activation_bits": self.activation_bits,
-        }
+
+def stored_tensors(weight: QuantizedWeight) -> dict[str, Tensor]:
+    """The buffers that hold a weight, by name; copies on its device, as ``weight.format.buffers`` describes them."""
+    tensors = {
+        "words": packing.pack(weight.codes, weight.bits),
+        "scale_bits": raw_bits(weight.scales),
+        "zero_words": packing.pack(weight.zeros, weight.bits),
+    }
+    if weight.offsets is not None:
+        tensors["offset_bits"] = raw_bits(weight.offsets)
+    if weight.tables is not None:
+        tensors["table_bits"] = raw_bits(weight.tables)
+    if weight.basis is not None and weight.basis.signs is not None:
+        tensors["rotation_signs"] = weight.basis.signs.detach().clone()
+    if weight.basis is not None and weight.basis.scaling is not None:
+        tensors["column_scale_bits"] = weight.basis.scaling.detach().clone().view(torch.int32)
+    if weight.outliers is not None:
+        tensors["outlier_bits"] = raw_bits(weight.outliers.values)
+        tensors["outlier_places"] = weight.outliers.places.detach().clone()
+    specs = weight.format.buffers(*weight.codes.shape)
+    return {name: tensors[name] for name in specs}
 
 
-def _bits_dtype(scale_dtype: torch.dtype) -> torch.dtype:
-    return torch.int32 if scale_dtype.itemsize == 4 else torch.int16
+def empty_buffer(spec: BufferSpec, device: torch.device | str | int | None = None) -> Tensor:
+    """A stored tensor before it is loaded."""
+    return torch.full(spec.shape, spec.fill, dtype=spec.dtype, device=device)
 
 
 def raw_bits(values: Tensor) -> Tensor:
     """A copy of the raw bits of scales, offsets or tables."""
-    return (
-        values.detach().clone(memory_format=torch.contiguous_format).view(_bits_dtype(values.dtype))
+    copy = values.detach().clone(memory_format=torch.contiguous_format)
+    return copy.view(bits_dtype(values.dtype))
+
+
+def _state_with_format(state: dict[str, Any]) -> dict[str, Any]:
+    """The state of a layer that version 0.1 pickled, with its properties as a format."""
+    buffers = state["_buffers"]
+    names = ("bits", "group_size", "symmetric", "scale_dtype", "rotation", "activation_bits")
+    properties = {name: state[name] for name in names}
+    outliers = buffers.get("outlier_bits")
+    if outliers is not None:
+        key = "outliers" if outliers.dim() == 1 else "outlier_columns"
+        properties[key] = outliers.shape[-1]
+    weight_format = WeightFormat.of(
+        **properties,
+        offsets=buffers.get("offset_bits") is not None,
+        tables=state["codebook"],
+        channel_scaling=buffers.get("column_scale_bits") is not None,
     )
-
-
-def codebook_of(weight: QuantizedWeight) -> Literal["row", "group"] | None:
-    """Whose look-up tables a weight has."""
-    if weight.tables is None:
-        return None
-    return "row" if weight.tables.shape[1] == 1 else "group"
-
-
-def _check_tables(bits: int, tables: str | None, *, symmetric: bool, offsets: bool) -> None:
-    if tables not in (None, "row", "group"):
-        raise LayerError(f"tables={tables!r}: give 'row', 'group' or None")
-    check_kind(bits, symmetric=symmetric, offsets=offsets, tables=tables is not None)
-
-
-def _check(
-    in_features: int, out_features: int, bits: int, group_size: int | None, scale_dtype: torch.dtype
-) -> None:
-    for name, value in (
-        ("in_features", in_features),
-        ("out_features", out_features),
-        ("group_size", 1 if group_size is None else group_size),
-    ):
-        if value < 1:
-            raise LayerError(f"{name}={value}: give a positive integer")
-    if not 1 <= bits <= 8:
-        raise LayerError(f"bits={bits}: give 1 to 8")
-    if scale_dtype not in SCALE_DTYPES:
-        raise LayerError(f"scale_dtype={scale_dtype}: give float16, bfloat16 or float32")
-
-
-def _check_additions(
-    rotation: int | None, outliers: int, outlier_columns: int, activation_bits: int | None
-) -> None:
-    if rotation is not None and (rotation < 1 or rotation & (rotation - 1)):
-        raise LayerError(f"rotation={rotation}: give a power of two, or None")
-    if outliers < 0 or outlier_columns < 0 or (outliers and outlier_columns):
-        raise LayerError(
-            f"outliers={outliers}, outlier_columns={outlier_columns}: give one of them, the other 0"
-        )
-    if activation_bits not in (None, 8):
-        raise LayerError(f"activation_bits={activation_bits}: give 8, or None")
+    replaced = {*names, "codebook", "_is_plain"}
+    rest = {name: value for name, value in state.items() if name not in replaced}
+    return {**rest, "format": weight_format}

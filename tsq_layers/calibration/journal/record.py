@@ -19,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from tsq_layers.config.json_fields import checked_fields
 from tsq_layers.errors import CheckpointError
+from tsq_layers.numerics.weight import BufferSpec
 from tsq_layers.reports import LayerReport
 from tsq_layers.runtime.linear import QuantLinear
 from tsq_layers.runtime.spec import LayerSpec
@@ -48,12 +48,9 @@ class Entry:
         layer = self.spec.build(self.name, self.path.name)
         try:
             with safe_open(self.path, framework="pt") as file:
-                for buffer in _stored(layer):
-                    setattr(
-                        layer,
-                        buffer,
-                        _fitting(file.get_tensor(f"{self.index}.{buffer}"), getattr(layer, buffer)),
-                    )
+                for name, spec in self.spec.buffers().items():
+                    tensor = file.get_tensor(f"{self.index}.{name}")
+                    setattr(layer, name, _fitting(tensor, spec))
         except (OSError, SafetensorError, ValueError) as error:
             raise CheckpointError(
                 f"layer {self.name!r} cannot be read from {self.path}: {error}; start again"
@@ -77,7 +74,7 @@ def encode(
     for index, (name, (layer, report)) in enumerate(solved.items()):
         spec = dataclasses.replace(LayerSpec.of(layer), bias=False)
         layers.append({"name": name, "spec": spec.to_dict(), "report": report.to_dict()})
-        for buffer in _stored(layer):
+        for buffer in spec.buffers():
             # Copied: layers of a stack may be slices of one tensor, which safetensors refuses.
             tensors[f"{index}.{buffer}"] = (
                 getattr(layer, buffer).detach().to("cpu", copy=True).contiguous()
@@ -127,21 +124,14 @@ def _file_name(number: int, digest: str) -> str:
 
 
 def _entry(path: Path, index: int, values: Mapping[str, Any]) -> Entry:
-    spec = LayerSpec(**checked_fields(LayerSpec, values["spec"], path.name))
+    spec = LayerSpec.from_dict(values["spec"], values["name"], path.name)
     return Entry(values["name"], path, index, spec, LayerReport.from_dict(values["report"]))
 
 
-def _stored(layer: QuantLinear) -> list[str]:
-    """The buffers that a file holds of a layer."""
-    return [
-        name for name, _ in layer.named_buffers() if name not in layer._non_persistent_buffers_set
-    ]
-
-
-def _fitting(tensor: Tensor, empty: Tensor) -> Tensor:
-    """A stored tensor, if it has the dtype and shape of the one whose place it takes."""
-    if (tensor.dtype, tensor.shape) != (empty.dtype, empty.shape):
+def _fitting(tensor: Tensor, spec: BufferSpec) -> Tensor:
+    """A copy of a stored tensor, if it has the dtype and shape that its layer needs."""
+    if (tensor.dtype, tuple(tensor.shape)) != (spec.dtype, spec.shape):
         raise ValueError(
-            f"{tensor.dtype} {list(tensor.shape)} is stored where {empty.dtype} {list(empty.shape)} is needed"
+            f"{tensor.dtype} {list(tensor.shape)} is stored where {spec.dtype} {list(spec.shape)} is needed"
         )
     return tensor.clone()  # what safetensors gives is a map of the file

@@ -163,9 +163,7 @@ class Description:
         """
         values = _sections(text)
         layers = {
-            name: LayerSpec(
-                **checked_fields(LayerSpec, spec, f"{DESCRIPTION_FILE}: layer {name!r}")
-            )
+            name: LayerSpec.from_dict(spec, name, DESCRIPTION_FILE)
             for name, spec in values["layers"].items()
         }
         tensors = {key: _tensor_spec(key, spec) for key, spec in values["tensors"].items()}

@@ -9,7 +9,6 @@ from typing import Any, Self
 
 from torch import nn
 
-from tsq_layers.config.json_fields import checked_fields
 from tsq_layers.errors import CheckpointError
 from tsq_layers.formats.tsq.layout import is_under
 from tsq_layers.formats.tsq.writing import composites_of, layers_of, shared_once
@@ -126,9 +125,7 @@ def _layers(group: Any, number: int) -> dict[str, LayerSpec]:
             f"{_WHERE}: entry {number} of layers has no list of names; save the model again"
         )
     fields = {key: value for key, value in group.items() if key != "names"}
-    spec = LayerSpec(
-        **checked_fields(LayerSpec, fields, f"{_WHERE}: layer {next(iter(names), '')!r}")
-    )
+    spec = LayerSpec.from_dict(fields, next(iter(names), ""), _WHERE)
     return dict.fromkeys(names, spec)
 
 

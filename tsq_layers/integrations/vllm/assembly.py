@@ -11,7 +11,9 @@ Shapes: N outputs, K inputs.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+import json
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,13 +22,12 @@ from torch import Tensor, nn
 
 from tsq_layers.errors import CheckpointError
 from tsq_layers.integrations.vllm.sharding import Cut, part, share_of
-from tsq_layers.numerics.memory import dtype_name
+from tsq_layers.numerics.memory import dtype_name, dtype_of
+from tsq_layers.numerics.weight import BufferSpec, WeightFormat
 from tsq_layers.runtime import forward as running
-from tsq_layers.runtime import kernels
 from tsq_layers.runtime.linear import QuantLinear
+from tsq_layers.runtime.parts import Parts
 from tsq_layers.runtime.spec import LayerSpec
-
-_BASIS = ("rotation_signs", "column_scale_bits")
 
 
 class Share(NamedTuple):
@@ -70,9 +71,11 @@ class Intake:
                 f"layer {name!r} is {spec.out_features}×{spec.in_features} in the file, and vLLM expects {shape[0]}×{shape[1]}: config.json and tsq.json do not belong together"
             )
         self.share_spec = None if spec is None else share_of(name, spec, cut)
-        self.expected = (
-            {"weight": torch.empty(shape, device="meta")} if spec is None else _buffers(name, spec)
-        )
+        self.expected: Mapping[str, BufferSpec] = {
+            "weight": BufferSpec(shape=shape, dtype=torch.float32, axes=("rows", "columns"))
+        }
+        if spec is not None:
+            self.expected = spec.buffers()
         self._tensors: dict[str, Tensor] = {}
 
     def take(self, key: str, tensor: Tensor) -> None:
@@ -81,16 +84,18 @@ class Intake:
         Raises:
             CheckpointError: the layer has no such buffer, or of another shape or dtype.
         """
-        shape = self.expected.get(key)
-        if shape is None:
+        expected = self.expected.get(key)
+        if expected is None:
             raise CheckpointError(
                 f"layer {self.name!r} has no {key!r}, it has {', '.join(self.expected)}: tsq.json and the tensors do not belong together"
             )
-        fits = tensor.shape == shape.shape and (self.spec is None or tensor.dtype == shape.dtype)
+        fits = tuple(tensor.shape) == expected.shape and (
+            self.spec is None or tensor.dtype == expected.dtype
+        )
         if not fits:
             raise CheckpointError(
                 f"{self.name}.{key} is {dtype_name(tensor.dtype)} {list(tensor.shape)}, and tsq.json needs "
-                f"{dtype_name(shape.dtype)} {list(shape.shape)}: the file is damaged, or not of this model"
+                f"{dtype_name(expected.dtype)} {list(expected.shape)}: the file is damaged, or not of this model"
             )
         self._tensors[key] = part(key, tensor, self.spec, self.cut)
 
@@ -118,7 +123,7 @@ class Matrices(nn.Module):
 
     Example:
         >>> packed = QuantLinear(64, 8, bits=3, group_size=32, bias=False)
-        >>> both = [Share(name, LayerSpec.of(packed), _named(packed)) for name in ("gate", "up")]
+        >>> both = [Share(name, LayerSpec.of(packed), packed.state_dict()) for name in ("gate", "up")]
         >>> matrices = Matrices(both, torch.float32, torch.device("cpu"))
         >>> len(matrices.parts), matrices(torch.zeros(5, 64)).shape
         (1, torch.Size([5, 16]))
@@ -127,20 +132,21 @@ class Matrices(nn.Module):
     def __init__(self, shares: Sequence[Share], dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.parts = nn.ModuleList(_module(share, dtype, device) for share in stacked(shares))
+        # Written once: a compiler cannot trace it.
+        self._formats = [
+            _text_of(part.format) if isinstance(part, QuantLinear) else "" for part in self.parts
+        ]
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Outputs ``x Wᵀ + b``: (…, K) → (…, N) in the dtype of ``x``."""
-        matrices = self._matrices()
-        if len(matrices) == 1:
-            return _product(matrices[0], x, bias)
-        outputs, first = [], 0
-        for matrix in matrices:
+        outputs: list[Tensor] = []
+        first = 0
+        for matrix, weight_format in zip(self._matrices(), self._formats, strict=True):
             rows = matrix.out_features
-            outputs.append(
-                _product(matrix, x, None if bias is None else bias.narrow(0, first, rows))
-            )
+            own_bias = None if bias is None else bias.narrow(0, first, rows)
+            outputs.append(_product(matrix, weight_format, x, own_bias))
             first += rows
-        return torch.cat(outputs, -1)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
 
     def warm_up(self, bias: Tensor | None, dtype: torch.dtype, device: torch.device) -> None:
         """Compile what runs with one row of input and with few, so that no request waits for it."""
@@ -172,28 +178,29 @@ def stacked(shares: Sequence[Share]) -> list[Share]:
 def _fit_together(upper: Share, lower: Share) -> bool:
     if upper.spec is None or lower.spec is None:
         return upper.spec is lower.spec
-    if _form(upper.spec) != _form(lower.spec) or upper.spec.outliers or upper.spec.outlier_columns:
+    if _without_rows(upper.spec) != _without_rows(lower.spec) or upper.spec.format.has_outliers:
         return False
     return all(
         torch.equal(upper.tensors[key], lower.tensors[key])
-        for key in _BASIS
-        if key in upper.tensors
+        for key, stored in upper.spec.buffers().items()
+        if not stored.has_rows
     )
 
 
-def _form(spec: LayerSpec) -> LayerSpec:
+def _without_rows(spec: LayerSpec) -> LayerSpec:
     """What must be the same: all but the number of rows, and what belongs to the bias, which vLLM holds."""
     return dataclasses.replace(spec, out_features=1, bias=False, dtype="float32")
 
 
 def _below(upper: Share, lower: Share) -> Share:
-    spec = upper.spec
+    spec, has_rows = upper.spec, {"weight": True}
     if spec is not None and lower.spec is not None:
+        has_rows = {key: stored.has_rows for key, stored in spec.buffers().items()}
         spec = dataclasses.replace(spec, out_features=spec.out_features + lower.spec.out_features)
-    tensors = {
-        key: tensor if key in _BASIS else torch.cat([tensor, lower.tensors[key]])
-        for key, tensor in upper.tensors.items()
-    }
+    tensors = dict(upper.tensors)
+    for key, tensor in lower.tensors.items():
+        if has_rows[key]:
+            tensors[key] = torch.cat([tensors[key], tensor])
     return Share(f"{upper.name} and {lower.name}", spec, tensors)
 
 
@@ -210,57 +217,43 @@ def _module(share: Share, dtype: torch.dtype, device: torch.device) -> QuantLine
     return layer
 
 
-def _buffers(name: str, spec: LayerSpec) -> dict[str, Tensor]:
-    """The buffers that the file holds of a layer, on the meta device."""
-    return _named(dataclasses.replace(spec, bias=False).build(name))
-
-
-def _named(layer: QuantLinear) -> dict[str, Tensor]:
-    return {
-        key: buffer
-        for key, buffer in layer.named_buffers()
-        if key not in layer._non_persistent_buffers_set
-    }
-
-
 # --- running ---------------------------------------------------------------------------------------
 
 
-def _product(matrix: QuantLinear | nn.Linear, x: Tensor, bias: Tensor | None) -> Tensor:
+def _product(
+    matrix: QuantLinear | nn.Linear, weight_format: str, x: Tensor, bias: Tensor | None
+) -> Tensor:
     if not isinstance(matrix, QuantLinear):
         return F.linear(x, matrix.weight, None if bias is None else bias.to(x.dtype))
     run = _operation if torch.compiler.is_compiling() else _run
-    output: Tensor = run(x, bias, *matrix.parts, *matrix.form, matrix.activation_bits)
+    output: Tensor = run(x, bias, list(matrix.parts), weight_format)
     return output
 
 
 def _run(
-    x: Tensor,
-    bias: Tensor | None,
-    words: Tensor,
-    grids: Tensor,
-    shifts: Tensor | None,
-    signs: Tensor | None,
-    scaling: Tensor | None,
-    values: Tensor | None,
-    places: Tensor | None,
-    bits: int,
-    group_size: int,
-    columns: int,
-    rotation: int | None,
-    activation_bits: int | None,
+    x: Tensor, bias: Tensor | None, parts: Sequence[Tensor | None], weight_format: str
 ) -> Tensor:
-    if signs is scaling is values is None and activation_bits is None:
-        return kernels.linear(x, words, grids, shifts, bias, bits, group_size, columns)
-    parts = running.Parts(words, grids, shifts, signs, scaling, values, places)
-    return running.linear(
-        x, bias, parts, running.Form(bits, group_size, columns, rotation), activation_bits
-    )
+    """Run a packed matrix, for an operation, whose arguments can be tensors, lists of them and plain values."""
+    tensors = Parts(*parts)  # type: ignore[arg-type]
+    return running.linear(x, bias, tensors, _format_of(weight_format), x.shape[-1])
+
+
+@functools.cache
+def _text_of(weight_format: WeightFormat) -> str:
+    return json.dumps(weight_format.to_dict())
+
+
+@functools.cache
+def _format_of(text: str) -> WeightFormat:
+    properties = json.loads(text)
+    return WeightFormat.of(**{**properties, "scale_dtype": dtype_of(properties["scale_dtype"])})
 
 
 _operation = torch.library.custom_op("tsq_layers::serve", _run, mutates_args=())
 
 
 @_operation.register_fake
-def _(x: Tensor, bias: Tensor | None, words: Tensor, *_: object) -> Tensor:  # noqa: ARG001
+def _(x: Tensor, bias: Tensor | None, parts: Sequence[Tensor | None], _: object) -> Tensor:  # noqa: ARG001
+    words = parts[0]
+    assert words is not None
     return x.new_empty(*x.shape[:-1], words.shape[0])

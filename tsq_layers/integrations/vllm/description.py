@@ -4,7 +4,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from tsq_layers.config.json_fields import checked_fields
 from tsq_layers.errors import CheckpointError, ConfigError
 from tsq_layers.runtime.spec import LayerSpec
 
@@ -33,7 +32,7 @@ def layer_specs(values: Mapping[str, Any]) -> dict[str, LayerSpec] | None:
     if layers is None:
         return None
     if isinstance(layers, Mapping):
-        return {name: _spec(name, spec) for name, spec in layers.items()}
+        return {name: LayerSpec.from_dict(spec, name) for name, spec in layers.items()}
     if not isinstance(layers, list) or not all(
         isinstance(group, Mapping) and "names" in group for group in layers
     ):
@@ -41,14 +40,12 @@ def layer_specs(values: Mapping[str, Any]) -> dict[str, LayerSpec] | None:
             "'layers' names no layers: the description is damaged; save the model again"
         )
     return {
-        name: _spec(name, {key: value for key, value in group.items() if key != "names"})
+        name: LayerSpec.from_dict(
+            {key: value for key, value in group.items() if key != "names"}, name
+        )
         for group in layers
         for name in group["names"]
     }
-
-
-def _spec(name: str, values: Any) -> LayerSpec:
-    return LayerSpec(**checked_fields(LayerSpec, values, f"layer {name!r}"))
 
 
 def foreign_keys(values: Mapping[str, Any]) -> tuple[str, ...]:

@@ -18,10 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tsq_layers.errors import ConfigError
-from tsq_layers.numerics import grid, packing
+from tsq_layers.numerics import packing
+from tsq_layers.numerics.weight import BufferSpec
 from tsq_layers.runtime.spec import LayerSpec
-
-_OF_COLUMNS = ("rotation_signs", "column_scale_bits", "outlier_places")  # have no rows
 
 
 class Span(NamedTuple):
@@ -86,15 +85,16 @@ def share_of(name: str, spec: LayerSpec, cut: Cut) -> LayerSpec:
         ConfigError: the cut parts a group or a block of the rotation, or the layer has a sparse part.
 
     Example:
-        >>> spec = LayerSpec(in_features=64, out_features=8, bits=4, group_size=32, symmetric=True, bias=False,
-        ...     scale_dtype="float16", dtype="float32")
+        >>> from tsq_layers.numerics.weight import WeightFormat
+        >>> weight_format = WeightFormat(bits=4, group_size=32, grid="symmetric")
+        >>> spec = LayerSpec(in_features=64, out_features=8, format=weight_format, bias=False, dtype="float32")
         >>> share = share_of("down", spec, Cut(columns=Span(32, 32)))
         >>> share.in_features, share.out_features
         (32, 8)
     """
     if cut == Cut():
         return spec
-    if spec.outliers or spec.outlier_columns:
+    if spec.format.has_outliers:
         raise ConfigError(
             f"layer {name!r} has a sparse part, which tensor parallelism cannot split: serve it with tensor_parallel_size=1, or quantise without outliers"
         )
@@ -104,24 +104,17 @@ def share_of(name: str, spec: LayerSpec, cut: Cut) -> LayerSpec:
         return spec
     columns = cut.columns.length
     _check_columns(name, spec, cut.columns)
-    one_group = spec.group_size >= spec.in_features
-    return dataclasses.replace(
-        spec,
-        in_features=columns,
-        group_size=columns if one_group else spec.group_size,
-    )
+    form = spec.format
+    if form.group_size is not None and form.group_size >= spec.in_features:
+        form = dataclasses.replace(form, group_size=columns)
+    return dataclasses.replace(spec, in_features=columns, format=form)
 
 
 def _check_columns(name: str, spec: LayerSpec, columns: Span) -> None:
     """Cuts may be where groups and blocks of the rotation end: all start there, and all but the last end there."""
-    whole_groups = spec.tables == "row" or spec.group_size >= spec.in_features
-    steps = {
-        "groups": None if whole_groups else spec.group_size,
-        "blocks of the rotation": spec.rotation,
-    }
-    for what, step in steps.items():
-        at_end = columns.start + columns.length == spec.in_features
-        if step is not None and (columns.start % step or (columns.length % step and not at_end)):
+    at_end = columns.start + columns.length == spec.in_features
+    for what, step in spec.format.borders(spec.in_features).items():
+        if columns.start % step or (columns.length % step and not at_end):
             raise ConfigError(
                 f"layer {name!r} has {what} of {step} columns, which its share of {columns.length} of {spec.in_features} columns would part: "
                 f"choose a tensor_parallel_size whose shares are multiples of {step}, or quantise with a size that divides {columns.length}"
@@ -146,9 +139,13 @@ def part(key: str, tensor: Tensor, spec: LayerSpec | None, cut: Cut) -> Tensor:
         tensor([[4., 5.],
                 [0., 0.]])
     """
+    if spec is None:
+        stored = BufferSpec(shape=tuple(tensor.shape), dtype=tensor.dtype, axes=("rows", "columns"))
+    else:
+        stored = spec.buffers()[key]
     if cut.columns is not None:
-        tensor = _columns(key, tensor, spec, cut.columns)
-    if key in _OF_COLUMNS:
+        tensor = _columns(tensor, stored, spec, cut.columns)
+    if not stored.has_rows:
         return tensor.contiguous()
     if cut.rows is not None:
         tensor = torch.cat([tensor.narrow(0, *span) for span in cut.rows])
@@ -157,23 +154,22 @@ def part(key: str, tensor: Tensor, spec: LayerSpec | None, cut: Cut) -> Tensor:
     return tensor.contiguous()
 
 
-def _columns(key: str, tensor: Tensor, spec: LayerSpec | None, columns: Span) -> Tensor:
-    if spec is None:
-        return tensor.narrow(1, *columns)
-    if key in _OF_COLUMNS:
-        return tensor.narrow(0, *columns)
-    if key == "words":
-        return _repacked(tensor, spec.bits, spec.in_features, columns)
-    if spec.group_size >= spec.in_features or spec.tables == "row":
-        return tensor  # one group or table, which every share of the row has
-    first = columns.start // spec.group_size
-    groups = Span(first, grid.group_count(columns.length, spec.group_size))
-    if key == "zero_words":
-        return _repacked(
-            tensor, spec.bits, grid.group_count(spec.in_features, spec.group_size), groups
-        )
-    return tensor.narrow(1, *groups)
-
-
-def _repacked(words: Tensor, bits: int, columns: int, chosen: Span) -> Tensor:
-    return packing.pack(packing.unpack(words, bits, columns).narrow(1, *chosen), bits)
+def _columns(tensor: Tensor, stored: BufferSpec, spec: LayerSpec | None, columns: Span) -> Tensor:
+    """The share of some columns, or of their groups, of a buffer."""
+    total, share = tensor.shape[-1], columns
+    if spec is not None:
+        total = spec.in_features
+    axis = "columns"
+    if spec is not None and "groups" in stored.axes:
+        if spec.format.has_one_group(spec.in_features):
+            return tensor  # one group or table, which every share of the row has
+        axis = "groups"
+        total = spec.format.groups(spec.in_features)
+        first = columns.start // spec.format.group_columns(spec.in_features)
+        share = Span(first, spec.format.groups(columns.length))
+    if axis not in stored.axes:
+        return tensor
+    if stored.packed is None:
+        return tensor.narrow(stored.axes.index(axis), *share)
+    codes = packing.unpack(tensor, stored.packed, total)
+    return packing.pack(codes.narrow(1, *share), stored.packed)
