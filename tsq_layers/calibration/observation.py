@@ -143,7 +143,7 @@ class Observation:
         seen = self._kept.get(name, torch.zeros_like(kept))
         self._kept[name] = seen + kept
         last = (seen + kept) // VALIDATED - seen // VALIDATED
-        return call.split_kept(last, min(tokens, tokens // VALIDATED + 1), dims)
+        return call.split_masked(last, min(tokens, tokens // VALIDATED + 1), dims)
 
     def _weights(self, target: Target, role: Role, arrival: lockstep.Arrival) -> Tensor | None:
         """How much the tokens of a call count, (T, k); all alike where the gradient pass did not see it."""

@@ -68,7 +68,7 @@ def descend(
             candidates = [
                 grid.storable(scales[:, group : group + 1] * factor, dtype) for factor in FACTORS
             ]
-            tried = [(scale, grid.steps(goal, scale, zero, bits)) for scale in candidates]
+            tried = [(scale, grid.nearest_levels(goal, scale, zero, bits)) for scale in candidates]
             if problem.free is not None:
                 tried = [(scale, new * problem.free[:, part]) for scale, new in tried]
             scale, new = _best(
