@@ -13,7 +13,7 @@ from tsq_layers.numerics.statistics import LayerStatistics
 from tsq_layers.observer import Call, HessianObserver
 from tsq_layers.passes import lockstep
 from tsq_layers.passes.batches import Batch, PaddingMask
-from tsq_layers.passes.offload import Parking
+from tsq_layers.passes.offload import ActivationOffload
 
 VALIDATED = 5  # of so many tokens of a layer one, the last of each call, where something is chosen on tokens not fitted
 
@@ -46,7 +46,7 @@ class Observation:
     roles: Sequence[Role]
     paired: bool
     padding_mask: PaddingMask
-    parking: Parking | None = None
+    parking: ActivationOffload | None = None
     guidance: TokenWeights | None = None
     reached: set[str] = field(default_factory=set)
     _fitted: dict[str, HessianObserver] = field(default_factory=dict)

@@ -35,7 +35,7 @@ from tsq_layers.passes.batches import (
     versions,
     with_input,
 )
-from tsq_layers.passes.offload import Parking
+from tsq_layers.passes.offload import ActivationOffload
 from tsq_layers.passes.pass_state import PassState
 from tsq_layers.passes.recording import hooked, record
 
@@ -66,7 +66,7 @@ class Calibration:
     padding_mask: PaddingMask
     progress: bool | None
     journal: Journal | None = None
-    parking: Parking | None = None
+    parking: ActivationOffload | None = None
     guidance: TokenWeights | None = None
 
     solved: dict[str, Solved] = field(default_factory=dict)
@@ -93,7 +93,10 @@ class Calibration:
                 self._wrap(name, target)
             first, batches = peeked(self.batches)
             self._state = PassState(self.model)
-            with self._state.first(), hooked(modules, lambda name, *_: self._state.look(name)):
+            with (
+                self._state.first(),
+                hooked(modules, lambda name, *_: self._state.note_changes(name)),
+            ):
                 self._recording = record(modules, lambda: self._first_pass(first))
             self._experts = Experts(targets, self._recording.order)
             with tqdm(
@@ -144,13 +147,15 @@ class Calibration:
         given = (copied_to if self._changes_batches else moved_to)(
             role.batch, entry_device(self.model)
         )
-        with self._state.own(role.index):
+        with self._state.separate(role.index):
             self.forward(self.model, given)
 
     def _suspend(self, index: int) -> Callable[[], None]:
         """Put aside what belongs to a pass that waits; the result brings it back."""
-        put = self._state.leave()
-        bring = None if self.parking is None else self.parking.park(index, self._roles[index].batch)
+        put = self._state.suspend()
+        bring = (
+            None if self.parking is None else self.parking.store(index, self._roles[index].batch)
+        )
 
         def go_on() -> None:
             if bring is not None:

@@ -31,7 +31,7 @@ from tsq_layers.passes.batches import (
     evaluating,
     moved_to,
 )
-from tsq_layers.passes.offload import Parking
+from tsq_layers.passes.offload import ActivationOffload
 from tsq_layers.workflow.conversion import check_attainable, convert, warn_never_called
 
 
@@ -165,7 +165,7 @@ def calibrate(
         paired = any(target.config.uses_deviation for target in preparation.targets.values())
     fitted = checked_batches(batches, "batches")
     others = [] if held_out is None else checked_batches(held_out, "held_out")
-    parking = None if offload is None else Parking(offload, model)
+    parking = None if offload is None else ActivationOffload(offload, model)
     config, guided = preparation.config, guided_layers(preparation)
     if guided or config.distill_epochs:
         fitted = list(fitted)
