@@ -192,7 +192,7 @@ def _twins(preparation: Preparation, solved: Mapping[str, Solved]) -> dict[nn.Mo
         for module in modules:
             kind = kind_of(module)
             assert kind is not None
-            twins[module] = kind.twin(module, layer.matrix)
+            twins[module] = kind.replacement(module, layer.matrix)
             pass_on_hook(module, twins[module])
     return twins
 
