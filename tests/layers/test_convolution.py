@@ -1,4 +1,4 @@
-"""Convolutions: patches times the matrix are what torch computes, and the quantised twin is torch's convolution."""
+"""Convolutions: patches times the matrix are what torch computes, and the quantised replacement is torch's convolution."""
 
 import copy
 import math
@@ -73,7 +73,7 @@ def inputs(case: dict[str, Any], dtype: torch.dtype = torch.float32, batch: int 
 
 
 def quantised(module: Any, kind: Any, *, bits: int = 4, group_size: int = 8) -> tuple[Any, Any]:
-    """The twin, and the float layer with the same values in its weight."""
+    """The replacement, and the float layer with the same values in its weight."""
     matrix = kind.weight(module)
     scales, zeros = grid.minmax(matrix, bits, group_size, symmetric=False)
     scales = grid.storable(scales, torch.float16)
@@ -81,11 +81,13 @@ def quantised(module: Any, kind: Any, *, bits: int = 4, group_size: int = 8) -> 
     weight = QuantizedWeight(
         codes, scales.half(), zeros.to(torch.uint8), bits, group_size, symmetric=False
     )
-    twin = kind.twin(module, QuantLinear.from_quantized(weight, module.bias, dtype=matrix.dtype))
+    replacement = kind.replacement(
+        module, QuantLinear.from_quantized(weight, module.bias, dtype=matrix.dtype)
+    )
     reference = copy.deepcopy(module)
     with torch.no_grad():
         reference.weight.copy_(kind.from_matrix(module, weight.dequantize(matrix.dtype)))
-    return twin, reference
+    return replacement, reference
 
 
 def pair(case: dict[str, Any], dtype: torch.dtype = torch.float32, **grids: int) -> tuple[Any, Any]:
@@ -264,71 +266,71 @@ def test_padding_that_depends_on_the_size_of_the_input(
     assert torch.equal(tsq.load(tmp_path, build())(y), model(y))
 
 
-# --- the twin ----------------------------------------------------------------------------------
+# --- the replacement ----------------------------------------------------------------------------------
 
 
 @cases
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_output_is_bit_equal_to_the_float_layers(case: dict[str, Any], dtype: torch.dtype) -> None:
-    twin, reference = pair(case, dtype)
+    replacement, reference = pair(case, dtype)
     x = inputs(case, dtype)
-    assert torch.equal(twin.weight, reference.weight)
-    assert torch.equal(twin(x), reference(x))
-    assert torch.equal(twin(x[0]), reference(x[0]))
-    assert twin(x).dtype == dtype
+    assert torch.equal(replacement.weight, reference.weight)
+    assert torch.equal(replacement(x), reference(x))
+    assert torch.equal(replacement(x[0]), reference(x[0]))
+    assert replacement(x).dtype == dtype
 
 
 @settings(deadline=None, max_examples=60)
 @given(layers_and_inputs())
 def test_any_geometry_is_bit_equal_to_the_float_layers(drawn: tuple[int, Any, Tensor]) -> None:
     n, module, x = drawn
-    twin, reference = quantised(module, KINDS[n])
-    assert torch.equal(twin(x), reference(x))
+    replacement, reference = quantised(module, KINDS[n])
+    assert torch.equal(replacement(x), reference(x))
 
 
 def test_one_changed_code_is_noticed() -> None:
-    twin, reference = pair(CASES["2d"])
-    twin.matrix.words[3, 1] ^= 1
-    assert not torch.equal(twin(inputs(CASES["2d"])), reference(inputs(CASES["2d"])))
+    replacement, reference = pair(CASES["2d"])
+    replacement.matrix.words[3, 1] ^= 1
+    assert not torch.equal(replacement(inputs(CASES["2d"])), reference(inputs(CASES["2d"])))
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_all_widths(bits: int) -> None:
-    twin, reference = pair(CASES["2d, groups"], bits=bits, group_size=5)
+    replacement, reference = pair(CASES["2d, groups"], bits=bits, group_size=5)
     x = inputs(CASES["2d, groups"])
-    assert torch.equal(twin(x), reference(x))
+    assert torch.equal(replacement(x), reference(x))
 
 
-def test_twin_takes_over_flags_and_shapes() -> None:
+def test_replacement_takes_over_flags_and_shapes() -> None:
     module = convolution(CASES["2d, depthwise"]).eval()
     module.bias.requires_grad_(False)  # type: ignore[union-attr, operator]
-    twin, reference = quantised(module, KINDS[2])
-    assert not any(part.training for part in twin.modules())
-    assert not twin.bias.requires_grad
-    assert torch.equal(twin.bias, reference.bias)
-    assert twin.bias is twin.matrix.bias
-    assert (twin.in_channels, twin.out_channels, twin.groups) == (4, 8, 4)
+    replacement, reference = quantised(module, KINDS[2])
+    assert not any(part.training for part in replacement.modules())
+    assert not replacement.bias.requires_grad
+    assert torch.equal(replacement.bias, reference.bias)
+    assert replacement.bias is replacement.matrix.bias
+    assert (replacement.in_channels, replacement.out_channels, replacement.groups) == (4, 8, 4)
     assert (
         "4, 8, kernel_size=(3, 3), stride=(1, 1), padding=same, dilation=(1, 3), groups=4"
-        in repr(twin)
+        in repr(replacement)
     )
 
 
 def test_autocast_rules_as_in_a_float_layer() -> None:
-    twin, reference = pair(CASES["2d"])
+    replacement, reference = pair(CASES["2d"])
     x = inputs(CASES["2d"])
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(twin(x), reference(x))
-        assert twin(x).dtype == torch.bfloat16
-        assert twin(x.double()).dtype == torch.float64
+        assert torch.equal(replacement(x), reference(x))
+        assert replacement(x).dtype == torch.bfloat16
+        assert replacement(x.double()).dtype == torch.float64
 
 
 @cases
 def test_gradients_are_those_of_the_float_layer(case: dict[str, Any]) -> None:
-    twin, reference = pair(case)
+    replacement, reference = pair(case)
     for x in (inputs(case), inputs(case)[0]):
         gradients = []
-        for layer in (twin, reference):
+        for layer in (replacement, reference):
             layer.zero_grad()
             copied = x.clone().requires_grad_()
             layer(copied).square().sum().backward()
@@ -338,10 +340,10 @@ def test_gradients_are_those_of_the_float_layer(case: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", ["1d, strided", "2d, groups", "3d, replicate"])
 def test_gradients_of_gradients(name: str) -> None:
-    twin, _ = pair(CASES[name], torch.float64)
+    replacement, _ = pair(CASES[name], torch.float64)
     x = inputs(CASES[name], torch.float64, batch=1).requires_grad_()
-    assert torch.autograd.gradcheck(twin, x, fast_mode=True)
-    assert torch.autograd.gradgradcheck(twin, x, fast_mode=True)
+    assert torch.autograd.gradcheck(replacement, x, fast_mode=True)
+    assert torch.autograd.gradgradcheck(replacement, x, fast_mode=True)
 
 
 def test_the_graph_holds_neither_the_dense_weight_nor_the_input() -> None:
@@ -367,51 +369,53 @@ def test_the_graph_holds_neither_the_dense_weight_nor_the_input() -> None:
 
 
 def test_functional_transforms_see_a_plain_layer() -> None:
-    twin, reference = pair(CASES["2d"], torch.float64)
+    replacement, reference = pair(CASES["2d"], torch.float64)
     x = inputs(CASES["2d"], torch.float64)
-    torch.testing.assert_close(torch.func.vmap(twin)(x), reference(x))
-    torch.testing.assert_close(torch.func.jacrev(twin)(x[0]), torch.func.jacrev(reference)(x[0]))
+    torch.testing.assert_close(torch.func.vmap(replacement)(x), reference(x))
+    torch.testing.assert_close(
+        torch.func.jacrev(replacement)(x[0]), torch.func.jacrev(reference)(x[0])
+    )
 
 
 # --- what a module must survive ----------------------------------------------------------------
 
 
 def test_state_dict_and_deepcopy_keep_every_bit() -> None:
-    twin, _ = pair(CASES["2d, groups"])
+    replacement, _ = pair(CASES["2d, groups"])
     x = inputs(CASES["2d, groups"])
     keys = {f"matrix.{name}" for name in ("words", "scale_bits", "zero_words", "bias")}
-    assert set(twin.state_dict()) == keys
-    empty = KINDS[2].twin(
+    assert set(replacement.state_dict()) == keys
+    empty = KINDS[2].replacement(
         convolution(CASES["2d, groups"]), QuantLinear(18, 8, bits=4, group_size=8)
     )
-    assert not torch.equal(empty(x), twin(x))
-    empty.load_state_dict(twin.state_dict())
-    for other in (empty, copy.deepcopy(twin)):
-        assert torch.equal(other(x), twin(x))
-    assert twin.to(torch.bfloat16).weight.dtype == torch.bfloat16
+    assert not torch.equal(empty(x), replacement(x))
+    empty.load_state_dict(replacement.state_dict())
+    for other in (empty, copy.deepcopy(replacement)):
+        assert torch.equal(other(x), replacement(x))
+    assert replacement.to(torch.bfloat16).weight.dtype == torch.bfloat16
 
 
 @pytest.mark.compile
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compiles_as_one_graph() -> None:
     case = CASES["2d, even and same"]
-    twin, _ = pair(case)
+    replacement, _ = pair(case)
     x, again = (inputs(case).requires_grad_() for _ in range(2))
-    compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(replacement, fullgraph=True, backend="aot_eager")
     compiled(x).square().sum().backward()
-    twin(again).square().sum().backward()
+    replacement(again).square().sum().backward()
     torch.testing.assert_close(x.grad, again.grad)
     with torch.no_grad():
-        torch.testing.assert_close(compiled(x), twin(again))
+        torch.testing.assert_close(compiled(x), replacement(again))
 
 
 @pytest.mark.parametrize("name", ["1d, same", "2d", "3d, groups"])
 def test_export_runs_for_any_batch(name: str) -> None:
-    twin, _ = pair(CASES[name])
+    replacement, _ = pair(CASES[name])
     batch = torch.export.Dim("batch", min=2, max=64)
-    program = torch.export.export(twin, (inputs(CASES[name]),), dynamic_shapes=({0: batch},))
+    program = torch.export.export(replacement, (inputs(CASES[name]),), dynamic_shapes=({0: batch},))
     x = inputs(CASES[name], batch=5)
-    torch.testing.assert_close(program.module()(x), twin(x))
+    torch.testing.assert_close(program.module()(x), replacement(x))
 
 
 @cases
@@ -422,9 +426,9 @@ def test_nothing_leaves_the_device(case: dict[str, Any]) -> None:
         matrix = QuantLinear(
             columns, rows, bits=3, group_size=8, device="cuda", dtype=torch.bfloat16
         )
-        twin: Any = kind.twin(module, matrix)
+        replacement: Any = kind.replacement(module, matrix)
         x = torch.empty(inputs(case).shape, device="cuda", dtype=torch.bfloat16)
-        for result in (twin(x), patches(twin, x), twin.weight):
+        for result in (replacement(x), patches(replacement, x), replacement.weight):
             assert result.device.type == "cuda"
             assert result.dtype == torch.bfloat16
 

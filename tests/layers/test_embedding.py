@@ -77,14 +77,14 @@ def rounded(
 
 
 def pair(kind: Any = nn.Embedding, **grids: Any) -> tuple[Any, Any]:
-    """The twin, and the float layer with the same values in its table."""
+    """The replacement, and the float layer with the same values in its table."""
     torch.manual_seed(0)
     module = kind(ROWS, COLUMNS)
     weight = rounded(EMBEDDING.weight(module), **grids)
-    twin = EMBEDDING.twin(module, QuantLinear.from_quantized(weight))
+    replacement = EMBEDDING.replacement(module, QuantLinear.from_quantized(weight))
     with torch.no_grad():
         module.weight.copy_(weight.dequantize())
-    return twin, module
+    return replacement, module
 
 
 def ids_of(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
@@ -111,40 +111,40 @@ def dequantised(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @ids_shapes
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
 def test_rows_are_those_of_the_table(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    twin, module = pair()
+    replacement, module = pair()
     ids = ids_of(*shape, dtype=dtype)
-    assert torch.equal(twin(ids), module(ids))
-    assert torch.equal(twin.weight, module.weight)
+    assert torch.equal(replacement(ids), module(ids))
+    assert torch.equal(replacement.weight, module.weight)
     for other in (torch.bfloat16, torch.float64):
-        twin.to(other)
-        assert twin(ids).dtype == twin.weight.dtype == other
-        assert torch.equal(twin(ids), twin.weight[ids])
+        replacement.to(other)
+        assert replacement(ids).dtype == replacement.weight.dtype == other
+        assert torch.equal(replacement(ids), replacement.weight[ids])
 
 
 def test_one_changed_code_is_noticed() -> None:
-    twin, module = pair()
-    twin.matrix.words[7, 0] ^= 1
-    assert not torch.equal(twin(torch.tensor([7])), module(torch.tensor([7])))
-    assert torch.equal(twin(torch.tensor([6, 8])), module(torch.tensor([6, 8])))
+    replacement, module = pair()
+    replacement.matrix.words[7, 0] ^= 1
+    assert not torch.equal(replacement(torch.tensor([7])), module(torch.tensor([7])))
+    assert torch.equal(replacement(torch.tensor([6, 8])), module(torch.tensor([6, 8])))
 
 
 def test_only_the_rows_asked_for_are_dequantised(dequantised: list[int]) -> None:
-    twin, _ = pair()
-    twin(ids_of(2, 3))
+    replacement, _ = pair()
+    replacement(ids_of(2, 3))
     assert dequantised == [6]
-    assert twin.weight.shape == (ROWS, COLUMNS)
+    assert replacement.weight.shape == (ROWS, COLUMNS)
     assert dequantised == [6, ROWS]
 
 
 def test_ids_outside_of_the_table_and_of_other_types_are_refused() -> None:
-    twin, _ = pair()
+    replacement, _ = pair()
     for wrong in (ROWS, -1):
         with pytest.raises((IndexError, RuntimeError), match="index out of range|out of bounds"):
-            twin(torch.tensor([wrong]))
+            replacement(torch.tensor([wrong]))
     with pytest.raises(
         LayerError, match=r"ids are torch.float32; give int32 or int64, numbers of rows in 0 … 19"
     ):
-        twin(torch.zeros(3))
+        replacement(torch.zeros(3))
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -153,10 +153,10 @@ def test_a_row_of_zeros_stays_exactly_zero(bits: int, symmetric: bool) -> None:
     torch.manual_seed(0)
     module = nn.Embedding(ROWS, COLUMNS, padding_idx=3)
     weight = rounded(EMBEDDING.weight(module), bits, symmetric=symmetric)
-    twin: Any = EMBEDDING.twin(module, QuantLinear.from_quantized(weight))
-    assert twin.padding_idx == 3
-    assert not twin(torch.tensor([3])).any()
-    assert twin(torch.tensor([2, 4])).any(-1).all()
+    replacement: Any = EMBEDDING.replacement(module, QuantLinear.from_quantized(weight))
+    assert replacement.padding_idx == 3
+    assert not replacement(torch.tensor([3])).any()
+    assert replacement(torch.tensor([2, 4])).any(-1).all()
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -171,18 +171,18 @@ def test_no_method_moves_a_row_of_zeros(method: Any, bits: int, symmetric: bool)
     )
     statistics = identity if config.needs_calibration else None
     weight = TwoStageGroupQuantizer(EMBEDDING.weight(module), statistics, config).run().weight
-    twin = EMBEDDING.twin(module, QuantLinear.from_quantized(weight))
-    assert not twin(torch.tensor([3])).any()
-    assert twin(torch.tensor([2, 4])).any(-1).all()
+    replacement = EMBEDDING.replacement(module, QuantLinear.from_quantized(weight))
+    assert not replacement(torch.tensor([3])).any()
+    assert replacement(torch.tensor([2, 4])).any(-1).all()
 
 
 def test_padding_that_is_not_zero_is_a_row_like_others() -> None:
     module = nn.Embedding.from_pretrained(torch.randn(ROWS, COLUMNS), padding_idx=3)
-    twin: Any = EMBEDDING.twin(
+    replacement: Any = EMBEDDING.replacement(
         module, QuantLinear.from_quantized(rounded(EMBEDDING.weight(module), 8))
     )
     torch.testing.assert_close(
-        twin(torch.tensor([3])), module(torch.tensor([3])), rtol=0, atol=0.05
+        replacement(torch.tensor([3])), module(torch.tensor([3])), rtol=0, atol=0.05
     )
 
 
@@ -191,41 +191,45 @@ def test_padding_that_is_not_zero_is_a_row_like_others() -> None:
 
 @classes
 def test_subclasses_compute_around_the_lookup_what_they_did(kind: Any) -> None:
-    twin, module = pair(kind)
+    replacement, module = pair(kind)
     ids = ids_of(2, 3)
-    assert torch.equal(twin(ids), module(ids))
-    assert isinstance(twin, kind)
-    assert isinstance(twin, QuantEmbedding)
-    assert repr(twin).startswith(f"Quant{kind.__name__}(\n  20, 40")
-    assert list(twin.state_dict()) == ["matrix.words", "matrix.scale_bits", "matrix.zero_words"]
-    twin.to(torch.bfloat16)
-    assert twin(ids).dtype == torch.bfloat16
+    assert torch.equal(replacement(ids), module(ids))
+    assert isinstance(replacement, kind)
+    assert isinstance(replacement, QuantEmbedding)
+    assert repr(replacement).startswith(f"Quant{kind.__name__}(\n  20, 40")
+    assert list(replacement.state_dict()) == [
+        "matrix.words",
+        "matrix.scale_bits",
+        "matrix.zero_words",
+    ]
+    replacement.to(torch.bfloat16)
+    assert replacement(ids).dtype == torch.bfloat16
     if kind is Positional:
-        assert torch.equal(twin(ids, past=4), module.bfloat16()(ids, past=4))
+        assert torch.equal(replacement(ids, past=4), module.bfloat16()(ids, past=4))
 
 
 @pytest.mark.parametrize("kind", [Scaled, Positional], ids=lambda kind: kind.__name__)
 def test_a_subclass_may_ask_for_dtype_and_device_at_no_cost(
     kind: Any, dequantised: list[int]
 ) -> None:
-    twin, _ = pair(kind)
-    twin(ids_of(1, 3))
+    replacement, _ = pair(kind)
+    replacement(ids_of(1, 3))
     assert dequantised == [3]
-    weight = twin.weight
+    weight = replacement.weight
     assert (weight.shape, weight.dtype, weight.device.type) == (
         (ROWS, COLUMNS),
         torch.float32,
         "cpu",
     )
     assert dequantised == [3]
-    assert torch.equal(weight, twin.matrix.weight)
+    assert torch.equal(weight, replacement.matrix.weight)
     assert dequantised == [3, ROWS, ROWS]
 
 
 def test_gradients_pass_through_a_subclass_that_multiplies_by_its_table() -> None:
-    twin, module = pair(AlsoOutput)
+    replacement, module = pair(AlsoOutput)
     x, again = (torch.ones(2, COLUMNS, requires_grad=True) for _ in range(2))
-    twin.logits(x).square().sum().backward()
+    replacement.logits(x).square().sum().backward()
     module.logits(again).square().sum().backward()
     torch.testing.assert_close(x.grad, again.grad)
 
@@ -235,12 +239,12 @@ def test_hooks_and_replaced_forwards_of_the_float_layer_stay_with_it() -> None:
     calls: list[int] = []
     module.register_forward_pre_hook(lambda *_: calls.append(1))
     module.forward = lambda ids: ids
-    twin: Any = EMBEDDING.twin(
+    replacement: Any = EMBEDDING.replacement(
         module.eval(), QuantLinear.from_quantized(rounded(EMBEDDING.weight(module)))
     )
-    assert twin(ids_of(2)).shape == (2, COLUMNS)
+    assert replacement(ids_of(2)).shape == (2, COLUMNS)
     assert calls == []
-    assert not twin.training
+    assert not replacement.training
     assert module.weight.shape == (ROWS, COLUMNS)
 
 
@@ -278,7 +282,7 @@ def test_a_table_may_be_that_of_the_output_layer(kind: Any, bias: bool) -> None:
     head = QuantLinear.from_quantized(
         embed.matrix.quantized_weight(), torch.randn(ROWS) if bias else None
     )
-    model = Tied(EMBEDDING.twin(kind(ROWS, COLUMNS), head), head)
+    model = Tied(EMBEDDING.replacement(kind(ROWS, COLUMNS), head), head)
     ids = ids_of(2, 3)
     torch.testing.assert_close(model(ids), F.linear(embed(ids), embed.weight, head.bias))
     assert set(model.state_dict()) == {
@@ -288,7 +292,7 @@ def test_a_table_may_be_that_of_the_output_layer(kind: Any, bias: bool) -> None:
     assert copied.embed.matrix is copied.head
     assert copied.head is not head
     fresh_head = QuantLinear(COLUMNS, ROWS, bits=4, group_size=16, bias=bias)
-    fresh = Tied(EMBEDDING.twin(kind(ROWS, COLUMNS), fresh_head), fresh_head)
+    fresh = Tied(EMBEDDING.replacement(kind(ROWS, COLUMNS), fresh_head), fresh_head)
     fresh.load_state_dict(model.state_dict())
     for other in (copied, fresh):
         assert torch.equal(other(ids), model(ids))
@@ -302,33 +306,37 @@ def test_a_table_may_be_that_of_the_output_layer(kind: Any, bias: bool) -> None:
 
 @classes
 def test_copies_are_equal_and_independent(kind: Any) -> None:
-    twin, _ = pair(kind)
+    replacement, _ = pair(kind)
     ids = ids_of(2, 3)
-    expected = twin(ids)
-    for other in (copy.deepcopy(twin), copy.copy(twin), pickle.loads(pickle.dumps(twin))):
-        assert type(other) is type(twin)
+    expected = replacement(ids)
+    for other in (
+        copy.deepcopy(replacement),
+        copy.copy(replacement),
+        pickle.loads(pickle.dumps(replacement)),
+    ):
+        assert type(other) is type(replacement)
         assert torch.equal(other(ids), expected)
-    other = copy.deepcopy(twin)
+    other = copy.deepcopy(replacement)
     other.matrix.words.zero_()
-    assert torch.equal(twin(ids), expected)
+    assert torch.equal(replacement(ids), expected)
 
 
 @pytest.mark.parametrize("kind", [nn.Embedding, Scaled], ids=lambda kind: kind.__name__)
 @pytest.mark.compile
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compiles_as_one_graph(kind: Any) -> None:
-    twin, _ = pair(kind)
-    compiled = torch.compile(twin, fullgraph=True, backend="aot_eager", dynamic=True)
+    replacement, _ = pair(kind)
+    compiled = torch.compile(replacement, fullgraph=True, backend="aot_eager", dynamic=True)
     for length in (3, 5):
-        assert torch.equal(compiled(ids_of(2, length)), twin(ids_of(2, length)))
+        assert torch.equal(compiled(ids_of(2, length)), replacement(ids_of(2, length)))
 
 
 @classes
 def test_export_runs_for_any_length(kind: Any) -> None:
-    twin, _ = pair(kind)
+    replacement, _ = pair(kind)
     length = torch.export.Dim("length", min=2, max=12)
-    program = torch.export.export(twin, (ids_of(1, 4),), dynamic_shapes=({1: length},))
-    assert torch.equal(program.module()(ids_of(1, 7)), twin(ids_of(1, 7)))
+    program = torch.export.export(replacement, (ids_of(1, 4),), dynamic_shapes=({1: length},))
+    assert torch.equal(program.module()(ids_of(1, 7)), replacement(ids_of(1, 7)))
 
 
 @pytest.mark.parametrize(
@@ -340,16 +348,16 @@ def test_nothing_leaves_the_device_and_nothing_is_read(kind: Any) -> None:
         matrix = QuantLinear(
             COLUMNS, ROWS, bits=3, group_size=16, bias=False, device="cuda", dtype=torch.bfloat16
         )
-        twin: Any = EMBEDDING.twin(module, matrix)
-        y = twin(torch.zeros(2, 3, dtype=torch.int64, device="cuda"))
-        for result in (y, twin.weight):
+        replacement: Any = EMBEDDING.replacement(module, matrix)
+        y = replacement(torch.zeros(2, 3, dtype=torch.int64, device="cuda"))
+        for result in (y, replacement.weight):
             assert result.device.type == "cuda"
             assert result.dtype == torch.bfloat16
 
 
 def test_meta_and_functional_transforms() -> None:
-    twin, module = pair()
+    replacement, module = pair()
     ids = ids_of(4, 3)
-    assert torch.equal(torch.func.vmap(twin)(ids), module(ids))
-    meta = copy.deepcopy(twin).to("meta")
+    assert torch.equal(torch.func.vmap(replacement)(ids), module(ids))
+    meta = copy.deepcopy(replacement).to("meta")
     assert meta(ids.to("meta")).shape == (4, 3, COLUMNS)

@@ -1,6 +1,7 @@
 """Kinds of layers, composites and what users register: what is found, what is named, what stays tied."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from tsq_layers.errors import (
     SkippedLayerWarning,
     StateError,
 )
-from tsq_layers.layers import kind_of, why_not
+from tsq_layers.layers import kind_behind, kind_of, why_not
 from tsq_layers.layers.expert_weights import ExpertWeights
 from tsq_layers.layers.pools import Pool, expert_pool
 
@@ -63,7 +64,7 @@ class Plain(nn.Linear):
 DOUBLED = tsq.layers.LayerKind(
     name="Doubled",
     matches=lambda module: type(module) is Doubled,
-    twin=lambda module, matrix: QuantDoubled(matrix).train(module.training),
+    replacement=lambda module, matrix: QuantDoubled(matrix).train(module.training),
 )
 
 
@@ -429,3 +430,33 @@ def test_attentions_that_share_their_weights_are_quantised_once():
         "b.out_proj",
     ]
     assert model.a.q_proj is model.b.q_proj
+
+
+def test_old_name_of_replacement_is_accepted_with_a_warning():
+    def replacement(module, matrix):
+        return QuantDoubled(matrix)
+
+    with pytest.warns(tsq.errors.TSQDeprecationWarning, match=r"LayerKind\.replacement") as caught:
+        kind = tsq.layers.LayerKind(
+            name="Doubled", matches=lambda module: type(module) is Doubled, twin=replacement
+        )
+    assert caught[0].filename == __file__
+    assert kind.replacement.__wrapped__ is replacement
+    with pytest.warns(tsq.errors.TSQDeprecationWarning, match=r"LayerKind\.replacement") as caught:
+        assert kind.twin is kind.replacement
+    assert caught[0].filename == __file__
+
+
+def test_old_and_new_name_of_replacement_together_are_refused():
+    with (
+        pytest.warns(tsq.errors.TSQDeprecationWarning),
+        pytest.raises(TypeError, match="give replacement alone"),
+    ):
+        tsq.layers.LayerKind(name="a", matches=bool, twin=QuantDoubled, replacement=QuantDoubled)
+
+
+def test_copy_of_a_kind_by_dataclasses_replace_warns_of_nothing():
+    kind = dataclasses.replace(DOUBLED, name="Other")
+    module = Doubled(4, 4)
+    layer = kind.replacement(module, tsq.QuantLinear(4, 4, bits=4, group_size=None))
+    assert kind_behind(layer) == "Other"

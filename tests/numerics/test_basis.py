@@ -173,7 +173,7 @@ def test_autocast_does_not_round(make):
 
 
 def test_gradients_flow_also_after_inference_mode(make):
-    bases._known.clear()
+    bases._matrices.clear()
     basis = make(64)
     with torch.inference_mode():
         basis.apply(torch.randn(3, 64))

@@ -269,7 +269,7 @@ def test_functions_leave_their_arguments_as_they_are() -> None:
             codes = grid.quantize(weight, scales, zeros, 2, group_size)
             kept_codes = codes.clone()
             grid.dequantize(codes, scales, zeros, group_size)
-            grid.steps(weight, scales[:, :1], zeros[:, :1], 2)
+            grid.nearest_levels(weight, scales[:, :1], zeros[:, :1], 2)
             grid.storable(scales, torch.float16)
             assert torch.equal(scales, grids[0])
             assert torch.equal(zeros, grids[1])

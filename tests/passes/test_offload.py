@@ -8,17 +8,17 @@ from torch import nn
 
 import tsq_layers as tsq
 from tsq_layers.calibration import run as calibration
-from tsq_layers.passes import offload as parking
-from tsq_layers.passes.offload import Parking
+from tsq_layers.passes import offload as module
+from tsq_layers.passes.offload import ActivationOffload
 
 CONFIG = tsq.QuantConfig(bits=3, group_size=16, skip=())
 
 
 @pytest.fixture
 def anywhere(monkeypatch):
-    """Park although all is on the CPU, and however small."""
-    monkeypatch.setattr(parking, "_SMALLEST", 1)
-    made = Parking.__init__
+    """Offload although all is on the CPU, and however small."""
+    monkeypatch.setattr(module, "_SMALLEST", 1)
+    made = ActivationOffload.__init__
 
     def elsewhere(self, device, model):
         made(self, device, model)
@@ -27,9 +27,11 @@ def anywhere(monkeypatch):
     class Elsewhere:
         """Equal to no device; copies stay on the CPU."""
 
-    monkeypatch.setattr(Parking, "__init__", elsewhere)
-    leave = parking._Parked.leave
-    monkeypatch.setattr(parking._Parked, "leave", lambda self, _: leave(self, torch.device("cpu")))
+    monkeypatch.setattr(ActivationOffload, "__init__", elsewhere)
+    move_away = module._Storage.move_away
+    monkeypatch.setattr(
+        module._Storage, "move_away", lambda self, _: move_away(self, torch.device("cpu"))
+    )
 
 
 class Residual(nn.Module):
@@ -60,11 +62,11 @@ def weights(model):
     return dict(model.state_dict())
 
 
-def test_parked_calibration_gives_the_very_same_weights(anywhere):
+def test_offloaded_calibration_gives_the_very_same_weights(anywhere):
     plain = tsq.quantize(net(), CONFIG, data(), held_out=data()[:1])
-    parked = tsq.quantize(net(), CONFIG, data(), held_out=data()[:1], offload="cpu")
+    offloaded = tsq.quantize(net(), CONFIG, data(), held_out=data()[:1], offload="cpu")
     assert all(
-        torch.equal(tensor, weights(plain)[name]) for name, tensor in weights(parked).items()
+        torch.equal(tensor, weights(plain)[name]) for name, tensor in weights(offloaded).items()
     )
 
 
@@ -88,14 +90,14 @@ def test_waiting_passes_hold_no_memory_but_the_models_and_the_batches(anywhere, 
     assert all(torch.equal(one, other) for one, other in zip(batches, data(), strict=True))
 
 
-def test_nothing_is_parked_where_it_is_already():
+def test_nothing_is_offloaded_where_it_is_already():
     model, seen = net(), []
-    park = Parking("cpu", model)
+    offload = ActivationOffload("cpu", model)
     model.b.register_forward_pre_hook(
-        lambda _, args: (park.park(0, None)(), seen.append(args[0].clone()), None)[2]
+        lambda _, args: (offload.store(0, None)(), seen.append(args[0].clone()), None)[2]
     )
     model(data()[0])
-    assert park._parked == {}
+    assert offload._storages == {}
     assert seen[0].abs().sum() > 0
 
 
@@ -112,7 +114,7 @@ def test_locals_are_found_in_containers_and_in_all_frames():
     def inner(x):
         pair = (x + 1, {"deep": [x + 2]})
         number = 3
-        found = {tensor.item() for tensor in parking._locals(__import__("sys")._getframe())}
+        found = {tensor.item() for tensor in module._locals(__import__("sys")._getframe())}
         return found, pair, number
 
     def outer():
@@ -128,7 +130,7 @@ def test_reading_locals_keeps_nothing_alive():
 
     tensor = torch.ones(3)
     gone = weakref.ref(tensor)
-    list(parking._locals(__import__("sys")._getframe()))
+    list(module._locals(__import__("sys")._getframe()))
     del tensor
     with contextlib.suppress(NameError):
         assert gone() is None

@@ -173,7 +173,7 @@ def test_what_no_pass_changes_costs_nothing() -> None:
     state = PassState(model)
     with state.first():
         model(batches()[0])
-    assert (state._attributes, state._containers, state._tensors, state._random) == (
+    assert (state._attributes, state._containers, state._tensors, state._uses_random) == (
         [],
         [],
         [],
@@ -234,9 +234,9 @@ def test_precision_may_be_set_for_each_backend() -> None:
 def test_the_first_pass_looks_at_few_modules() -> None:
     model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(50)))
     state, looked = PassState(model), []
-    find = state._find
-    state._find = lambda before: (looked.append(before), find(before))  # type: ignore[method-assign]
+    note = state._note
+    state._note = lambda before: (looked.append(before), note(before))  # type: ignore[method-assign]
     with state.first():
         for block in range(50):
-            state.look(f"{block}.0")
+            state.note_changes(f"{block}.0")
     assert len(looked) == 50 * 2 + len(list(model.modules()))

@@ -311,23 +311,23 @@ def test_a_convolution_runs_on_it(kind: str) -> None:
     conv = CONVOLUTIONS[1]
     values = conv.weight(module).detach()
     weight = made(kind, *values.shape, 3, 8, values=values)
-    twin: Any = conv.twin(module, QuantLinear.from_quantized(weight, module.bias))
+    replacement: Any = conv.replacement(module, QuantLinear.from_quantized(weight, module.bias))
     x = torch.randn(2, 4, 6, 5, requires_grad=True)
     exact = F.conv2d(
         x, weight.dequantize().view_as(module.weight), module.bias, padding=1, groups=2
     )
-    torch.testing.assert_close(twin(x), exact)
-    assert_same(twin.matrix.quantized_weight(), weight)
-    (gradient,) = torch.autograd.grad(twin(x).square().sum(), x)
+    torch.testing.assert_close(replacement(x), exact)
+    assert_same(replacement.matrix.quantized_weight(), weight)
+    (gradient,) = torch.autograd.grad(replacement(x).square().sum(), x)
     torch.testing.assert_close(gradient, torch.autograd.grad(exact.square().sum(), x)[0])
 
 
 @kinds
 def test_an_embedding_looks_up_its_rows(kind: str) -> None:
     weight = made(kind, 30, 20, 4, 8)
-    twin = EMBEDDING.twin(nn.Embedding(30, 20), QuantLinear.from_quantized(weight))
+    replacement = EMBEDDING.replacement(nn.Embedding(30, 20), QuantLinear.from_quantized(weight))
     ids = torch.tensor([[3, 29], [0, 3]])
-    assert torch.equal(twin(ids), weight.dequantize()[ids])
+    assert torch.equal(replacement(ids), weight.dequantize()[ids])
 
 
 # --- compilation -------------------------------------------------------------------------------

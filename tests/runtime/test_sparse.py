@@ -310,7 +310,7 @@ def packed_net(kind):
         )
         bias = getattr(module, "bias", None)
         matrix.bias = bias
-        setattr(model, name, kind_of(module).twin(module, matrix))
+        setattr(model, name, kind_of(module).replacement(module, matrix))
     return model
 
 

@@ -201,7 +201,7 @@ def test_small_calls_have_their_part_in_what_is_chosen_by(monkeypatch: pytest.Mo
 def test_the_last_tokens_are_those_that_are_not_padding(blocks: int, last: int) -> None:
     x = torch.randn(3, 7, *([blocks, K] if blocks > 1 else [K]), dtype=torch.float64)
     mask = torch.arange(7) < torch.tensor([7, 3, 2]).unsqueeze(1)
-    most, rest = Call(x, 2 * x, mask).split_kept(torch.tensor(last), most=5, dims=x.dim() - 2)
+    most, rest = Call(x, 2 * x, mask).split_masked(torch.tensor(last), most=5, dims=x.dim() - 2)
     plain = Call(x[mask], 2 * x[mask]).split(last, dims=x.dim() - 2)
     for padded, expected in zip((most, rest), plain, strict=True):
         observers = [HessianObserver(K, blocks=blocks, dtype=torch.float64) for _ in range(2)]

@@ -14,7 +14,7 @@ from tsq_layers.numerics.statistics import LayerStatistics
 from tsq_layers.observer import Call, HessianObserver
 from tsq_layers.passes import lockstep
 from tsq_layers.passes.batches import Batch, PaddingMask
-from tsq_layers.passes.offload import Parking
+from tsq_layers.passes.offload import ActivationOffload
 
 VALIDATED = 5  # of so many tokens of a layer one, the last of each call, where something is chosen on tokens not fitted
 
@@ -47,7 +47,7 @@ class Observation:
     roles: Sequence[Role]
     paired: bool
     padding_mask: PaddingMask
-    parking: Parking | None = None
+    parking: ActivationOffload | None = None
     guidance: TokenWeights | None = None
     reached: set[str] = field(default_factory=set)
     _fitted: dict[str, HessianObserver] = field(default_factory=dict)
@@ -147,7 +147,7 @@ class Observation:
         tokens_before = self._kept.get(name, torch.zeros_like(kept))
         self._kept[name] = tokens_before + kept
         last = (tokens_before + kept) // VALIDATED - tokens_before // VALIDATED
-        return call.split_kept(last, min(tokens, tokens // VALIDATED + 1), dims)
+        return call.split_masked(last, min(tokens, tokens // VALIDATED + 1), dims)
 
     def _weights(self, target: Target, role: Role, arrival: lockstep.Arrival) -> Tensor | None:
         """Return how much the tokens of a call count, (T, k); all alike if the gradient pass missed it."""

@@ -34,7 +34,7 @@ from tsq_layers.passes.batches import (
     versions,
     with_input,
 )
-from tsq_layers.passes.offload import Parking
+from tsq_layers.passes.offload import ActivationOffload
 from tsq_layers.passes.pass_state import PassState
 from tsq_layers.passes.recording import hooked, record
 
@@ -62,7 +62,7 @@ class RunOptions:
     padding_mask: PaddingMask
     progress: bool | None = None
     journal: Journal | None = None
-    parking: Parking | None = None
+    parking: ActivationOffload | None = None
     guidance: TokenWeights | None = None
 
 
@@ -99,7 +99,10 @@ class Calibration:
                 self._wrap(name, target)
             first, batches = peeked(self.options.batches)
             self._state = PassState(self.model)
-            with self._state.first(), hooked(modules, lambda name, *_: self._state.look(name)):
+            with (
+                self._state.first(),
+                hooked(modules, lambda name, *_: self._state.note_changes(name)),
+            ):
                 recording = record(modules, lambda: self._first_pass(first))
             self._schedule = Schedule(self.preparation.targets, self._targets, recording)
             progress = self.options.progress
@@ -154,16 +157,16 @@ class Calibration:
         batch = (copied_to if self._changes_batches else moved_to)(
             role.batch, entry_device(self.model)
         )
-        with self._state.own(role.index):
+        with self._state.separate(role.index):
             self.options.forward(self.model, batch)
 
     def _suspend(self, index: int) -> Callable[[], None]:
         """Put aside what belongs to a pass that waits; the result brings it back."""
-        put = self._state.leave()
+        put = self._state.suspend()
         bring = (
             None
             if self.options.parking is None
-            else self.options.parking.park(index, self._roles[index].batch)
+            else self.options.parking.store(index, self._roles[index].batch)
         )
 
         def go_on() -> None:

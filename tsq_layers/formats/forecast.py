@@ -27,7 +27,9 @@ def planned_layers(model: nn.Module, config: QuantConfig) -> list[Layer]:
             kind = kind_of(module)
             assert kind is not None
             inside = composite_around(model, name, _composite)
-            layers.append(Layer(name, kind.twin(module, matrix), matrix, inside or kind.name))
+            layers.append(
+                Layer(name, kind.replacement(module, matrix), matrix, inside or kind.name)
+            )
     return layers
 
 

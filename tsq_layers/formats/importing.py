@@ -177,7 +177,9 @@ def _twin(place: _Place, bias: Tensor | None, dtype: torch.dtype) -> nn.Module:
             place.layer.name,
             f"it is {tuple(weight.codes.shape)} in the files and {place.shape} in the model",
         )
-    return place.kind.twin(place.module, QuantLinear.from_quantized(weight, bias, dtype=dtype))
+    return place.kind.replacement(
+        place.module, QuantLinear.from_quantized(weight, bias, dtype=dtype)
+    )
 
 
 def _float_tensors(

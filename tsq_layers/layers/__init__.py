@@ -1,6 +1,12 @@
-"""Which layers can be quantised: how each shows itself as a weight matrix, and what takes its place.
+"""Quantise further kinds of layers: describe one by :class:`LayerKind` or :class:`Composite`, and register it.
 
-Everything else in the library sees only :class:`LayerKind` and :class:`Composite`.
+These four names are public, as ``tsq_layers.layers.register(…)`` and so on:
+
+* :class:`LayerKind`: a layer with one weight, which is shown as a matrix with rows of inputs;
+* :class:`Composite`: a module with several weights, which is split into plain layers;
+* :func:`register` and :func:`unregister`: add and remove one of them.
+
+The other names are for the rest of the library, which knows of layers only what they return.
 """
 
 from tsq_layers.layers.composites import Composite, composite_behind, replace, split_of

@@ -1,11 +1,11 @@
-"""What a composite is: a module with several weights, which shows itself as plain layers; and replacing modules."""
+"""Define :class:`Composite`, a module with several weights that is split into plain layers, and replace modules."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
 
-# The same dictionaries, not copies: whoever keeps a handle can still remove the hook.
+# Attributes of a module that hold its hooks.
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -20,18 +20,34 @@ _HOOKS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Composite:
-    """A module that uses its weights without calling a layer for each, such as ``nn.MultiheadAttention``.
+    """A kind of module that uses several weights without calling a layer for each, such as ``nn.MultiheadAttention``.
 
-    ``prepare`` puts the split module in its place, ``unprepare`` puts the original back, and
-    ``convert`` swaps the layers inside.
+    Give it to :func:`register`. ``prepare`` replaces the module by its split form, ``unprepare``
+    restores it, and ``convert`` replaces the layers inside of the split form.
 
     Args:
-        name: how reports call it.
-        matches: whether a module is of this kind.
+        name: name in reports and checkpoints.
+        matches: module → True if it is of this kind.
         split: module → a new module that computes the same by calling plain layers, which share the
-            memory of the module's parameters. The module itself is not modified.
-        always: split it even where none of its layers is to be quantised, because other modules
-            would pass it by otherwise.
+            memory of the module's parameters. It must not modify the module.
+        always: split it also if none of its layers is to be quantised, because other modules would
+            read its parameters otherwise instead of calling it.
+
+    Example:
+        >>> class Pair(nn.Module):
+        ...     def __init__(self, first, second):
+        ...         super().__init__()
+        ...         self.first, self.second = first, second
+        ...     def forward(self, x):
+        ...         return x @ self.first.T @ self.second.T
+        >>> def split(module):
+        ...     layers = []
+        ...     for weight in (module.first, module.second):
+        ...         layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+        ...         layer.weight = weight
+        ...         layers.append(layer)
+        ...     return nn.Sequential(*layers)
+        >>> pair = Composite(name="Pair", matches=lambda module: type(module) is Pair, split=split)
     """
 
     name: str
@@ -41,33 +57,45 @@ class Composite:
 
 
 def split_of(composite: Composite, module: nn.Module) -> nn.Module:
-    """The split form of a module; :func:`composite_behind` tells what it is."""
-    split = composite.split(module)
-    take_over_mode(split, module)
-    # The name alone: a copy of the model would take the functions of users along.
-    vars(split)["_tsq_composite"] = composite.name
-    return split
+    """Return the split form of a module, in the same mode; :func:`composite_behind` returns its name.
+
+    Args:
+        composite: the composite that ``module`` is.
+        module: not modified.
+    """
+    split_form = composite.split(module)
+    take_over_mode(split_form, module)
+    # Only the name: a composite holds functions of the user, which need not be copyable.
+    vars(split_form)["_tsq_composite"] = composite.name
+    return split_form
 
 
 def take_over_mode(module: nn.Module, other: nn.Module) -> None:
-    """Put a module and what it holds into training or evaluation mode like ``other`` and what has the same name there.
+    """Set each module inside of ``module`` to the training or evaluation mode of the one of the same name in ``other``.
 
-    What ``other`` has none of is in the mode of ``other`` itself.
+    A module whose name ``other`` does not have gets the mode of ``other`` itself.
     """
-    others = dict(other.named_modules())
-    for name, part in module.named_modules():
-        part.training = others.get(name, other).training
+    counterparts = dict(other.named_modules())
+    for name, child in module.named_modules():
+        child.training = counterparts.get(name, other).training
 
 
 def composite_behind(module: nn.Module) -> str | None:
-    """The name of the composite that a module is the split form of, or ``None``."""
+    """Return the name of the composite that a module is the split form of, or ``None``."""
     return vars(module).get("_tsq_composite")
 
 
 def replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:
-    """Replace modules by identity, wherever they hang; returns the new root.
+    """Replace modules of a model, under every name that they have.
 
-    What takes a module's place has its hooks too, those that anybody may have put there.
+    Replacements also get the hooks of the modules that they replace.
+
+    Args:
+        model: changed in place.
+        replacements: module → what replaces it; modules are compared by identity.
+
+    Returns:
+        the model, or its replacement.
     """
     for module, other in replacements.items():
         share_hooks(module, other)
@@ -81,6 +109,11 @@ def replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn
 
 
 def share_hooks(module: nn.Module, other: nn.Module) -> None:
-    """Let ``other`` have the hooks of ``module`` too."""
-    attributes = vars(module)
-    vars(other).update({name: attributes[name] for name in _HOOKS if attributes.get(name)})
+    """Give ``other`` the hooks of ``module``.
+
+    Both share the dictionaries of hooks, so a handle that a user holds still removes its hook.
+    """
+    for name in _HOOKS:
+        hooks = vars(module).get(name)
+        if hooks:
+            vars(other)[name] = hooks

@@ -1,8 +1,9 @@
-"""Convolutions: a matrix that multiplies patches of the input.
+"""Define the kinds of layers of convolutions, whose weight is a matrix that multiplies patches of the input.
 
-The weight (N, C/groups, *kernel) is the matrix (N, K), K = C/groups · ∏ kernel, and an input row is
-the patch that the kernel lies on, flattened in the same order; padding is part of a patch, for the
-layer sees it. With groups, each block of N/groups rows sees the patches of its own channels.
+The weight (N, C/groups, *kernel) is the matrix (N, K), K = C/groups · ∏ kernel. An input row is the
+patch of the input under the kernel, flattened in the same order; padding is part of a patch, because
+the weight multiplies it too. With groups, each row block of N/groups rows has the patches of its own
+channels.
 
 Shapes: B batch, C channels in, N channels out, T patches (batch · positions of the output), K
 columns, n spatial dimensions.
@@ -18,36 +19,37 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from tsq_layers.errors import LayerError
 from tsq_layers.layers import convolving
 from tsq_layers.layers.convolving import Geometry
-from tsq_layers.layers.kinds import LayerKind, is_plain, mark_twin
+from tsq_layers.layers.kinds import LayerKind, is_plain, mark_replacement
 from tsq_layers.runtime.linear import QuantLinear
 
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
 class QuantConv(nn.Module):
-    """A convolution with a packed weight; takes the place of ``nn.Conv1d``, ``2d`` or ``3d``.
+    """A convolution with a packed weight, the replacement of ``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d``.
 
-    It computes in the dtype of its input (under autocast, in that of autocast) with the weight
-    dequantised for each call. Gradients flow to the input and the bias; the dequantised weight is
-    not kept for them, but made again.
+    It computes in the dtype of its input (under autocast, in the dtype of autocast), and dequantises
+    its weight in each call. Gradients flow to the input and the bias; the backward pass dequantises the
+    weight again.
 
     Args:
-        matrix: the packed weight (N, K) and the bias.
-        kernel_size: n numbers, one for each spatial dimension, as all that follow; n is 1, 2 or 3.
-        stride: of the kernel.
-        padding: of both sides, or ``"same"`` or ``"valid"``.
-        dilation: distance of the kernel's entries.
-        groups: blocks of channels that do not see one another.
+        matrix: the packed weight (N, K) and the bias (N,).
+        kernel_size: n numbers, one for each spatial dimension; n is 1, 2 or 3.
+        stride: n numbers; 1 by default.
+        padding: n numbers, each for both sides of one dimension, or ``"same"`` or ``"valid"``.
+        dilation: n numbers, the distances between neighbouring entries of the kernel; 1 by default.
+        groups: number of blocks of channels; outputs of a block depend on inputs of the same block only.
         padding_mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``.
 
     Raises:
-        LayerError: arguments that do not fit together.
+        LayerError: the arguments do not fit together.
 
     Example:
-        >>> QuantConv(QuantLinear(4 * 9, 8, bits=4, group_size=None), kernel_size=(3, 3), padding=(1, 1), groups=2)
+        >>> matrix = QuantLinear(4 * 9, 8, bits=4, group_size=None)
+        >>> QuantConv(matrix, kernel_size=(3, 3), padding=(1, 1), groups=2)  # doctest: +ELLIPSIS
         QuantConv(
           8, 8, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=2, padding_mode=zeros
-          (matrix): QuantLinear(in_features=36, out_features=8, bits=4, group_size=36, symmetric=False, bias=True, bits_per_weight=5.78)
+          (matrix): QuantLinear(in_features=36, ...bits_per_weight=5.78)
         )
     """
 
@@ -64,39 +66,44 @@ class QuantConv(nn.Module):
     ) -> None:
         super().__init__()
         ones = (1,) * len(kernel_size)
-        self.kernel_size, self.stride, self.dilation = (
-            tuple(v or ones) for v in (kernel_size, stride, dilation)
-        )
+        self.kernel_size = tuple(kernel_size)
+        self.stride = tuple(stride or ones)
+        self.dilation = tuple(dilation or ones)
         self.padding = padding if isinstance(padding, str) else tuple(padding)
-        self.groups, self.padding_mode = groups, padding_mode
+        self.groups = groups
+        self.padding_mode = padding_mode
         _check(self, matrix)
         self.matrix = matrix
-        mark_twin(self)
+        mark_replacement(self)
         self.in_channels = matrix.in_features // math.prod(kernel_size) * groups
         self.out_channels = matrix.out_features
 
     @property
     def weight(self) -> Tensor:
-        """The dequantised weight (N, C/groups, *kernel), made anew each time; changing it changes nothing."""
+        """The weight (N, C/groups, *kernel), dequantised at each access; changes of it have no effect."""
         return self.matrix.weight.view(self.out_channels, -1, *self.kernel_size)
 
     @property
     def bias(self) -> nn.Parameter | None:
-        """The bias (N,), which the matrix holds."""
+        """The bias (N,) of the matrix, or ``None``."""
         return self.matrix.bias
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (so it is called in nn.Conv2d)
-        """The convolution: (B, C, …) → (B, N, …) or (C, …) → (N, …), in the dtype of ``input`` or of autocast.
+        """Return the convolution, (B, C, …) → (B, N, …) or (C, …) → (N, …).
+
+        Args:
+            input: floating point, with n spatial dimensions.
+
+        Returns:
+            the output in the dtype of ``input``, or in that of autocast.
 
         Raises:
-            LayerError: ``input`` is not floating point, or of another shape.
+            LayerError: ``input`` is not floating point, or its shape is another one.
         """
-        x, n = input, len(self.kernel_size)
-        if (
-            not x.is_floating_point()
-            or x.dim() - n not in (1, 2)
-            or x.shape[-n - 1] != self.in_channels
-        ):
+        x = input
+        n = len(self.kernel_size)
+        has_shape = x.dim() - n in (1, 2) and x.shape[-n - 1] == self.in_channels
+        if not x.is_floating_point() or not has_shape:
             raise LayerError(
                 f"the input is {x.dtype} of shape {tuple(x.shape)}; this layer takes floating point of shape "
                 f"(batch, {self.in_channels}, …) or ({self.in_channels}, …) with {n} spatial dimensions"
@@ -107,50 +114,55 @@ class QuantConv(nn.Module):
         return convolving.convolve(x, self.matrix, geometry)
 
     def extra_repr(self) -> str:
-        """What the layer is, for ``repr``."""
+        """Return the channels and the geometry, for ``repr``."""
         names = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
         values = [f"{name}={getattr(self, name)}" for name in names]
         return ", ".join([str(self.in_channels), str(self.out_channels), *values])
 
 
 def _check(layer: QuantConv, matrix: QuantLinear) -> None:
-    n, kernel = len(layer.kernel_size), layer.kernel_size
-    if n not in convolving.CONVOLUTIONS or {len(layer.stride), len(layer.dilation)} != {n}:
+    """Refuse arguments of :class:`QuantConv` that do not fit together."""
+    _check_padding(layer)
+    kernel = layer.kernel_size
+    has_rows = layer.groups >= 1 and matrix.out_features % layer.groups == 0
+    if not has_rows or matrix.in_features % math.prod(kernel):
         raise LayerError(
-            f"kernel_size={kernel}, stride={layer.stride}, dilation={layer.dilation}: give 1, 2 or 3 numbers, as many for each"
+            f"a matrix of {matrix.out_features}×{matrix.in_features} with kernel_size={kernel} "
+            f"and groups={layer.groups}: groups must divide its rows, "
+            "and the size of the kernel its columns"
         )
-    if layer.padding not in ("same", "valid") and (
-        isinstance(layer.padding, str) or len(layer.padding) != n
-    ):
-        raise LayerError(f"padding={layer.padding!r}: give {n} numbers, 'same' or 'valid'")
-    if layer.padding == "same" and set(layer.stride) != {1}:
+
+
+def _check_padding(layer: QuantConv) -> None:
+    n = len(layer.kernel_size)
+    stride = layer.stride
+    if n not in convolving.CONVOLUTIONS or {len(stride), len(layer.dilation)} != {n}:
         raise LayerError(
-            f"padding='same' and stride={layer.stride}: only strides of 1 keep the size; give numbers"
+            f"kernel_size={layer.kernel_size}, stride={stride}, dilation={layer.dilation}: "
+            "give 1, 2 or 3 numbers, as many for each"
+        )
+    if layer.padding not in ("same", "valid"):
+        if isinstance(layer.padding, str) or len(layer.padding) != n:
+            raise LayerError(f"padding={layer.padding!r}: give {n} numbers, 'same' or 'valid'")
+    elif layer.padding == "same" and set(stride) != {1}:
+        raise LayerError(
+            f"padding='same' and stride={stride}: only strides of 1 keep the size; give numbers"
         )
     if layer.padding_mode not in _PADDING_MODES:
         raise LayerError(
             f"padding_mode={layer.padding_mode!r}: give one of {', '.join(_PADDING_MODES)}"
         )
-    if (
-        layer.groups < 1
-        or matrix.out_features % layer.groups
-        or matrix.in_features % math.prod(kernel)
-    ):
-        raise LayerError(
-            f"a matrix of {matrix.out_features}×{matrix.in_features} with kernel_size={kernel} and groups={layer.groups}: "
-            "groups must divide its rows, and the size of the kernel its columns"
-        )
 
 
 def patches(module: nn.Module, x: Tensor) -> Tensor:
-    """The patches that a convolution multiplies, flattened like its weight.
+    """Return the patches of an input that a convolution multiplies, flattened in the order of its weight.
 
     Args:
         module: an ``nn.Conv1d``, ``2d`` or ``3d``, or a :class:`QuantConv`.
         x: (B, C, …) or (C, …).
 
     Returns:
-        (T, K), or (T, groups, K) with groups > 1: about ∏ kernel / ∏ stride times the size of ``x``.
+        (T, K), or (T, groups, K) if groups > 1. This is about ∏ kernel / ∏ stride times the size of ``x``.
 
     Example:
         >>> import torch
@@ -160,21 +172,36 @@ def patches(module: nn.Module, x: Tensor) -> Tensor:
                 [2., 3., 4.],
                 [3., 4., 0.]])
     """
-    kernel, stride, _, dilation, groups, _ = geometry = Geometry.of(module)
-    padded = geometry.pad(x.unsqueeze(0) if x.dim() == len(kernel) + 1 else x)
-    (batch, channels, *sizes), (to_image, to_channel, *to_next) = padded.shape, padded.stride()
-    axes = list(zip(sizes, kernel, stride, dilation, to_next, strict=True))
-    positions = [(size - d * (k - 1) - 1) // step + 1 for size, k, step, d, _ in axes]
-    # Every patch where it lies in the input, (B, *positions, groups, channels, *kernel); only flatten copies.
-    to_position, to_entry = (
-        (step * to for _, _, step, _, to in axes),
-        (d * to for _, _, _, d, to in axes),
+    geometry = Geometry.of(module)
+    n = len(geometry.kernel_size)
+    groups = geometry.groups
+    padded_input = geometry.pad(x.unsqueeze(0) if x.dim() == n + 1 else x)
+    batch, channels, *sizes = padded_input.shape
+    image_stride, channel_stride, *axis_strides = padded_input.stride()
+    positions: list[int] = []
+    position_strides: list[int] = []
+    entry_strides: list[int] = []
+    for axis in range(n):
+        stride = geometry.stride[axis]
+        dilation = geometry.dilation[axis]
+        reach = dilation * (geometry.kernel_size[axis] - 1)
+        positions.append((sizes[axis] - reach - 1) // stride + 1)
+        position_strides.append(stride * axis_strides[axis])
+        entry_strides.append(dilation * axis_strides[axis])
+    # A view of every patch where it lies in the input: (B, *positions, groups, channels, *kernel).
+    # Only flatten copies.
+    group_channels = channels // groups
+    view = padded_input.as_strided(
+        (batch, *positions, groups, group_channels, *geometry.kernel_size),
+        (
+            image_stride,
+            *position_strides,
+            group_channels * channel_stride,
+            channel_stride,
+            *entry_strides,
+        ),
     )
-    view = padded.as_strided(
-        (batch, *positions, groups, channels // groups, *kernel),
-        (to_image, *to_position, channels // groups * to_channel, to_channel, *to_entry),
-    )
-    rows = view.flatten(len(kernel) + 2).flatten(0, len(kernel))
+    rows = view.flatten(n + 2).flatten(0, n)
     return rows.squeeze(1) if groups == 1 else rows
 
 
@@ -182,12 +209,16 @@ def patches(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def _matches(base: Any) -> Callable[[nn.Module], bool]:
+    """Return the ``matches`` of the kind of a convolution of torch."""
+
     def matches(module: nn.Module) -> bool:
-        kind: Any = type(module)
-        if not issubclass(kind, base) or issubclass(kind, LazyModuleMixin):
-            return False  # a lazy one becomes plain once it has a shape
-        unchanged = kind._conv_forward is base._conv_forward and "_conv_forward" not in vars(module)
-        return unchanged and is_plain(module, base)
+        cls: Any = type(module)
+        # A lazy layer has no shape yet; it becomes a layer of the base in its first call.
+        if not issubclass(cls, base) or issubclass(cls, LazyModuleMixin):
+            return False
+        if cls._conv_forward is not base._conv_forward or "_conv_forward" in vars(module):
+            return False
+        return is_plain(module, base)
 
     return matches
 
@@ -207,9 +238,15 @@ def _groups(module: nn.Module) -> int:
 def packed_conv(
     module: nn.Module, matrix: QuantLinear, *, form: type[QuantConv] = QuantConv
 ) -> nn.Module:
-    """The twin of a convolution, of the same geometry."""
+    """Return the replacement of a convolution, with the same geometry.
+
+    Args:
+        module: a convolution of torch.
+        matrix: its packed weight (N, K) and bias.
+        form: class of the replacement.
+    """
     layer: Any = module
-    twin = form(
+    replacement = form(
         matrix,
         kernel_size=layer.kernel_size,
         stride=layer.stride,
@@ -218,7 +255,7 @@ def packed_conv(
         groups=layer.groups,
         padding_mode=layer.padding_mode,
     )
-    return twin.train(module.training)
+    return replacement.train(module.training)
 
 
 def _kind(base: type[nn.Module]) -> LayerKind:
@@ -229,11 +266,11 @@ def _kind(base: type[nn.Module]) -> LayerKind:
         from_matrix=_from_matrix,
         inputs=patches,
         blocks=_groups,
-        twin=packed_conv,
+        replacement=packed_conv,
     )
 
 
 CONVOLUTIONS: tuple[LayerKind, ...] = tuple(
     _kind(base) for base in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 )
-"""The kinds of ``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d``; subclasses only if they compute the same."""
+"""The kinds of ``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d``, and of their subclasses that compute the same."""

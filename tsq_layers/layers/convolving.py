@@ -1,4 +1,4 @@
-"""Run a convolution whose weight is packed: padding, dequantising, gradients.
+"""Run a convolution with a packed weight: pad the input, dequantise the weight, and compute gradients.
 
 Shapes: B batch, C channels in, N channels out, K columns of the weight matrix, n spatial dimensions.
 """
@@ -18,19 +18,19 @@ from tsq_layers.runtime.linear import QuantLinear
 from tsq_layers.runtime.parts import Parts
 
 CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-"""By the number of spatial dimensions."""
+"""Torch's convolutions by the number of spatial dimensions."""
 
 
 class Geometry(NamedTuple):
-    """How a convolution lays its kernel on the input; one number for each spatial dimension.
+    """The geometry of a convolution; each tuple has one entry for each spatial dimension.
 
     Args:
-        kernel_size: of the weight.
-        stride: of the kernel.
-        padding: entries added before and after the input.
-        dilation: distance of the kernel's entries.
-        groups: blocks of channels that do not see one another.
-        mode: as ``padding_mode`` of ``nn.Conv2d``.
+        kernel_size: size of the kernel.
+        stride: distance between neighbouring positions of the kernel.
+        padding: numbers of entries that are added before and after the input.
+        dilation: distance between neighbouring entries of the kernel.
+        groups: number of blocks of channels; outputs of a block depend on inputs of the same block only.
+        mode: kind of padding, as ``padding_mode`` of ``nn.Conv2d``.
     """
 
     kernel_size: tuple[int, ...]
@@ -42,18 +42,20 @@ class Geometry(NamedTuple):
 
     @staticmethod
     def of(layer: Any) -> "Geometry":
-        """That of an ``nn.Conv1d``, ``2d``, ``3d`` or a ``QuantConv``."""
-        if layer.padding == "valid":
-            padding = tuple((0, 0) for _ in layer.kernel_size)
-        elif layer.padding == "same":
-            totals = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
-            padding = tuple((total // 2, total - total // 2) for total in totals)
-        else:
-            padding = tuple((p, p) for p in layer.padding)
+        """Return the geometry of an ``nn.Conv1d``, ``nn.Conv2d``, ``nn.Conv3d`` or ``QuantConv``."""
+        padding: list[tuple[int, int]] = []
+        for axis, size in enumerate(layer.kernel_size):
+            if layer.padding == "valid":
+                padding.append((0, 0))
+            elif layer.padding == "same":
+                total = layer.dilation[axis] * (size - 1)
+                padding.append((total // 2, total - total // 2))
+            else:
+                padding.append((layer.padding[axis], layer.padding[axis]))
         return Geometry(
             layer.kernel_size,
             layer.stride,
-            padding,
+            tuple(padding),
             layer.dilation,
             layer.groups,
             layer.padding_mode,
@@ -61,39 +63,50 @@ class Geometry(NamedTuple):
 
     @property
     def own_padding(self) -> tuple[int, ...]:
-        """Padding that torch's convolution can do itself: zeros, as many before as after."""
-        return tuple(before if self.mode == "zeros" else 0 for before, _ in self.padding)
+        """Padding on both sides that torch's convolution can do itself: zeros only, so 0 for other modes.
+
+        For ``padding="same"`` with an odd number in all, the last entry after the input is not in it.
+        """
+        if self.mode != "zeros":
+            return (0,) * len(self.padding)
+        return tuple(before for before, _ in self.padding)
 
     def pad(self, batch: Tensor, done: Sequence[int] | None = None) -> Tensor:
-        """Pad the input (B, C, …); ``done`` numbers less on both sides."""
-        done = done or (0,) * len(self.padding)
-        margins = [
-            (before - d, after - d) for (before, after), d in zip(self.padding, done, strict=True)
-        ]
-        if not any(before or after for before, after in margins):
+        """Pad an input (B, C, …).
+
+        Args:
+            batch: the input.
+            done: numbers of entries that something else will add on both sides of each dimension; 0 by
+                default.
+        """
+        sides: list[int] = []
+        for axis, (before, after) in enumerate(self.padding):
+            rest = 0 if done is None else done[axis]
+            # F.pad takes the last dimension first.
+            sides = [before - rest, after - rest, *sides]
+        if not any(sides):
             return batch
-        flat = [
-            side for margin in reversed(margins) for side in margin
-        ]  # F.pad begins with the last dimension
-        return F.pad(batch, flat, mode="constant" if self.mode == "zeros" else self.mode)
+        return F.pad(batch, sides, mode="constant" if self.mode == "zeros" else self.mode)
 
 
 def convolve(x: Tensor, matrix: QuantLinear, geometry: Geometry) -> Tensor:
-    """Convolve with a packed weight and its bias, in the dtype of ``x`` (that of autocast, if it is on).
+    """Convolve an input with a packed weight, and add the bias.
 
-    Gradients flow to ``x`` and the bias; the dequantised weight is not kept for them.
+    It is computed in the dtype of ``x``, or in that of autocast. Gradients flow to ``x`` and the bias;
+    the backward pass dequantises the weight again.
 
     Args:
         x: floating point (B, C, …).
         matrix: the weight (N, K), K = C/groups · ∏ kernel, and the bias.
-        geometry: of the convolution.
+        geometry: the geometry of the convolution.
 
     Returns:
         (B, N, …).
 
     Example:
         >>> geometry = Geometry((3,), (1,), ((1, 1),), (1,), 1, "zeros")
-        >>> convolve(torch.zeros(2, 4, 10), QuantLinear(4 * 3, 8, bits=4, group_size=None), geometry).shape
+        >>> matrix = QuantLinear(4 * 3, 8, bits=4, group_size=None)
+        >>> convolve(torch.zeros(2, 4, 10), matrix, geometry).shape
         torch.Size([2, 8, 10])
     """
     padded = geometry.pad(autocast(x), done=geometry.own_padding)

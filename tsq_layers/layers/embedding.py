@@ -1,7 +1,8 @@
-"""Embeddings: a table of rows that are looked up by number.
+"""Define the kind of ``nn.Embedding``, a table whose rows are looked up by number.
 
-No data says which entries of a row matter, so H is the identity. A row of zeros stays exactly zero
-(padding): zero is a level of every grid with a zero point, so its codes equal that, and 0 · scale is 0.
+Inputs do not tell which entries of a row matter, so H is the identity. A row of zeros (padding) stays
+exactly zero: zero is a value of every grid with a zero point, its code is the zero point, and
+scale · 0 is 0.
 
 Shapes: V rows (num_embeddings), D columns (embedding_dim).
 """
@@ -15,21 +16,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from tsq_layers.layers.kinds import LayerKind, is_patched, mark_twin
+from tsq_layers.layers.kinds import LayerKind, is_patched, mark_replacement
 from tsq_layers.runtime.linear import QuantLinear
 
 
 class QuantEmbedding(nn.Embedding):
-    """An embedding with a packed table; only the rows that are asked for are dequantised.
+    """An embedding with a packed table; only the rows that are looked up are dequantised.
 
-    It is an ``nn.Embedding`` so that it can also stand behind a subclass: ``super().forward(ids)`` in
-    a scaled or positional embedding finds it, see :data:`EMBEDDING`. The packed table may be
-    that of an output layer too (tied weights): its bias is not used here.
+    It is an ``nn.Embedding``, so it can be a base of a subclass of ``nn.Embedding`` too:
+    ``super().forward(ids)`` in a scaled or positional embedding calls it, see :data:`EMBEDDING`. The
+    packed table may also be that of an output layer (tied weights); its bias is not used here.
 
     Args:
-        matrix: the packed table (V, D), as N = V rows of K = D columns; kept, not copied.
-        padding_idx: number of the row that stands for padding, if there is one. It tells users of the layer;
-            the row is looked up like the others.
+        matrix: the packed table (V, D), as a matrix of N = V rows and K = D columns; not copied.
+        padding_idx: number of the row that stands for padding, or ``None``. It is information for
+            users of the layer; the row is looked up like the others.
 
     Example:
         >>> table = QuantEmbedding(QuantLinear(64, 100, bits=4, group_size=32, bias=False))
@@ -40,33 +41,36 @@ class QuantEmbedding(nn.Embedding):
     matrix: QuantLinear
 
     def __init__(self, matrix: QuantLinear, *, padding_idx: int | None = None) -> None:
-        nn.Module.__init__(self)  # not that of nn.Embedding: it would make a weight
-        self.num_embeddings, self.embedding_dim = matrix.out_features, matrix.in_features
+        # Not the __init__ of nn.Embedding, which would create a weight.
+        nn.Module.__init__(self)
+        self.num_embeddings = matrix.out_features
+        self.embedding_dim = matrix.in_features
         self.padding_idx = padding_idx
-        self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = (
-            None,
-            2.0,
-            False,
-            False,
-        )
+        self.max_norm = None
+        self.norm_type = 2.0
+        self.scale_grad_by_freq = False
+        self.sparse = False
         self.matrix = matrix
-        mark_twin(self)
+        mark_replacement(self)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The dequantised table (V, D), made anew each time; changing it changes nothing."""
+        """The table (V, D), dequantised at each access; changes of it have no effect."""
         return self.matrix.weight
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (so it is called in nn.Embedding)
-        """Rows of the table: ids (…) → (…, D) in the dtype of :attr:`weight`.
+        """Return rows of the table, (…) → (…, D) in the dtype of :attr:`weight`.
+
+        Args:
+            input: numbers of rows, int32 or int64 (…).
 
         Raises:
-            LayerError: ``input`` is neither int32 nor int64.
+            LayerError: ``input`` is of another dtype.
         """
         return self.matrix.rows(input)
 
     def extra_repr(self) -> str:
-        """What the layer is, for ``repr``."""
+        """Return the sizes of the table and the padding row, for ``repr``."""
         padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
         return f"{self.num_embeddings}, {self.embedding_dim}{padding}"
 
@@ -75,16 +79,17 @@ class QuantEmbedding(nn.Embedding):
 
 
 class _Table(Tensor):
-    """A packed table that knows its shape, dtype and device; dequantised by any operation that needs its values.
+    """A tensor with the shape, dtype and device of a packed table, which any operation on it dequantises.
 
-    Forwards of embeddings ask ``self.weight.dtype`` or ``.device``, for which the table would be
-    dequantised at each call.
+    Without it, a forward that reads ``self.weight.dtype`` or ``self.weight.device`` would dequantise
+    the table in each call.
     """
 
     matrix: QuantLinear
 
     @staticmethod
     def of(matrix: QuantLinear) -> "_Table":
+        """Return the table of a packed matrix."""
         shape = (matrix.out_features, matrix.in_features)
         table = Tensor._make_wrapper_subclass(
             _Table, shape, dtype=matrix.dtype, device=matrix.words.device
@@ -96,24 +101,26 @@ class _Table(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, function: Callable[..., Any], kinds: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        args, kwargs = pytree.tree_map_only(
-            cls, lambda table: table.matrix.weight, (args, kwargs or {})
-        )
+        arguments = (args, kwargs or {})
+        args, kwargs = pytree.tree_map_only(cls, lambda table: table.matrix.weight, arguments)
         return function(*args, **kwargs)
 
 
 def _lazy_weight(layer: QuantEmbedding) -> Tensor:
-    """The dequantised table (V, D); uncompiled, only once its values are needed."""
-    return layer.matrix.weight if torch.compiler.is_compiling() else _Table.of(layer.matrix)
+    """Return the table (V, D), which is dequantised when its values are needed."""
+    # A compiled graph drops a table whose values are not read.
+    if torch.compiler.is_compiling():
+        return layer.matrix.weight
+    return _Table.of(layer.matrix)
 
 
 @functools.cache
 def _class_behind(kind: type[nn.Embedding]) -> type[QuantEmbedding]:
-    """``kind`` with a packed table.
+    """Return a subclass of ``kind``, a class of embeddings, whose table is packed.
 
-    In the order of resolution :class:`QuantEmbedding` comes after ``kind`` and before ``nn.Embedding``:
-    ``super().forward(ids)`` in ``kind`` looks up rows of the packed table, and whatever else it does
-    with its weight is done with the dequantised one.
+    In its method resolution order :class:`QuantEmbedding` comes after ``kind`` and before
+    ``nn.Embedding``. So ``super().forward(ids)`` in ``kind`` looks up rows of the packed table, and
+    all other code of ``kind`` reads the dequantised table.
     """
     if kind is nn.Embedding:
         return QuantEmbedding
@@ -122,46 +129,47 @@ def _class_behind(kind: type[nn.Embedding]) -> type[QuantEmbedding]:
         namespace["__module__"] = kind.__module__
         namespace["__doc__"] = f"{kind.__name__} with a packed table."
         namespace["weight"] = property(_lazy_weight)
-        # The class is in no module, where copies would look for it.
+        # copy and pickle would look for the class in a module, and no module has it.
         namespace["__reduce_ex__"] = lambda self, protocol: (_empty, (kind,), vars(self))  # noqa: ARG005
 
     return types.new_class(f"Quant{kind.__name__}", (kind, QuantEmbedding), {}, fill)
 
 
 def _empty(kind: type[nn.Embedding]) -> QuantEmbedding:
-    made = _class_behind(kind)  # type: ignore[arg-type]  # types are hashable
-    return made.__new__(made)
+    """Return an instance without attributes of the class with a packed table."""
+    cls = _class_behind(kind)  # type: ignore[arg-type]  # types are hashable
+    return cls.__new__(cls)
 
 
 # --- the kind ----------------------------------------------------------------------------------
 
-_MACHINERY = {
-    "forward",
-    "_old_forward",
-    "_hf_hook",
-}  # what others put on a module to catch its calls
+# Attributes that other libraries put on a module to run their hooks.
+_HOOK_ATTRIBUTES = {"forward", "_old_forward", "_hf_hook"}
 
 
 def _matches(module: nn.Module) -> bool:
     if not isinstance(module, nn.Embedding) or isinstance(module, QuantEmbedding):
         return False
-    alone = module._parameters.keys() == {"weight"} and not module._modules
-    return (
-        alone and not is_patched(module) and module.max_norm is None
-    )  # which changes rows when they are looked up
+    if module._parameters.keys() != {"weight"} or module._modules:
+        return False
+    # max_norm changes rows when they are looked up.
+    return not is_patched(module) and module.max_norm is None
 
 
-def _twin(module: nn.Module, matrix: QuantLinear) -> nn.Module:
+def _replacement(module: nn.Module, matrix: QuantLinear) -> nn.Module:
+    """Return an embedding with a packed table and all other attributes and buffers of the module."""
     assert isinstance(module, nn.Embedding)
-    twin = _empty(type(module))
-    QuantEmbedding.__init__(twin, matrix, padding_idx=module.padding_idx)
-    known = vars(twin).keys() | _MACHINERY
-    vars(twin).update({name: value for name, value in vars(module).items() if name not in known})
-    twin._buffers.update(module._buffers)
-    twin._non_persistent_buffers_set.update(module._non_persistent_buffers_set)
-    return twin.train(module.training)
+    layer = _empty(type(module))
+    QuantEmbedding.__init__(layer, matrix, padding_idx=module.padding_idx)
+    exempt = vars(layer).keys() | _HOOK_ATTRIBUTES
+    attributes = {name: value for name, value in vars(module).items() if name not in exempt}
+    vars(layer).update(attributes)
+    layer._buffers.update(module._buffers)
+    layer._non_persistent_buffers_set.update(module._non_persistent_buffers_set)
+    return layer.train(module.training)
 
 
-EMBEDDING = LayerKind(name="Embedding", matches=_matches, inputs=None, twin=_twin)
-"""``nn.Embedding`` without ``max_norm``; and its subclasses, whatever their ``forward`` does around the lookup,
-unless they have parameters or layers of their own."""
+EMBEDDING = LayerKind(name="Embedding", matches=_matches, inputs=None, replacement=_replacement)
+"""``nn.Embedding`` without ``max_norm``, and its subclasses without parameters or layers of their own.
+
+The ``forward`` of a subclass may compute anything around the lookup; the replacement runs it."""

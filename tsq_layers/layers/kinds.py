@@ -1,61 +1,74 @@
-"""What a kind of layer is: how it shows itself as a weight matrix with rows of inputs, and its quantised twin."""
+"""Define :class:`LayerKind`, which shows a layer as a weight matrix with rows of inputs, and tells what replaces it.
+
+Shapes: N rows of the matrix (output features), K columns (input features), B row blocks that have
+inputs of their own, T tokens. A leading "…" stands for any axes over tokens.
+"""
 
 import functools
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from tsq_layers.errors import TSQDeprecationWarning
 from tsq_layers.runtime.linear import QuantLinear
+
+_Replacement = Callable[[nn.Module, QuantLinear], nn.Module]
+_Class = TypeVar("_Class", bound=type)
 
 
 def rows_of(module: nn.Module, x: Tensor) -> Tensor:  # noqa: ARG001  (other kinds go by the module)
-    """The inputs of a layer that maps x (…, K) to x Wᵀ: they are rows already."""
+    """Return the inputs (…, K) of a layer that computes x Wᵀ: they are rows already."""
     return x
 
 
 def as_it_is(module: nn.Module, weight: Tensor) -> Tensor:  # noqa: ARG001
-    """The matrix of a weight that is a matrix (N, K) already, and the other way round."""
+    """Return a weight that is a matrix (N, K) already; its own inverse."""
     return weight
 
 
 def one_block(module: nn.Module) -> int:  # noqa: ARG001
-    """All rows of the weight see the same inputs."""
+    """Return the number of row blocks of a layer whose rows all have the same inputs."""
     return 1
 
 
 def is_patched(module: nn.Module) -> bool:
-    """Whether this one module has a ``forward`` of its own, which its twin would not have.
+    """Return True if ``forward`` was replaced on this one module; its replacement would compute something else.
 
-    The one that accelerate puts on a module to catch its calls is looked behind.
+    A ``forward`` that accelerate put there to run its hooks is not counted: the one behind it is.
     """
     attributes = vars(module)
-    own = attributes.get("_old_forward" if "_hf_hook" in attributes else "forward")
-    return own is not None and getattr(own, "__func__", None) is not type(module).forward
+    name = "_old_forward" if "_hf_hook" in attributes else "forward"
+    forward = attributes.get(name)
+    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
 
 
 def is_class(module: nn.Module, source: str, name: str) -> bool:
-    """Whether a module is of a class of a library that need not be installed.
+    """Return True if a module is of a class of a library that need not be installed.
 
     Args:
-        module: of that very class, no subclass.
-        source: the last parts of the dotted name of the file that it is defined in: code that models bring along lies
-            in a package of its own.
-        name: of the class.
+        module: an instance of that very class; a subclass does not count.
+        source: the last parts of the dotted name of the module that defines the class. Models that
+            bring their code along have it in packages of other names.
+        name: name of the class.
 
     Example:
-        >>> is_class(nn.Linear(2, 2), "modules.linear", "Linear"), is_class(nn.Linear(2, 2), "timm.linear", "Linear")
-        (True, False)
+        >>> is_class(nn.Linear(2, 2), "modules.linear", "Linear")
+        True
+        >>> is_class(nn.Linear(2, 2), "timm.linear", "Linear")
+        False
     """
-    kind = type(module)
-    return kind.__name__ == name and f".{kind.__module__}".endswith(f".{source}")
+    cls = type(module)
+    return cls.__name__ == name and f".{cls.__module__}".endswith(f".{source}")
 
 
 def is_plain(module: nn.Module, base: type[nn.Module]) -> bool:
-    """Whether a module computes what ``base`` does, of nothing but the parameters ``weight`` and ``bias``.
+    """Return True if a module computes what ``base`` computes, from the parameters ``weight`` and ``bias`` alone.
 
-    Not so if its bias is computed from something else (pruning, a parametrization), or if it has
-    parameters or layers beside, which its twin would not have.
+    False if its weight or bias is computed from something else (pruning, a parametrization), or if it
+    has other parameters or layers, which its replacement would not have.
 
     Args:
         module: of the class ``base``, or of a subclass.
@@ -70,49 +83,83 @@ def is_plain(module: nn.Module, base: type[nn.Module]) -> bool:
         >>> is_plain(Labelled(4, 4), nn.Linear), is_plain(Doubled(4, 4), nn.Linear)
         (True, False)
     """
-    own = module._parameters
-    unchanged = type(module).forward is base.forward and not is_patched(module)
-    alone = own.keys() <= {"weight", "bias"} and not module._modules
-    return unchanged and alone and getattr(module, "bias", None) is own.get("bias")
+    parameters = module._parameters
+    if type(module).forward is not base.forward or is_patched(module):
+        return False
+    if module._modules or not parameters.keys() <= {"weight", "bias"}:
+        return False
+    return getattr(module, "bias", None) is parameters.get("bias")
 
 
-def mark_twin(module: nn.Module) -> None:
-    """Leave on a quantised layer that it is one: others may have a child called ``matrix`` too."""
+def mark_replacement(module: nn.Module) -> None:
+    """Mark a module as a quantised layer around its child ``matrix``; other modules may have such a child too."""
+    # The key is in pickled models of version 0.1.
     vars(module)["_tsq_twin"] = True
 
 
-def is_twin(module: nn.Module) -> bool:
-    """Whether a module is a quantised layer around its child ``matrix``."""
+def is_replacement(module: nn.Module) -> bool:
+    """Return True if a module is a quantised layer around its child ``matrix``."""
     return "_tsq_twin" in vars(module)
 
 
 def kind_behind(module: nn.Module) -> str | None:
-    """The name of the kind of layer in whose place a quantised layer stands; ``None`` if it was made by itself."""
+    """Return the name of the kind of layer that a quantised layer replaces; ``None`` if it replaces none."""
     return vars(module).get("_tsq_kind")
 
 
 def packed_linear(module: nn.Module, matrix: QuantLinear) -> nn.Module:
-    """The twin of a linear layer is the packed matrix itself."""
+    """Return the replacement of a linear layer: the packed matrix itself, in the mode of the layer."""
     return matrix.train(module.training)
 
 
+def _accepts_twin(cls: _Class) -> _Class:
+    """Accept the name that ``LayerKind.replacement`` had in version 0.1, with a warning. It goes with version 0.3."""
+    plain_init: Callable[..., None] = cls.__init__  # type: ignore[misc]
+
+    def warn() -> None:
+        message = "LayerKind.twin is LayerKind.replacement now, and goes with version 0.3"
+        warnings.warn(message, TSQDeprecationWarning, stacklevel=3)
+
+    @functools.wraps(plain_init)
+    def init(self: Any, **fields: Any) -> None:
+        if "twin" in fields:
+            warn()
+            if "replacement" in fields:
+                raise TypeError("twin is the old name of replacement; give replacement alone")
+            fields["replacement"] = fields.pop("twin")
+        plain_init(self, **fields)
+
+    def twin(self: Any) -> Any:
+        """Return ``replacement``, with a warning."""
+        warn()
+        return self.replacement
+
+    cls.__init__ = init  # type: ignore[misc]
+    cls.twin = property(twin)  # type: ignore[attr-defined]
+    return cls
+
+
+@_accepts_twin
 @dataclass(frozen=True, kw_only=True)
 class LayerKind:
-    """One kind of layer: a module with one weight, that maps rows x of length K to x Wᵀ + bias.
+    """A kind of layer: a module with one weight, which maps rows x of length K to x Wᵀ + bias.
 
-    Only ``name`` and ``matches`` must be given for a layer that computes like ``nn.Linear``.
+    Give it to :func:`register`. For a layer that computes like ``nn.Linear``, ``name`` and ``matches``
+    are enough.
 
     Args:
-        name: how reports call it.
-        matches: whether a module is of this kind.
-        to_matrix: (module, its ``weight``) → the matrix (N, K), a view.
-        from_matrix: (module, a matrix (N, K)) → as ``weight`` is shaped; the inverse.
-        inputs: (module, its first tensor argument) → rows (…, K), in the order of the matrix' columns;
-            (T, B, K) where ``blocks`` says B > 1. ``None`` if inputs carry no information about which
-            weights matter, as for a table that is looked up: then H is the identity.
-        blocks: module → B: its N rows are B blocks of N/B rows, each with inputs of its own, as the
-            groups of a convolution are.
-        twin: (module, packed matrix with the module's bias) → what takes the module's place.
+        name: name in reports and checkpoints.
+        matches: module → True if it is of this kind. It is called only with modules that have a
+            parameter ``weight``.
+        to_matrix: (module, its ``weight``) → the matrix (N, K), a view of the weight.
+        from_matrix: (module, a matrix (N, K)) → the same numbers in the shape of ``weight``; the
+            inverse of ``to_matrix``.
+        inputs: (module, its first tensor argument) → rows (…, K) in the order of the matrix' columns, or
+            (T, B, K) if there are B > 1 row blocks. ``None`` if inputs do not tell which weights
+            matter, as for a table whose rows are looked up; then H is the identity.
+        blocks: module → B. The N rows are B blocks of N/B rows, each with inputs of its own, as in a
+            convolution with groups.
+        replacement: (module, packed matrix with the module's bias) → the module that replaces it.
 
     Example:
         >>> class Scaled(nn.Linear):
@@ -127,7 +174,7 @@ class LayerKind:
         >>> kind = LayerKind(
         ...     name="Scaled",
         ...     matches=lambda module: type(module) is Scaled,
-        ...     twin=lambda module, matrix: QuantScaled(matrix),
+        ...     replacement=lambda module, matrix: QuantScaled(matrix),
         ... )
     """
 
@@ -137,31 +184,31 @@ class LayerKind:
     from_matrix: Callable[[nn.Module, Tensor], Tensor] = as_it_is
     inputs: Callable[[nn.Module, Tensor], Tensor] | None = rows_of
     blocks: Callable[[nn.Module], int] = one_block
-    twin: Callable[[nn.Module, QuantLinear], nn.Module] = packed_linear
+    replacement: _Replacement = packed_linear
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "twin", _marking(self.name, self.twin))
+        object.__setattr__(self, "replacement", _marking(self.name, self.replacement))
 
     def __deepcopy__(self, memo: dict[int, object]) -> "LayerKind":
-        """Itself: a kind is one, in a copy of a prepared model too."""
+        """Return the same object: a copy of a prepared model refers to the registered kinds too."""
         return self
 
     def weight(self, module: nn.Module) -> Tensor:
-        """The module's weight matrix (N, K), a view of its parameter."""
+        """Return the weight matrix (N, K) of a module of this kind, a view of its parameter."""
         weight = module.weight
         assert isinstance(weight, Tensor)
         return self.to_matrix(module, weight.detach())
 
 
-def _marking(
-    kind: str, twin: Callable[[nn.Module, QuantLinear], nn.Module]
-) -> Callable[[nn.Module, QuantLinear], nn.Module]:
-    @functools.wraps(twin)
-    def marked(module: nn.Module, matrix: QuantLinear) -> nn.Module:
-        made = twin(module, matrix)
-        vars(made)["_tsq_kind"] = kind
-        if made is not matrix:
-            mark_twin(made)
-        return made
+def _marking(kind: str, replacement: _Replacement) -> _Replacement:
+    """Return ``replacement`` with marks on its results, by which quantised layers of a model are found."""
 
-    return marked
+    @functools.wraps(replacement)
+    def marking(module: nn.Module, matrix: QuantLinear) -> nn.Module:
+        layer = replacement(module, matrix)
+        vars(layer)["_tsq_kind"] = kind
+        if layer is not matrix:
+            mark_replacement(layer)
+        return layer
+
+    return marking

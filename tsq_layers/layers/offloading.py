@@ -1,6 +1,6 @@
-"""Weights that accelerate keeps elsewhere: a layer's hook brings them when it runs, and takes them away again.
+"""Read weights that accelerate keeps on another device, through the hook that brings them when a layer runs.
 
-Only the hook's own interface is used; accelerate is not imported.
+Only the interface of the hook is used; accelerate is not imported.
 """
 
 import sys
@@ -13,15 +13,15 @@ from torch import Tensor, nn
 
 
 def is_offloaded(module: nn.Module) -> bool:
-    """Whether a module's own parameters are on the meta device, with a hook of accelerate that can bring them."""
-    return hasattr(module, "_hf_hook") and any(
-        parameter.is_meta for parameter in module.parameters(recurse=False)
-    )
+    """Return True if a module's own parameters are on the meta device, and a hook of accelerate can bring them."""
+    if not hasattr(module, "_hf_hook"):
+        return False
+    return any(parameter.is_meta for parameter in module.parameters(recurse=False))
 
 
 @contextmanager
 def present(module: nn.Module) -> Iterator[None]:
-    """Inside, the module's own parameters are on the device on which it runs."""
+    """Bring a module's own parameters to the device on which it runs, inside of the ``with`` block."""
     if not is_offloaded(module):
         yield
         return
@@ -40,16 +40,20 @@ def run_with_weight(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> Any:
-    """Call a layer with another weight in the place of its own.
+    """Call a layer with another weight, and with the hook of accelerate that it may have.
 
     Args:
         module: the layer.
-        forward: what runs it: its ``forward`` as the model calls it.
-        weight: shaped like its own.
+        forward: the function that runs it, its ``forward`` as the model calls it.
+        weight: the other weight, shaped like its own.
         args: positional arguments of the call.
         kwargs: keyword arguments of the call.
+
+    Returns:
+        the result of ``forward``.
     """
-    if not hasattr(module, "_old_forward"):  # no hook of accelerate
+    # accelerate keeps the forward that its hook wraps as _old_forward.
+    if not hasattr(module, "_old_forward"):
         return with_weight(module, forward, weight, args, kwargs)
     hook: Any = module._hf_hook
     result = None
@@ -61,26 +65,32 @@ def run_with_weight(
     return result
 
 
-def pass_on_hook(module: nn.Module, twin: nn.Module) -> None:
-    """Let the hook of a layer that moved its inputs to where it runs do so for the layer that takes its place."""
+def pass_on_hook(module: nn.Module, replacement: nn.Module) -> None:
+    """Give the replacement of a layer a hook that moves inputs to its device, if the layer has one."""
     hook: Any = getattr(module, "_hf_hook", None)
     if getattr(hook, "execution_device", None) is not None:
-        moving = type(hook)(
+        moving_hook = type(hook)(
             execution_device=hook.execution_device,
             io_same_device=hook.io_same_device,
             skip_keys=hook.skip_keys,
         )
-        sys.modules[type(hook).__module__].add_hook_to_module(twin, moving)
+        sys.modules[type(hook).__module__].add_hook_to_module(replacement, moving_hook)
 
 
 def entry_device(module: nn.Module) -> torch.device | None:
-    """Where the inputs of a module belong; ``None`` if its hooks move them, or it has no parameters to tell by."""
+    """Return the device on which a module expects its inputs.
+
+    Returns:
+        the device of the hook of accelerate, or of the first parameter that is not on the meta device;
+        ``None`` if there is neither.
+    """
     device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
     if device is not None:
         return torch.device(device)
-    return next(
-        (parameter.device for parameter in module.parameters() if not parameter.is_meta), None
-    )
+    for parameter in module.parameters():
+        if not parameter.is_meta:
+            return parameter.device
+    return None
 
 
 def with_weight(
@@ -90,7 +100,10 @@ def with_weight(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> Any:
-    """:func:`run_with_weight` for a layer that is where it runs; ``weight`` may be a tensor with a history."""
+    """Call a layer with another weight, as :func:`run_with_weight`, but without its hook of accelerate.
+
+    ``weight`` may also be a tensor with a gradient function.
+    """
     original = module._parameters["weight"]
     module._parameters["weight"] = weight  # type: ignore[assignment]
     try:

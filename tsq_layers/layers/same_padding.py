@@ -1,7 +1,7 @@
-"""The ``Conv2dSame`` of timm: it pads its input as TensorFlow does ("SAME"), by as much as the input's size asks for.
+"""Define the kind of ``Conv2dSame`` of timm, a convolution with the padding "SAME" of TensorFlow.
 
-Strides and sizes: an output of ⌈size / stride⌉ positions, and what is missing for it is padded, half of it (rounded
-down) before and the rest after.
+The output has ⌈size / stride⌉ positions in each dimension. The input is padded with as many zeros as
+this needs, half of them (rounded down) before it and the rest after it.
 """
 
 import dataclasses
@@ -16,23 +16,31 @@ from tsq_layers.layers.kinds import is_class, is_plain
 
 
 class QuantConvSame(QuantConv):
-    """A convolution with a packed weight that pads its input so; takes the place of ``timm.layers.Conv2dSame``.
+    """A convolution with a packed weight and the padding of this file, the replacement of ``timm.layers.Conv2dSame``.
+
+    Args and exceptions are those of :class:`QuantConv`.
+
 
     Example:
         >>> import torch
         >>> from tsq_layers.runtime.linear import QuantLinear
-        >>> layer = QuantConvSame(QuantLinear(4 * 9, 8, bits=4, group_size=None), kernel_size=(3, 3), stride=(2, 2))
+        >>> matrix = QuantLinear(4 * 9, 8, bits=4, group_size=None)
+        >>> layer = QuantConvSame(matrix, kernel_size=(3, 3), stride=(2, 2))
         >>> layer(torch.zeros(1, 4, 7, 8)).shape
         torch.Size([1, 8, 4, 4])
     """
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (so it is called in nn.Conv2d)
-        """The convolution of the padded input; as :meth:`QuantConv.forward`."""
+        """Pad the input and return its convolution; see :meth:`QuantConv.forward`."""
         return super().forward(pad_same(self, input))
 
 
 def pad_same(layer: nn.Module, x: Tensor) -> Tensor:
-    """Zeros around an input (…, height, width), for ⌈size / stride⌉ positions of the kernel.
+    """Pad an input (…, height, width) with zeros, so that the output has ⌈size / stride⌉ positions.
+
+    Args:
+        layer: the convolution, an ``nn.Conv2d`` or a :class:`QuantConv`.
+        x: its input.
 
     Example:
         >>> import torch
@@ -40,28 +48,21 @@ def pad_same(layer: nn.Module, x: Tensor) -> Tensor:
         torch.Size([1, 1, 5, 7])
     """
     geometry = Geometry.of(layer)
+    spatial_sizes = x.shape[-len(geometry.kernel_size) :]
     sides: list[int] = []
-    axes = zip(
-        x.shape[-len(geometry.kernel_size) :],
-        geometry.kernel_size,
-        geometry.stride,
-        geometry.dilation,
-        strict=True,
-    )
-    for size, kernel, stride, dilation in axes:
-        missing = max((-(-size // stride) - 1) * stride + dilation * (kernel - 1) + 1 - size, 0)
-        sides = [
-            missing // 2,
-            missing - missing // 2,
-            *sides,
-        ]  # F.pad begins with the last dimension
+    for axis, size in enumerate(spatial_sizes):
+        stride = geometry.stride[axis]
+        positions = -(-size // stride)
+        reach = geometry.dilation[axis] * (geometry.kernel_size[axis] - 1)
+        total = max((positions - 1) * stride + reach + 1 - size, 0)
+        # F.pad takes the last dimension first.
+        sides = [total // 2, total - total // 2, *sides]
     return F.pad(x, sides)
 
 
 def _matches(module: nn.Module) -> bool:
-    return is_class(module, "timm.layers.conv2d_same", "Conv2dSame") and is_plain(
-        module, type(module)
-    )
+    is_conv_same = is_class(module, "timm.layers.conv2d_same", "Conv2dSame")
+    return is_conv_same and is_plain(module, type(module))
 
 
 def _inputs(module: nn.Module, x: Tensor) -> Tensor:
@@ -73,6 +74,6 @@ CONV_SAME = dataclasses.replace(
     name="Conv2dSame",
     matches=_matches,
     inputs=_inputs,
-    twin=functools.partial(packed_conv, form=QuantConvSame),
+    replacement=functools.partial(packed_conv, form=QuantConvSame),
 )
-"""timm's convolution with TensorFlow's padding."""
+"""``Conv2dSame`` of timm; everything else is as in ``nn.Conv2d``."""

@@ -1,11 +1,12 @@
-"""Inputs in 8 bits: symmetric, one scale a token, found at run time.
+"""Round a layer's inputs to 8 bits: symmetric codes, with one scale for each token, computed at run time.
 
     x̂ = s · round(x / s),    s = max |x| / 127
 
-as in LLM.int8() (arXiv 2208.07339, section 2.1, vector-wise) and SmoothQuant (arXiv 2211.10438, section 2).
-Rounding has no useful derivative; gradients pass as if it were not there (straight through).
+Source: LLM.int8() (arXiv 2208.07339, section 2.1, vector-wise quantisation) and SmoothQuant
+(arXiv 2211.10438, section 2). The derivative of rounding is 0 almost everywhere, so gradients pass
+as if nothing were rounded (straight-through estimator).
 
-Shapes: K columns.
+Shapes: K columns (input features). A leading "…" stands for any axes over tokens.
 """
 
 from typing import Any
@@ -22,13 +23,14 @@ LARGEST = 127
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes and scales of every token.
+    """Return the codes and the scale of every token.
 
     Args:
         x: floating point (…, K).
 
     Returns:
-        codes int8 (…, K) and scales (…, 1), float32 or, of a float64 ``x``, float64. A token of zeros has scale 1.
+        codes int8 (…, K), and scales (…, 1) in float64 if ``x`` is float64, else in float32. The
+        scale of a token of zeros is 1.
 
     Example:
         >>> quantize_rows(torch.tensor([[127.0, -63.6], [0.0, 0.0]]))[0]
@@ -40,7 +42,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fake_quantized(x: Tensor) -> Tensor:
-    """x̂, in the dtype of ``x`` (…, K); gradients pass straight through, forward too.
+    """Return x̂ in the dtype of ``x``, (…, K); gradients pass straight through, in forward mode too.
 
     Example:
         >>> fake_quantized(torch.tensor([127.0, -63.6]))
@@ -54,32 +56,38 @@ def fake_quantized(x: Tensor) -> Tensor:
             dual: Tensor = forward_ad.make_dual(fake_quantized(plain), tangent)
             return dual
     if is_differentiated(x):
-        rounded: Tensor = _StraightThrough.apply(x)
-        return rounded
+        output: Tensor = _StraightThrough.apply(x)
+        return output
     return _fake(x)
 
 
 def round_in_basis(x: Tensor, basis: Basis | None) -> Tensor:
-    """Round inputs to 8 bits in another basis, and return to their own: T⁻¹ q(T x).
+    """Round inputs to 8 bits in another basis and return them in their own: T⁻¹ q(T x).
 
     Args:
         x: floating point (…, K).
-        basis: T; ``None`` is the inputs' own.
+        basis: T; ``None`` rounds in the basis that the inputs have.
 
     Returns:
         (…, K) in at least float32.
     """
-    wide = x if x.dtype == torch.float64 else x.to(torch.float32)
+    values = _at_least_float32(x)
     if basis is None:
-        return fake_quantized(wide)
-    return basis.undo(fake_quantized(basis.apply(wide)))
+        return fake_quantized(values)
+    return basis.undo(fake_quantized(basis.apply(values)))
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.to(torch.float32)
 
 
 def _rounded(x: Tensor) -> tuple[Tensor, Tensor]:
-    wide = x if x.dtype == torch.float64 else x.to(torch.float32)
-    scales = wide.abs().amax(-1, keepdim=True) / LARGEST
+    """Return codes (…, K) and scales (…, 1), both in at least float32."""
+    values = _at_least_float32(x)
+    scales = values.abs().amax(-1, keepdim=True) / LARGEST
     scales = torch.where(scales > 0, scales, torch.ones_like(scales))
-    return (wide / scales).round().clamp(-LARGEST, LARGEST), scales
+    codes = (values / scales).round().clamp(-LARGEST, LARGEST)
+    return codes, scales
 
 
 def _fake(x: Tensor) -> Tensor:
@@ -88,6 +96,8 @@ def _fake(x: Tensor) -> Tensor:
 
 
 class _StraightThrough(torch.autograd.Function):
+    """Rounding with the derivative of the identity."""
+
     @staticmethod
     def forward(x: Tensor) -> Tensor:
         return _fake(x)

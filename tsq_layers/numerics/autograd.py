@@ -1,4 +1,4 @@
-"""Whether anybody wants a derivative, backward or forward."""
+"""Tell if an operation will be differentiated, in backward or forward mode."""
 
 import torch
 from torch import Tensor
@@ -6,19 +6,21 @@ from torch.autograd import forward_ad
 
 
 def is_differentiated(*tensors: Tensor | None) -> bool:
-    """Whether a backward pass may ask for gradients of any of the tensors.
+    """Return True if a backward pass may ask for the gradient of any of the tensors.
 
     Example:
-        >>> is_differentiated(None, torch.ones(2)), is_differentiated(torch.ones(2, requires_grad=True))
-        (False, True)
+        >>> is_differentiated(None, torch.ones(2))
+        False
+        >>> is_differentiated(torch.ones(2, requires_grad=True))
+        True
     """
-    return torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in tensors
-    )
+    if not torch.is_grad_enabled():
+        return False
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def has_dual_numbers() -> bool:
-    """Whether there may be dual numbers, those of ``torch.autograd.forward_ad``.
+    """Return True inside of ``torch.autograd.forward_ad.dual_level()``, where tensors may be dual numbers.
 
     Example:
         >>> with forward_ad.dual_level():

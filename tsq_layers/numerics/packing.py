@@ -1,24 +1,25 @@
-"""Codes ↔ int32 words: any width from 1 to 8, no bit wasted but for the end of a row.
+"""Pack codes of 1 to 8 bits into int32 words, and unpack them.
 
-A width that divides 32 is one *plane*; the others are split into planes of 4, 2 and 1 bits
-(3 = 2+1, 5 = 4+1, 6 = 4+2, 7 = 4+2+1), the first holding the lowest bits of the code. The planes of
-a row lie one after another along dim 1 of one buffer.
+No bit is unused, except at the end of a row.
+
+A code whose width divides 32 is one *plane*; other codes are split into planes of 4, 2 and 1 bits
+(3 = 2+1, 5 = 4+1, 6 = 4+2, 7 = 4+2+1), the first of which holds the lowest bits of the code. The
+planes of a row lie one after another along dim 1 of one buffer.
 
 A plane of p bits has F = 32/p fields in a word and P = ceil(K/F) words in a row. Field j of a word
 is its bits p·j … p·j + p − 1, and **field j of word i holds column j·P + i**: a row is cut into F
-segments of P columns, and a word takes one column from each, ``"n (j i) -> n j i"``. Neighbouring
-words therefore hold neighbouring columns of the same segment, so the lanes of a vector (the threads
-of a warp) that take neighbouring words need neighbouring inputs, share their scale, and shift by the
-same constant; and each word is loaded once, whichever field is read. Codes packed consecutively
-along the row have none of this and run 10 to 40 times slower.
+segments of P columns, and a word takes one column of each, ``"n (j i) -> n j i"``. Neighbouring
+words therefore hold neighbouring columns of the same segment. The lanes of a vector (the threads of
+a warp) that load neighbouring words need neighbouring inputs, share a scale, and shift by the same
+constant; and each word is loaded once for all its fields. If codes were packed consecutively along
+the row, none of this would hold, and kernels would run 10 to 40 times slower.
 
-The segments are of columns, not of groups, because that is exact for every K: K = 576 in groups of
-64 has 9 groups, which interleaving whole groups would fill up to 16.
+Segments are counted in columns, not in groups, because that fits every K: K = 576 in groups of 64
+has 9 groups, which segments of whole groups would fill up to 16.
 
-Shapes: N rows, K columns, W words a row, F fields a word, P words a row of one plane.
+Shapes: N rows, K columns, W words of a row, F fields of a word, P words of a row of one plane.
 """
 
-from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -31,7 +32,7 @@ _PLANE_BITS = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4
 
 
 class Plane(NamedTuple):
-    """Some bits of every code of a row, and where they lie.
+    """The same bits of every code of a row, and their place in the words and in the codes.
 
     Args:
         bits: p, bits of a field: 1, 2, 4 or 8.
@@ -49,41 +50,50 @@ class Plane(NamedTuple):
 
     @property
     def mask(self) -> int:
-        """The bits of a field, at the bottom of a word."""
+        """A word whose lowest p bits are 1."""
         return (1 << self.bits) - 1
 
     def segment(self, field: int, columns: int) -> tuple[int, int]:
-        """First column and number of columns in ``field`` of the plane's words; fewer at a row's end."""
+        """Return the first column that ``field`` of the plane's words holds, and the number of its columns.
+
+        The last segments of a row may be short or empty.
+        """
         first = min(field * self.words, columns)
         return first, min(self.words, columns - first)
 
 
 def planes(columns: int, bits: int) -> tuple[Plane, ...]:
-    """How a row of ``columns`` codes of ``bits`` bits is laid out.
+    """Return the planes of a row of ``columns`` codes of ``bits`` bits, in the order of the buffer.
 
     Raises:
         LayerError: ``bits`` is not 1 to 8, or ``columns`` is negative.
 
     Example:
-        >>> planes(64, 3)
-        (Plane(bits=2, shift=0, fields=16, words=4, start=0), Plane(bits=1, shift=2, fields=32, words=2, start=4))
+        >>> for plane in planes(64, 3):
+        ...     print(plane)
+        Plane(bits=2, shift=0, fields=16, words=4, start=0)
+        Plane(bits=1, shift=2, fields=32, words=2, start=4)
     """
     if bits not in _PLANE_BITS:
         raise LayerError(f"bits={bits}: give 1 to 8")
     if columns < 0:
         raise LayerError(f"columns={columns}: give the width of a row")
     result: list[Plane] = []
-    shift = start = 0
+    shift = 0
+    start = 0
     for plane_bits in _PLANE_BITS[bits]:
         fields = WORD_BITS // plane_bits
         words = -(-columns // fields)
         result.append(Plane(plane_bits, shift, fields, words, start))
-        shift, start = shift + plane_bits, start + words
+        shift += plane_bits
+        start += words
     return tuple(result)
 
 
 def word_count(columns: int, bits: int) -> int:
-    """W, the words of a row: at most 31 bits more than ``columns · bits`` for each plane.
+    """Return W, the number of words of a row.
+
+    Each plane takes at most 31 bits more than its codes need.
 
     Example:
         >>> word_count(4096, 3), word_count(5, 4)
@@ -94,10 +104,10 @@ def word_count(columns: int, bits: int) -> int:
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Codes to words, exactly and without reading a value on the host.
+    """Pack codes into words, without copying a value to the host.
 
     Args:
-        codes: uint8 (N, K), each in 0 … 2^bits − 1; higher bits are not stored.
+        codes: uint8 (N, K), each in 0 … 2^bits − 1; higher bits are dropped.
         bits: width of a code, 1 to 8.
 
     Returns:
@@ -121,15 +131,14 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         for field in range(plane.fields):
             first, length = plane.segment(field, columns)
             part = (codes.narrow(1, first, length) >> plane.shift) & plane.mask
-            # The top field reaches the sign bit: shifts of int32 are of the bits, so that is exact.
-            words_NW.narrow(1, plane.start, length).bitwise_or_(
-                part.to(torch.int32) << (plane.bits * field)
-            )
+            # The top field reaches the sign bit. Shifts of int32 move bits, so that is exact.
+            fields = part.to(torch.int32) << (plane.bits * field)
+            words_NW.narrow(1, plane.start, length).bitwise_or_(fields)
     return words_NW
 
 
 def unpack(words: Tensor, bits: int, columns: int) -> Tensor:
-    """Inverse of :func:`pack`.
+    """Unpack words into codes; the inverse of :func:`pack`.
 
     Args:
         words: int32 (N, W).
@@ -140,7 +149,7 @@ def unpack(words: Tensor, bits: int, columns: int) -> Tensor:
         uint8 (N, K) on the same device.
 
     Raises:
-        LayerError: words of another dtype or width than K codes of ``bits`` bits have.
+        LayerError: the dtype or the width of the words is not that of K codes of ``bits`` bits.
 
     Example:
         >>> codes = torch.tensor([[7, 0, 5]], dtype=torch.uint8)
@@ -149,21 +158,30 @@ def unpack(words: Tensor, bits: int, columns: int) -> Tensor:
     """
     check_words(words, bits, columns)
     parts = [_unpack_plane(words, plane, columns) for plane in planes(columns, bits)]
-    return parts[0] if len(parts) == 1 else reduce(torch.bitwise_or, parts)
+    codes = parts[0]
+    for part in parts[1:]:
+        codes = torch.bitwise_or(codes, part)
+    return codes
 
 
 def check_words(words: Tensor, bits: int, columns: int) -> None:
-    """Refuse what :func:`pack` does not make of K codes of ``bits`` bits."""
-    expected = word_count(columns, bits)
-    if words.dim() != 2 or words.dtype != torch.int32 or words.shape[1] != expected:
+    """Refuse words that do not look like the result of :func:`pack` for K codes of ``bits`` bits.
+
+    Raises:
+        LayerError: their dtype is not int32, or their shape not (N, W).
+    """
+    width = word_count(columns, bits)
+    if words.dim() != 2 or words.dtype != torch.int32 or words.shape[1] != width:
         raise LayerError(
-            f"words are {words.dtype} of shape {tuple(words.shape)}; {columns} codes of {bits} bits need int32 (N, {expected})"
+            f"words are {words.dtype} of shape {tuple(words.shape)}; "
+            f"{columns} codes of {bits} bits need int32 (N, {width})"
         )
 
 
 def _unpack_plane(words_NW: Tensor, plane: Plane, columns: int) -> Tensor:
-    """The plane's bits of every code, at their place in the code, uint8 (N, K)."""
-    # Whole words are shifted by bytes only, bytes by fields: without a compiler a word for each code would be 4 bytes of it.
+    """Return the plane's bits of every code, at their place in the code, uint8 (N, K)."""
+    # Words are first split into bytes, and bytes into fields. Shifting whole words for every code
+    # would take 4 bytes a code where no compiler fuses the operations.
     device = words_NW.device
     words_N1P = words_NW.narrow(1, plane.start, plane.words).unsqueeze(1)
     byte_41 = torch.arange(0, WORD_BITS, 8, dtype=torch.int32, device=device).unsqueeze(1)
@@ -174,7 +192,13 @@ def _unpack_plane(words_NW: Tensor, plane: Plane, columns: int) -> Tensor:
 
 
 def field_of(words: Tensor, plane: Plane, field: int) -> Tensor:
-    """One field of each word, at its place in the code: int32 of the same shape."""
+    """Return one field of each word, at its place in the code, int32 of the same shape."""
+    # A shift by 0 is left out: it would be an operation of its own where no compiler drops it.
+    shifted = words
+    if field:
+        shifted = words >> (plane.bits * field)
     # A negative word shifts ones in from the left; the mask removes them.
-    low = (words >> (plane.bits * field) if field else words) & plane.mask
-    return low << plane.shift if plane.shift else low
+    bits = shifted & plane.mask
+    if plane.shift:
+        return bits << plane.shift
+    return bits

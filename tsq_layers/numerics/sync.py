@@ -1,9 +1,9 @@
-"""The only place where a value crosses from the device to the host while layers are observed, solved and packed.
+"""Copy values from the device to the host, in the only place that does so while layers are quantised.
 
-Reading a tensor's value stops the host until the device has caught up. Everything else in the
-observers, the solver and the packer stays on the device; the few deliberate reads (a handful a
-layer: did the factorisation succeed, what are the losses) go through :func:`to_host`, so that
-they can be counted in a test and replaced where tensors have no values.
+The host must wait for the device when it reads the value of a tensor. Observers, the solver and the
+packer keep their values on the device; the few values that the host needs (whether a factorisation
+succeeded, the losses; a handful for each layer) are read by :func:`to_host`. So a test can count
+them, and a replacement can answer where tensors have no values.
 """
 
 import time
@@ -19,14 +19,13 @@ def to_host(*values: Tensor) -> list[float]:
         >>> to_host(torch.tensor(1), torch.tensor(2.5))
         [1.0, 2.5]
     """
-    floats: list[float] = torch.stack(
-        [value.detach().to(torch.float64) for value in values]
-    ).tolist()
+    scalars = [value.detach().to(torch.float64) for value in values]
+    floats: list[float] = torch.stack(scalars).tolist()
     return floats
 
 
 def clock(tensor: Tensor) -> float:
-    """Wall time in seconds, once everything queued on the tensor's device has run."""
+    """Return the wall time in seconds, after all work that is queued on the tensor's device has finished."""
     if tensor.device.type != "cpu" and torch.accelerator.is_available():
         torch.accelerator.synchronize(tensor.device)
     return time.perf_counter()

@@ -1,4 +1,4 @@
-"""Run the forward passes of a model: batches, passes in lockstep, recordings of calls, and what each pass keeps.
+"""Run the forward passes of a model: batches, passes in lockstep, records of calls, and the state that passes change.
 
 Nothing here knows about quantisation.
 """

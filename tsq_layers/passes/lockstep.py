@@ -1,7 +1,8 @@
-"""Forward passes that wait for one another at the layers of a model.
+"""Run several forward passes of a model in lockstep: they wait for one another at its layers.
 
-Each pass runs in a thread of its own and is suspended in the forward pre-hook of every layer that is to be seen. One
-thread runs at a time. When all are suspended, the layer that comes first is visited with all the calls that wait there.
+Each pass runs in a thread of its own and is suspended in the forward pre-hook of every watched layer.
+One thread runs at a time. When all passes are suspended, a function is called for the first of these
+layers, with all the calls that wait there.
 
     >>> import torch
     >>> from torch import nn
@@ -34,15 +35,19 @@ from tsq_layers.passes.recording import first_tensor, hooked
 
 # A wait is cut into pieces, because on some platforms Ctrl-C is not seen inside a wait.
 _POLL_SECONDS = 0.5
-# A pass that has swallowed as many aborts as this is never going to end.
+# A pass that has caught as many aborts as this, and went on, is given up.
 _MOST_ABORTS = 100
 
-# What the calling thread runs: `current`, a (scheduler, pass) pair; absent outside of passes.
+# The attribute `current` is the (scheduler, pass) pair that the calling thread runs. It is absent in
+# threads that run no pass.
 _THREAD = threading.local()
 
 
 class _Abort(BaseException):
-    """Ends a pass from inside its hook; not an `Exception`, so that `except Exception` in a model lets it through."""
+    """End a pass from inside of its hook.
+
+    It is not an ``Exception``, so ``except Exception`` in a model does not catch it.
+    """
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,8 +55,8 @@ class Arrival:
     """One suspended call of a layer.
 
     Args:
-        pass_index: which of the passes made the call.
-        ordinal: 0 for this pass' first call of the layer, 1 for its second, and so on.
+        pass_index: number of the pass that made the call, from 0.
+        ordinal: number of the pass' calls of the layer before this one; 0 for the first.
         args: the positional arguments of the call.
         kwargs: the keyword arguments of the call.
     """
@@ -63,16 +68,17 @@ class Arrival:
 
     @property
     def input(self) -> torch.Tensor:
-        """The first tensor among the arguments, positional ones before keywords.
+        """The first tensor among the arguments, positional ones before keyword arguments.
 
         Raises:
             TypeError: no argument is a tensor.
         """
         tensor = first_tensor(self.args, self.kwargs)
         if tensor is None:
-            kinds = [type(value).__name__ for value in (*self.args, *self.kwargs.values())]
+            types = [type(value).__name__ for value in (*self.args, *self.kwargs.values())]
             raise TypeError(
-                f"a call in pass {self.pass_index} has no tensor among its arguments, which are {kinds}"
+                f"a call in pass {self.pass_index} has no tensor among its arguments, "
+                f"which are {types}"
             )
         return tensor
 
@@ -85,61 +91,74 @@ def run(
     order: Sequence[str] = (),
     suspend: Callable[[int], Callable[[], None]] | None = None,
 ) -> None:
-    """Run all `passes` side by side and call `visit` at each layer with the calls that wait there.
+    """Run all ``passes`` in lockstep, and call ``visit`` at each layer with the calls that wait there.
 
-    Each pass runs in a thread of its own, one at a time, until it calls one of `modules`. When every pass is suspended
-    or has returned, `visit(name, arrivals)` is called in this thread for the layer that comes first in the order. Then
-    the passes that were among the arrivals run on, in pass order. A pass sees the grad mode, inference mode, autocast
-    settings, CUDA device and stream, dispatch and function modes and context variables of the caller.
+    Each pass runs in a thread of its own, one thread at a time, until it calls one of ``modules``. When
+    every pass is suspended or has returned, ``visit(name, arrivals)`` is called in the calling thread
+    for the layer that comes first in the order. Then the passes among the arrivals go on, in the order
+    of their numbers. A pass has the caller's grad mode, inference mode, autocast settings, CUDA device
+    and stream, dispatch and function modes, and context variables.
 
-    A layer that the order lacks is inserted directly behind the last layer that the pass which found it had entered.
-    **Every caller of a layer is waiting when it is visited, if every pass goes forward in the order:** the visited
-    layer is the first at which any pass waits, so a pass that waits elsewhere is behind it for good. Insertion keeps
-    this for branches that `order` lacks: if x is always called right after a, then whoever is going to call x was
-    still at a, or before it, when x was found, and goes forward from a to x. It does not hold for a layer that `order`
-    lacks and that is reached in two ways (after a in one pass, after c in another): who comes from c finds x gone by.
-    So give an `order` that is complete where such layers are, as among experts of which a pass calls several. A pass
-    may go back in the order (a loop): it waits at the earlier layer, which is visited next, for it alone.
+    **The order.** A layer that ``order`` lacks is inserted when a pass first calls it, directly behind
+    the layer that this pass called before. If every pass calls layers in the order only, then every
+    pass that calls a layer at all is waiting there when the layer is visited: no pass waits at an
+    earlier layer, and a pass that waits at a later one does not come back. Insertion keeps this property
+    for a layer x that is always called directly after the same layer a. When x is found, a pass that
+    will call x is still at a or before it, so it comes to x.
 
-    When a pass or `visit` raises, or the user interrupts, the other passes are aborted: an exception that is not an
-    `Exception` is raised in the hook in which they wait, and this function waits until they have ended. A pass that
-    catches it and goes on is aborted again at its next layer. After a hundred times its thread is left behind,
-    suspended for good, with a `RuntimeWarning`. A pass that computes is waited for until its next layer or its end; a
-    second Ctrl-C gives up the waiting and leaves the threads suspended.
+    Insertion does not keep it for a layer x that is called after a in one pass, and after c in another.
+    x is then inserted behind a, and visited while the other pass still waits at or before c; that pass
+    calls x later, and x is visited again, for that pass alone. So ``order`` must be complete where a
+    model has such layers, for example experts of which each pass calls some.
+
+    A pass may also go back in the order (a loop). It then waits at the earlier layer, which is visited
+    next, for this pass alone.
+
+    **Errors.** When a pass or ``visit`` raises, or the user interrupts, the other passes are aborted: an
+    exception that is not an ``Exception`` is raised in the hook in which they wait, and this function
+    waits until they have ended. A pass that catches it and goes on is aborted again at its next layer;
+    after a hundred times its thread is abandoned, suspended for ever, with a ``RuntimeWarning``. A pass
+    that is computing is waited for until its next layer or its end. A second Ctrl-C ends the waiting
+    and abandons all threads.
 
     Args:
-        passes: the forward passes; what they return is dropped. Taken one by one: each is started, and suspended
-            at its first layer, before the next one is asked for.
+        passes: functions that each run one forward pass; their results are dropped. They are taken one
+            by one: the next is asked for when the one before is suspended at its first layer.
         modules: the layers to stop at, by name.
-        visit: is given a layer's name and the waiting calls by pass index, and returns the names of layers at which no
-            pass stops from now on. Once that is all of them (so at once if there are none), the passes are ended
-            where they are.
-        order: names of layers in the order in which a pass calls them, usually `Recording.order`.
-        suspend: called in the thread of a pass, with its index, before it is suspended; what it returns is called
-            there when the pass goes on (also to be aborted).
+        visit: called with the name of a layer and the calls that wait there, in the order of their pass
+            indices. It returns the names of the layers at which no pass stops from now on. When these are
+            all of ``modules`` (at once, if ``modules`` is empty), the passes are ended where they are.
+        order: names of layers in the order in which a pass calls them, usually ``Recording.order``.
+        suspend: called in the thread of a pass with its index, before the pass is suspended. It returns
+            a function that is called in the same thread when the pass goes on or is aborted.
 
     Raises:
-        ValueError: `visit` returned a name that is not in `modules`.
-        TypeError: `visit` returned something else than names.
-        BaseException: what a pass or `visit` raised; for a pass a note says which one and how far it came.
+        ValueError: ``visit`` returned a name that is not in ``modules``.
+        TypeError: ``visit`` returned something that is not an iterable of names.
+        BaseException: raised by a pass or by ``visit``. A note on an exception of a pass names the pass
+            and the last layer that it called.
     """
     _Scheduler(passes, modules, visit, order, suspend).run()
 
 
 def current_pass() -> int | None:
-    """The index of the pass that the calling thread runs; None in a thread that runs none."""
+    """Return the index of the pass that the calling thread runs, or ``None`` if it runs none."""
     current = getattr(_THREAD, "current", None)
     return None if current is None else current[1].index
 
 
 @dataclass(eq=False)
 class _Pass:
-    """One pass and its thread. It must not refer to the scheduler or to an exception for long: no cycles."""
+    """One pass and its thread.
+
+    A pass does not refer to the scheduler, and to an exception only until it is raised. Otherwise the
+    activations in the frames would be in reference cycles, and stay until the garbage collector runs.
+    """
 
     index: int
     call: Callable[[], object]
-    stop: tuple[str, Arrival] | None = None  # where it is suspended
-    last: str | None = None  # the layer that it entered last
+    stop: tuple[str, Arrival] | None = None  # the layer at which it is suspended, and the call
+    last: str | None = None  # the layer that it called last
     calls: Counter[str] = field(default_factory=Counter)
     thread: threading.Thread | None = None
     go: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
@@ -147,9 +166,13 @@ class _Pass:
     error: BaseException | None = None
     aborts: int = 0
 
+    def waits_at(self, names: set[str]) -> bool:
+        """Return True if the pass is suspended at one of the layers."""
+        return self.stop is not None and self.stop[0] in names
+
 
 class _Scheduler:
-    """The state of one `run`. All of it is changed only by the one thread whose turn it is."""
+    """The state of one call of :func:`run`. Only the thread whose turn it is changes it."""
 
     def __init__(
         self,
@@ -159,7 +182,7 @@ class _Scheduler:
         order: Sequence[str],
         suspend: Callable[[int], Callable[[], None]] | None,
     ) -> None:
-        self.coming = passes
+        self.calls = passes  # those that are not started yet, if it is an iterator
         self.passes: list[_Pass] = []
         self.suspend = suspend
         self.modules = modules
@@ -174,53 +197,52 @@ class _Scheduler:
     def run(self) -> None:
         with hooked(self.modules, self.on_call):
             try:
-                due = self.new_passes()
+                ready = self.new_passes()
                 while not self.modules.keys() <= self.released:
-                    for pass_ in due:
+                    for pass_ in ready:
                         self.resume(pass_)
                     if all(pass_.stop is None for pass_ in self.passes):
                         return
-                    due = self.visit_first()
+                    ready = self.visit_first()
             finally:
                 self.close()
 
     def new_passes(self) -> Iterator[_Pass]:
-        """Every pass, each taken when the one before it has come to its first layer."""
-        for call in self.coming:
+        """Yield every pass. The caller runs one to its first layer before it asks for the next."""
+        for call in self.calls:
             self.passes.append(_Pass(len(self.passes), call))
             yield self.passes[-1]
 
     def visit_first(self) -> Iterator[_Pass]:
-        """Visit the first layer at which a pass waits; returns the passes that may go on."""
-        place = {name: index for index, name in enumerate(self.order)}
+        """Visit the first layer at which a pass waits, and return the passes that may go on."""
+        position = {name: index for index, name in enumerate(self.order)}
         stops = [pass_.stop for pass_ in self.passes if pass_.stop is not None]
-        first = min((name for name, _ in stops), key=place.__getitem__)
-        released = self.visit(first, [arrival for name, arrival in stops if name == first])
-        del stops
-        self.released |= self.checked(first, released)
+        first = min((name for name, _ in stops), key=position.__getitem__)
+        arrivals = [arrival for name, arrival in stops if name == first]
+        names = self.visit(first, arrivals)
+        # If checked raises, its traceback keeps this frame, and with it the arguments of the calls.
+        del stops, arrivals
+        self.released |= self.checked(first, names)
         open_names = {first, *self.released}
-        return iter(
-            [
-                pass_
-                for pass_ in self.passes
-                if pass_.stop is not None and pass_.stop[0] in open_names
-            ]
-        )
+        return iter([pass_ for pass_ in self.passes if pass_.waits_at(open_names)])
 
-    def checked(self, name: str, released: Iterable[str]) -> set[str]:
-        if isinstance(released, str) or not isinstance(released, Iterable):
+    def checked(self, name: str, result: Iterable[str]) -> set[str]:
+        """Return the names that ``visit`` returned for the layer called ``name``."""
+        if isinstance(result, str) or not isinstance(result, Iterable):
             raise TypeError(
-                f"visit({name!r}, ...) must return the names of the released layers, got {released!r}"
+                f"visit({name!r}, ...) must return the names of the released layers, got {result!r}"
             )
-        names = set(released)
-        if unknown := sorted(names - self.modules.keys()):
+        names = set(result)
+        foreign_names = sorted(names - self.modules.keys())
+        if foreign_names:
             raise ValueError(
-                f"visit({name!r}, ...) released {unknown}, which are not among the modules of this run"
+                f"visit({name!r}, ...) released {foreign_names}, "
+                "which are not among the modules of this run"
             )
         return names
 
     def resume(self, pass_: _Pass) -> None:
-        """Let a pass run to its next stop or its end, in its thread, while this one waits."""
+        """Let a pass run to its next stop or its end, in its thread, while the calling thread waits."""
         pass_.stop = None
         self.running = pass_
         if pass_.thread is None:
@@ -232,7 +254,8 @@ class _Scheduler:
         while not self.turn_over.acquire(timeout=_POLL_SECONDS):
             pass
         self.running = None
-        error, pass_.error = pass_.error, None
+        error = pass_.error
+        pass_.error = None
         if error is None:
             return
         place = "before the first layer" if pass_.last is None else f"after layer {pass_.last!r}"
@@ -240,10 +263,10 @@ class _Scheduler:
         try:
             raise error
         finally:
-            del error  # it refers to this frame
+            del error  # its traceback refers to this frame, which would be a cycle
 
     def body(self, pass_: _Pass) -> None:
-        """What the thread of a pass runs."""
+        """Run a pass; the target of its thread."""
         pass_.go.acquire()
         _THREAD.current = (self, pass_)
         try:
@@ -252,7 +275,7 @@ class _Scheduler:
                     pass_.call()
         except _Abort:
             pass
-        except BaseException as error:  # noqa: BLE001  every exception is the caller's, SystemExit too
+        except BaseException as error:  # noqa: BLE001  resume raises it in the calling thread, SystemExit too
             if not self.closing:
                 pass_.error = error
         finally:
@@ -263,7 +286,7 @@ class _Scheduler:
     def on_call(
         self, name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        """The pre-hook of every module."""
+        """Suspend the calling pass; the forward pre-hook of every module."""
         scheduler, pass_ = getattr(_THREAD, "current", (None, None))
         if scheduler is not self or pass_ is None:
             return
@@ -271,8 +294,8 @@ class _Scheduler:
         ordinal = pass_.calls[name]
         pass_.calls[name] += 1
         if name not in self.order:
-            behind = 0 if pass_.last is None else self.order.index(pass_.last) + 1
-            self.order.insert(behind, name)
+            position = 0 if pass_.last is None else self.order.index(pass_.last) + 1
+            self.order.insert(position, name)
         if name not in self.released:
             pass_.stop = (name, Arrival(pass_.index, ordinal, args, kwargs))
             go_on = None if self.suspend is None else self.suspend(pass_.index)
@@ -284,17 +307,21 @@ class _Scheduler:
         pass_.last = name
 
     def end_if_closing(self, pass_: _Pass) -> None:
+        """Raise in the thread of a pass if all passes are to end."""
         if not self.closing:
             return
         pass_.aborts += 1
         if pass_.aborts > _MOST_ABORTS:
             pass_.over.set()
-            threading.Event().wait()  # for ever: it would go on for ever anyway, and compute
+            # For ever: the pass has caught every abort, and would go on computing.
+            threading.Event().wait()
         raise _Abort
 
     def close(self) -> None:
-        """End all passes that have not ended, one after the other: first the one that an interrupt left running."""
+        """End all passes that have not ended, one after the other."""
         self.closing = True
+        # An interrupt may have come while a pass was running. That one is ended first, so that no two
+        # threads run at a time.
         for pass_ in sorted(self.passes, key=lambda pass_: pass_ is not self.running):
             pass_.stop = None
             pass_.go.release()
@@ -304,6 +331,10 @@ class _Scheduler:
                 pass
             if pass_.aborts <= _MOST_ABORTS:
                 pass_.thread.join()
-        if left := [pass_.index for pass_ in self.passes if pass_.aborts > _MOST_ABORTS]:
-            message = f"passes {left} catch every abort and go on; their threads are left behind, suspended"
+        abandoned = [pass_.index for pass_ in self.passes if pass_.aborts > _MOST_ABORTS]
+        if abandoned:
+            message = (
+                f"passes {abandoned} catch every abort and go on; "
+                "their threads are left behind, suspended"
+            )
             warnings.warn(message, RuntimeWarning, stacklevel=4)

@@ -1,6 +1,6 @@
-"""Settings of torch around a piece of work: products in full float32, and what torch keeps for each thread.
+"""Set and hand on the modes of torch: full float32 precision, and what torch keeps for each thread.
 
-Grad and inference mode, autocast, the CUDA stream, dispatch and function modes are kept for each thread.
+Torch keeps grad mode, inference mode, autocast, the CUDA stream, dispatch and function modes for each thread.
 """
 
 import contextlib
@@ -22,35 +22,37 @@ AUTOCAST_DEVICES = (
     "ipu",
     "privateuseone",
 )
+"""The device types that have an autocast switch."""
 
 
 @contextlib.contextmanager
 def full_precision() -> Iterator[None]:
-    """No TF32 and no autocast inside; also a decorator. Everything is restored afterwards.
+    """Switch TF32 and autocast off inside of a ``with`` block, or in a function that it decorates.
 
-    The backends' own switches are used: they can be read whichever way the user set them, which
-    ``torch.get_float32_matmul_precision`` cannot.
+    All settings are restored afterwards. The switches of the backends are set, because they can be
+    read in whichever way the user set them; ``torch.get_float32_matmul_precision`` raises for some.
     """
     switches = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    allowed = [switch.fp32_precision for switch in switches]
+    precisions = [switch.fp32_precision for switch in switches]
     with contextlib.ExitStack() as stack:
-        for kind in AUTOCAST_DEVICES:
-            if torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
-        for switch, precision in zip(switches, allowed, strict=True):
+        for device in AUTOCAST_DEVICES:
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        for switch, precision in zip(switches, precisions, strict=True):
             switch.fp32_precision = "ieee"
             stack.callback(setattr, switch, "fp32_precision", precision)
         yield
 
 
 def thread_state() -> Callable[[], contextlib.AbstractContextManager[None]]:
-    """Take what torch keeps per thread in this one; the result enters it in another."""
-    grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-    autocast = [
-        (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
-        for kind in AUTOCAST_DEVICES
-    ]
-    autocast_cache = torch.is_autocast_cache_enabled()
+    """Read the modes that torch keeps for the calling thread.
+
+    Returns:
+        a function that makes a context manager, which sets the modes in another thread.
+    """
+    grad = torch.is_grad_enabled()
+    inference = torch.is_inference_mode_enabled()
+    enter_autocast = _autocast_state()
     stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
     dispatch_modes = _python_dispatch._get_current_dispatch_mode_stack()
     function_modes = overrides._get_current_function_mode_stack()
@@ -62,18 +64,12 @@ def thread_state() -> Callable[[], contextlib.AbstractContextManager[None]]:
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.inference_mode(inference))
             stack.enter_context(torch.set_grad_enabled(grad))
-            for kind, enabled, dtype in autocast:
-                torch.set_autocast_enabled(kind, enabled)
-                torch.set_autocast_dtype(kind, dtype)
-            torch.set_autocast_cache_enabled(autocast_cache)
-            if any(enabled for _, enabled, _ in autocast):
-                # As if inside the caller's context: else an inner autocast context would empty the cache at its end.
-                torch.autocast_increment_nesting()
-                stack.callback(torch.autocast_decrement_nesting)
+            enter_autocast(stack)
             if stream is not None:
                 torch.cuda.set_device(stream.device)
                 torch.cuda.set_stream(stream)
-            # Pushed, not entered: what a mode does on entering (resetting a count, say) the caller has done.
+            # Modes are pushed, not entered: what a mode does on entering (reset a count, say) was done
+            # in the calling thread.
             for mode in dispatch_modes:
                 _python_dispatch._push_mode(mode)
                 stack.callback(_pop_dispatch_mode, mode)
@@ -81,6 +77,28 @@ def thread_state() -> Callable[[], contextlib.AbstractContextManager[None]]:
                 overrides._push_mode(mode)
                 stack.callback(overrides._pop_mode)
             yield
+
+    return enter
+
+
+def _autocast_state() -> Callable[[contextlib.ExitStack], None]:
+    """Read the autocast settings of the calling thread; the result sets them in another one."""
+    settings = []
+    for device in AUTOCAST_DEVICES:
+        is_enabled = torch.is_autocast_enabled(device)
+        settings.append((device, is_enabled, torch.get_autocast_dtype(device)))
+    cache_is_enabled = torch.is_autocast_cache_enabled()
+
+    def enter(stack: contextlib.ExitStack) -> None:
+        for device, is_enabled, dtype in settings:
+            torch.set_autocast_enabled(device, is_enabled)
+            torch.set_autocast_dtype(device, dtype)
+        torch.set_autocast_cache_enabled(cache_is_enabled)
+        if any(is_enabled for _, is_enabled, _ in settings):
+            # As inside of the caller's context: otherwise an inner autocast context would empty the
+            # cache at its end.
+            torch.autocast_increment_nesting()
+            stack.callback(torch.autocast_decrement_nesting)
 
     return enter
 

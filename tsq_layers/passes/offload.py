@@ -1,8 +1,9 @@
-"""Activations of suspended passes, put on another device until the passes go on.
+"""Offload the activations of suspended passes to another device until the passes go on.
 
-A suspended pass holds its activations in the local variables of its frames, where nobody else can let
-go of them. So their memory is given back under them: the storage is copied, then resized to nothing,
-and filled again before the pass goes on. Tensors that the model itself holds, or the batch, are left.
+A suspended pass holds its activations in the local variables of its frames, and no other code can
+delete those. So their memory is freed under them: the content of a storage is copied away, the
+storage is resized to 0 bytes, and both are undone before the pass goes on. Tensors of the model and
+of the batch stay where they are.
 """
 
 import inspect
@@ -15,74 +16,80 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_SMALLEST = 2**16  # bytes; a smaller tensor is not worth a copy
+_SMALLEST = 2**16  # bytes of the smallest storage that is offloaded; a copy has a fixed cost
 
 
-class Parking:
-    """Where the activations of suspended passes are kept.
+class ActivationOffload:
+    """The activations of suspended passes, on another device.
 
     Args:
-        device: where to.
-        model: its tensors are never parked: parameters, buffers, and what its modules hold otherwise.
+        device: where to keep them.
+        model: its parameters and buffers, and all other tensors that its modules hold, stay.
     """
 
     def __init__(self, device: torch.device | str, model: nn.Module) -> None:
         self.device = torch.device(device)
         self._model = model
-        self._parked: dict[int, list[_Parked]] = {}
+        self._storages: dict[int, list[_Storage]] = {}
 
-    def park(self, index: int, batch: object) -> Callable[[], None]:
-        """Park what the calling thread holds; the result brings it back.
+    def store(self, index: int, batch: object) -> Callable[[], None]:
+        """Offload the tensors in the local variables of the calling thread.
 
         Args:
-            index: of the pass that the thread runs.
-            batch: what the pass was given: other passes may have it too, so it stays.
+            index: number of the pass that the thread runs.
+            batch: the batch of the pass. Its tensors stay, because other passes may have it too.
+
+        Returns:
+            a function that brings the tensors back.
         """
-        held = {_key(tensor) for tensor in (*_held_by(self._model), *_tensors([batch]))}
-        storages = {_key(tensor): tensor.untyped_storage() for tensor in _locals(sys._getframe(1))}
-        self._parked[index] = [
-            _Parked(storage)
-            for key, storage in storages.items()
-            if key not in held and storage.device != self.device and storage.nbytes() >= _SMALLEST
-        ]
-        self._leave(index)
+        exempt = {_key(tensor) for tensor in (*_tensors_of(self._model), *_tensors([batch]))}
+        candidates: dict[int, torch.UntypedStorage] = {}
+        for tensor in _locals(sys._getframe(1)):
+            candidates[_key(tensor)] = tensor.untyped_storage()
+        storages: list[_Storage] = []
+        for key, storage in candidates.items():
+            is_large = storage.nbytes() >= _SMALLEST
+            if key not in exempt and storage.device != self.device and is_large:
+                storages.append(_Storage(storage))
+        self._storages[index] = storages
+        self._move_away(index)
 
-        def bring() -> None:
-            self._return(index)
-            del self._parked[index]
+        def restore() -> None:
+            self._bring_back(index)
+            del self._storages[index]
 
-        return bring
+        return restore
 
     @contextmanager
     def present(self, index: int) -> Iterator[None]:
-        """Inside, what a pass holds is where the pass left it."""
-        self._return(index)
+        """Bring the activations of a pass back inside of the ``with`` block."""
+        self._bring_back(index)
         try:
             yield
         finally:
-            self._leave(index)
+            self._move_away(index)
 
-    def _leave(self, index: int) -> None:
-        for parked in self._parked.get(index, []):
-            parked.leave(self.device)
+    def _move_away(self, index: int) -> None:
+        for storage in self._storages.get(index, []):
+            storage.move_away(self.device)
 
-    def _return(self, index: int) -> None:
-        for parked in self._parked.get(index, []):
-            parked.bring()
+    def _bring_back(self, index: int) -> None:
+        for storage in self._storages.get(index, []):
+            storage.bring_back()
 
 
-class _Parked:
-    """One storage, and its content while it is away."""
+class _Storage:
+    """One storage, and a copy of its content while it is offloaded."""
 
     def __init__(self, storage: torch.UntypedStorage) -> None:
         self.storage = storage
         self.content: Tensor | None = None
 
-    def leave(self, device: torch.device) -> None:
+    def move_away(self, device: torch.device) -> None:
         self.content = self._bytes().to(device, copy=True)
         self.storage.resize_(0)
 
-    def bring(self) -> None:
+    def bring_back(self) -> None:
         if self.content is not None:
             self.storage.resize_(self.content.numel())
             self._bytes().copy_(self.content)
@@ -93,23 +100,25 @@ class _Parked:
 
 
 def _locals(frame: FrameType | None) -> Iterator[Tensor]:
-    """Tensors in the local variables of all functions that the calling thread is in."""
+    """Yield the tensors in the local variables of a frame and of its callers."""
     while frame is not None:
         if frame.f_code.co_flags & inspect.CO_OPTIMIZED:
             values = frame.f_locals
             yield from _tensors(values.values())
             if isinstance(values, dict):
-                values.clear()  # before Python 3.13 it is a copy that the frame keeps, with everything in it
+                # Before Python 3.13, f_locals is a copy that the frame keeps, and it would keep the tensors.
+                values.clear()
         frame = frame.f_back
 
 
-def _held_by(model: nn.Module) -> Iterator[Tensor]:
+def _tensors_of(model: nn.Module) -> Iterator[Tensor]:
+    """Yield the tensors among the attributes of a model's modules, parameters and buffers included."""
     for module in model.modules():
         yield from _tensors(vars(module).values())
 
 
 def _tensors(values: Iterable[Any], depth: int = 3) -> Iterator[Tensor]:
-    """Plain tensors among some values, and in lists, tuples and mappings among them."""
+    """Yield the plain tensors among some values, and those in lists, tuples and mappings down to ``depth``."""
     for value in values:
         if type(value) in (Tensor, nn.Parameter):
             yield value
@@ -120,4 +129,5 @@ def _tensors(values: Iterable[Any], depth: int = 3) -> Iterator[Tensor]:
 
 
 def _key(tensor: Tensor) -> int:
+    """Return the identity of a tensor's storage."""
     return int(tensor.untyped_storage()._cdata)

@@ -1,10 +1,13 @@
-"""What a forward pass may change beside its own variables, so that of several passes at once each has it for itself.
+"""Define :class:`PassState`, which gives each of several simultaneous forward passes its own state of the model.
 
-* attributes of modules: ``self.skip = x`` for a later layer, caches, features that wait for a head;
-* the random numbers of torch and of Python;
-* settings of torch that a ``with`` block changes: kernels of attention, the default dtype, and so on.
+Beside its local variables, a pass may change
 
-What else a pass changes, a dictionary that a hook fills for example, all passes share.
+* attributes of modules: ``self.skip = x`` for a later layer, caches, features that a head collects;
+* the random state of torch and of Python;
+* settings of torch that a ``with`` block changes, such as attention kernels and the default dtype.
+
+Each pass has its own state of these. Anything else that a pass changes, for example a dictionary
+that a hook fills, is shared by all passes.
 """
 
 import copy
@@ -19,12 +22,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 _CONTAINERS = (dict, list, set)
-# What a pass leaves alone; what hooks are registered is left alone too.
+# Attributes of a module that are never saved or restored. Attributes that hold hooks are not either.
 _STRUCTURE = frozenset(
     ("_parameters", "_modules", "_non_persistent_buffers_set", "forward", "training")
 )
-_MISSING = object()
+_MISSING = object()  # the value of an attribute that a module does not have
 
+# Pairs of functions that get and set one setting of torch.
 _SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (torch.get_default_dtype, torch.set_default_dtype),
     (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
@@ -37,7 +41,14 @@ _SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
 
 @dataclass(eq=False)
 class _State:
-    """All of it at one time: of the attributes, containers and tensors that passes change, in their order."""
+    """The state at one time, in the order of the attributes, containers and tensors of a :class:`PassState`.
+
+    Args:
+        attributes: values of the attributes.
+        contents: copies of the containers.
+        values: copies of the tensors.
+        settings: values of ``_SETTINGS``.
+    """
 
     attributes: list[Any] = field(default_factory=list)
     contents: list[Any] = field(default_factory=list)
@@ -46,35 +57,38 @@ class _State:
 
 
 class _Before:
-    """A module before the first pass."""
+    """The attributes of a module before the first pass."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.attributes = dict(vars(module))
         self.contents = _contents(module)
-        self._parts = _parts(module)
-        held = [
-            value
-            for value in (*module._buffers.values(), *self.attributes.values())
-            if isinstance(value, Tensor)
-        ]
-        self._versions = [(tensor, tensor._version) for tensor in held if not tensor.is_inference()]
+        self._names = _child_names(module)
+        self._versions: list[tuple[Tensor, int]] = []
+        for value in (*module._buffers.values(), *self.attributes.values()):
+            if isinstance(value, Tensor) and not value.is_inference():
+                self._versions.append((value, value._version))
 
-    def changed(self) -> list[Tensor]:
-        """The tensors beside parameters that have been changed in place since."""
+    def changed_tensors(self) -> list[Tensor]:
+        """Return the buffers and tensor attributes that were changed in place since."""
         return [tensor for tensor, version in self._versions if tensor._version != version]
 
     @property
     def was_built(self) -> bool:
-        """Whether it has other parameters or children now."""
-        return self._parts != _parts(self.module)
+        """Whether the module has other parameters or children now, as lazy modules do."""
+        return self._names != _child_names(self.module)
 
 
 class PassState:
-    """What the passes of a model change, as a first pass shows; each of them begins with it as it was before that one.
+    """The state that forward passes of a model change, so that each pass starts from the same one.
 
-    Tensors that a pass changes in place, such as buffers, are the exception: passes begin with what the first one left.
-    So are the attributes of a module that made its parameters in that pass.
+    A first pass shows which attributes, containers and tensors change. Every other pass starts with
+    their values before that first pass, with two exceptions, which start with the values after it:
+    tensors that are changed in place, such as buffers, and the attributes of a module that created its
+    parameters in the first pass.
+
+    Args:
+        model: the model that the passes run.
 
     Example:
         >>> class Skip(nn.Linear):
@@ -85,11 +99,11 @@ class PassState:
         >>> state = PassState(model)
         >>> with state.first():
         ...     _ = model(torch.zeros(1, 2))
-        >>> with state.own(0):
+        >>> with state.separate(seed=0):
         ...     _ = model(torch.ones(1, 2))
-        ...     go_on = state.leave()
+        ...     resume = state.suspend()
         ...     hasattr(model, "x")
-        ...     go_on()
+        ...     resume()
         ...     model.x
         False
         tensor([[1., 1.]])
@@ -100,108 +114,127 @@ class PassState:
         self._attributes: list[tuple[nn.Module, str]] = []
         self._containers: list[Any] = []
         self._tensors: list[Tensor] = []
-        self._random = False
-        self._outside: list[Any] = []  # random numbers of whoever asks for the passes
+        self._uses_random = False
+        self._outer_random_state: list[Any] = []  # the random state outside of the passes
         self._start = _State(settings=_settings())
         self._before: dict[str, _Before] = {}
-        self._known: set[tuple[int, str, bool]] = set()
+        self._noted: set[tuple[int, str, str]] = set()
 
     @contextmanager
     def first(self) -> Iterator[None]:
-        """Around the pass that shows what passes change."""
+        """Record what changes in the ``with`` block, which runs the first pass, and restore the state after it."""
         self._before = {name: _Before(module) for name, module in self._model.named_modules()}
-        self._outside = random_state()
+        self._outer_random_state = random_state()
         try:
             yield
         finally:
             for before in self._before.values():
-                self._find(before)
+                self._note(before)
             built = {before.module for before in self._before.values() if before.was_built}
-            for place, (module, name) in enumerate(self._attributes):
+            for index, (module, name) in enumerate(self._attributes):
                 if module in built:
-                    self._start.attributes[place] = vars(module).get(name, _MISSING)
-            self._tensors = [
-                tensor for before in self._before.values() for tensor in before.changed()
-            ]
+                    self._start.attributes[index] = vars(module).get(name, _MISSING)
+            self._tensors = []
+            for before in self._before.values():
+                self._tensors.extend(before.changed_tensors())
             self._start.values = [tensor.clone() for tensor in self._tensors]
-            self._random = not _equal(self._outside, random_state())
+            self._uses_random = not _equal(self._outer_random_state, random_state())
             self._before.clear()
-            self._go_out()
+            self._leave()
 
-    def look(self, name: str) -> None:
-        """Within the first pass, before a call of a layer, note what the modules that it is in have changed so far: at the end of the pass that may be as before."""
+    def note_changes(self, name: str) -> None:
+        """Record what the modules around a layer have changed so far; within the first pass, before a call of it.
+
+        A module may change an attribute and set it back before the pass ends. Another pass must find
+        it changed if it is suspended in between.
+
+        Args:
+            name: dotted name of the layer.
+        """
         parts = name.split(".")
         for end in range(len(parts)):
             before = self._before.get(".".join(parts[:end]))
             if before is not None:
-                self._find(before)
+                self._note(before)
 
     @contextmanager
-    def own(self, seed: int) -> Iterator[None]:
-        """Around another pass, which begins as the first one did; its random numbers are those of the seed."""
-        self._come_in()
-        if self._random:
+    def separate(self, seed: int) -> Iterator[None]:
+        """Set the start state for the ``with`` block, which runs one pass, and restore it after.
+
+        Args:
+            seed: of the random state, if the first pass changed that.
+        """
+        self._enter()
+        if self._uses_random:
             random.seed(seed)
             torch.manual_seed(seed)
         try:
             yield
         finally:
-            self._go_out()
+            self._leave()
 
-    def leave(self) -> Callable[[], None]:
-        """Take the state of the pass that is suspended; the result puts it back when the pass goes on."""
-        taken = _State(
+    def suspend(self) -> Callable[[], None]:
+        """Save the state of the pass that is running, and set the start state for others.
+
+        Returns:
+            a function that restores the state of the pass, to be called before the pass goes on.
+        """
+        state = _State(
             attributes=[vars(module).get(name, _MISSING) for module, name in self._attributes],
             contents=[copy.copy(container) for container in self._containers],
             values=[tensor.clone() for tensor in self._tensors],
             settings=_settings(),
         )
-        numbers = random_state() if self._random else []
-        self._go_out()
+        numbers = random_state() if self._uses_random else []
+        self._leave()
 
-        def go_on() -> None:
-            self._come_in()
-            self._put(taken)
+        def resume() -> None:
+            self._enter()
+            self._restore(state)
             if numbers:
                 put_random_state(numbers)
 
-        return go_on
+        return resume
 
-    def _come_in(self) -> None:
-        if self._random:
-            self._outside = random_state()
+    def _enter(self) -> None:
+        """Save the random state of the caller of a pass."""
+        if self._uses_random:
+            self._outer_random_state = random_state()
 
-    def _go_out(self) -> None:
-        self._put(self._start)
-        if self._random:
-            put_random_state(self._outside)
+    def _leave(self) -> None:
+        """Restore the start state, and the random state of the caller of the pass."""
+        self._restore(self._start)
+        if self._uses_random:
+            put_random_state(self._outer_random_state)
 
-    def _find(self, before: "_Before") -> None:
-        attributes = vars(before.module)
-        for name in (*before.attributes, *(attributes.keys() - before.attributes.keys())):
+    def _note(self, before: _Before) -> None:
+        """Add the attributes and containers of a module that differ from those before the first pass."""
+        module = before.module
+        attributes = vars(module)
+        new_names = attributes.keys() - before.attributes.keys()
+        for name in (*before.attributes, *new_names):
             if name in _STRUCTURE or "hook" in name:
                 continue
-            old, new = before.attributes.get(name, _MISSING), attributes.get(name, _MISSING)
-            if old is not new and self._is_news(before.module, name, whole=True):
-                self._attributes.append((before.module, name))
-                self._start.attributes.append(old)
+            start_value = before.attributes.get(name, _MISSING)
+            is_assigned = attributes.get(name, _MISSING) is not start_value
+            if is_assigned and self._is_new(module, name, "attribute"):
+                self._attributes.append((module, name))
+                self._start.attributes.append(start_value)
             content = before.contents.get(name)
-            if (
-                content is not None
-                and not _same(content, old)
-                and self._is_news(before.module, name, whole=False)
-            ):
-                self._containers.append(old)
+            is_changed = content is not None and not _same(content, start_value)
+            if is_changed and self._is_new(module, name, "content"):
+                self._containers.append(start_value)
                 self._start.contents.append(content)
 
-    def _is_news(self, module: nn.Module, name: str, *, whole: bool) -> bool:
-        key = (id(module), name, whole)
-        if key in self._known:
+    def _is_new(self, module: nn.Module, name: str, what: str) -> bool:
+        """Return True at the first call with these arguments."""
+        key = (id(module), name, what)
+        if key in self._noted:
             return False
-        self._known.add(key)
+        self._noted.add(key)
         return True
 
-    def _put(self, state: _State) -> None:
+    def _restore(self, state: _State) -> None:
         for (module, name), value in zip(self._attributes, state.attributes, strict=True):
             if value is _MISSING:
                 vars(module).pop(name, None)
@@ -219,23 +252,23 @@ class PassState:
 
 @contextmanager
 def restored(model: nn.Module) -> Iterator[None]:
-    """Whatever happens inside, the modules have the same attributes afterwards, parameters, buffers and children included.
+    """Restore all attributes of a model's modules after the ``with`` block, also if it raises.
 
-    The contents of dictionaries, lists and sets among the attributes are restored too, but not what
-    lies deeper.
+    Parameters, buffers and children are among them. The contents of dictionaries, lists and sets are
+    restored too, but not those of containers within these.
     """
-    before = [(module, dict(vars(module)), _contents(module)) for module in model.modules()]
+    states = [(module, dict(vars(module)), _contents(module)) for module in model.modules()]
     try:
         yield
     finally:
-        for module, attributes, contents in before:
+        for module, attributes, contents in states:
             for name, content in contents.items():
                 refill(attributes[name], content)
             refill(vars(module), attributes)
 
 
 def refill(container: Any, content: Any) -> None:
-    """Give a dictionary, list or set the content of another."""
+    """Replace the content of a dictionary, list or set by that of another."""
     container.clear()
     if isinstance(container, list):
         container.extend(content)
@@ -244,30 +277,30 @@ def refill(container: Any, content: Any) -> None:
 
 
 def _contents(module: nn.Module) -> dict[str, Any]:
-    return {
-        name: copy.copy(value)
-        for name, value in vars(module).items()
-        if isinstance(value, _CONTAINERS)
-    }
+    """Return copies of the dictionaries, lists and sets among the attributes of a module."""
+    contents = {}
+    for name, value in vars(module).items():
+        if isinstance(value, _CONTAINERS):
+            contents[name] = copy.copy(value)
+    return contents
 
 
-def _parts(module: nn.Module) -> tuple[list[str], list[str]]:
-    """The names of the parameters and children that are there."""
-    return tuple(
-        [name for name, part in parts.items() if part is not None]
-        for parts in (module._parameters, module._modules)
-    )  # type: ignore[return-value]
+def _child_names(module: nn.Module) -> tuple[list[str], list[str]]:
+    """Return the names of the parameters and of the children that are not ``None``."""
+    parameters = [name for name, value in module._parameters.items() if value is not None]
+    children = [name for name, value in module._modules.items() if value is not None]
+    return parameters, children
 
 
 def _same(content: Any, container: Any) -> bool:
-    """Whether a container holds the very same things as before."""
+    """Return True if a container holds the same objects as the copy ``content`` of it."""
     if len(content) != len(container):
         return False
     if isinstance(content, set):
         return bool(content == container)
     if isinstance(content, dict):
         return all(key in container and container[key] is value for key, value in content.items())
-    return all(old is new for old, new in zip(content, container, strict=True))
+    return all(one is other for one, other in zip(content, container, strict=True))
 
 
 def _settings() -> list[Any]:
@@ -275,20 +308,21 @@ def _settings() -> list[Any]:
 
 
 def random_state() -> list[Any]:
-    """The state of the random numbers of Python and of torch, on every device that is in use."""
-    on_devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return [random.getstate(), torch.get_rng_state(), *on_devices]
+    """Return the random states of Python and of torch, of the CPU and, if CUDA is in use, of every CUDA device."""
+    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return [random.getstate(), torch.get_rng_state(), *cuda_states]
 
 
 def put_random_state(state: list[Any]) -> None:
-    """Go back to a state of :func:`random_state`."""
-    of_python, on_cpu, *on_devices = state
-    random.setstate(of_python)
-    torch.set_rng_state(on_cpu)
-    if on_devices:
-        torch.cuda.set_rng_state_all(on_devices)
+    """Set the random states that :func:`random_state` returned."""
+    python_state, cpu_state, *cuda_states = state
+    random.setstate(python_state)
+    torch.set_rng_state(cpu_state)
+    if cuda_states:
+        torch.cuda.set_rng_state_all(cuda_states)
 
 
 def _equal(one: list[Any], other: list[Any]) -> bool:
-    with _disable_current_modes():  # one that has tensors without values would refuse these
+    # Under FakeTensorMode, torch.equal would refuse the tensors of random states.
+    with _disable_current_modes():
         return one[0] == other[0] and all(map(torch.equal, one[1:], other[1:]))

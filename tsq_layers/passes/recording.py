@@ -1,4 +1,4 @@
-"""Which layers one forward pass calls, in which order, and which of them are given the same tensor."""
+"""Record the layers that one forward pass calls, their order, and the layers that share an input."""
 
 import contextlib
 import functools
@@ -15,13 +15,14 @@ from torch.utils.weak import TensorWeakRef
 
 @dataclass(frozen=True)
 class Recording:
-    """The calls that one pass made.
+    """The calls of layers in one forward pass.
 
     Args:
-        order: the names of the layers that were called, by first call.
-        calls: how often each of them was called.
-        groups: a partition of `order`, by first call. Layers are in one group when their first calls received the very
-            same tensor, unmodified in between. A layer that was called more than once is a group of its own.
+        order: names of the layers that were called, in the order of their first calls.
+        calls: number of calls of each of these layers, by name.
+        groups: the input groups, a partition of ``order``, in the order of their first calls. Layers
+            are in one group if their first calls received the same tensor object, and it was not
+            modified in between. A layer that was called more than once is a group of its own.
     """
 
     order: tuple[str, ...]
@@ -30,53 +31,71 @@ class Recording:
 
 
 def record(modules: Mapping[str, nn.Module], run: Callable[[], object]) -> Recording:
-    """Call `run` once, in this thread, and tell which of `modules` it called, in which order and with which input.
+    """Call ``run`` once, in this thread, and record its calls of ``modules``.
 
-    The input of a call is its first tensor argument. Two inputs are the same when they are one tensor object that was
-    not modified in place in between; a modification of an inference tensor cannot be seen.
+    The input of a call is its first tensor argument. A modification of an inference tensor in place
+    cannot be seen.
 
     Args:
         modules: the layers to watch, by name.
         run: makes one forward pass.
     """
     calls: Counter[str] = Counter()
-    groups: list[list[str]] = []
-    # By id, for speed. The weak reference tells whether it is still the same tensor, and keeps nothing alive.
-    seen: dict[int, tuple[TensorWeakRef, int | None, list[str]]] = {}
+    inputs = _InputGroups()
 
-    def watch(name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def on_call(
+        name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         calls[name] += 1
-        if calls[name] > 1:
-            return
-        tensor = first_tensor(args, kwargs)
-        reference, version, group = seen.get(id(tensor), (None, None, None))
-        if (
-            tensor is None
-            or reference is None
-            or reference() is not tensor
-            or version != _version(tensor)
-        ):
+        if calls[name] == 1:
+            inputs.add(name, first_tensor(args, kwargs))
+
+    with hooked(modules, on_call):
+        run()
+    groups: list[tuple[str, ...]] = []
+    for group in inputs.groups:
+        names = tuple(name for name in group if calls[name] == 1)
+        if names:
+            groups.append(names)
+    for name, count in calls.items():
+        if count > 1:
+            groups.append((name,))
+    position = {name: index for index, name in enumerate(calls)}
+    groups.sort(key=lambda group: position[group[0]])
+    return Recording(tuple(calls), MappingProxyType(dict(calls)), tuple(groups))
+
+
+class _InputGroups:
+    """The names of layers, grouped by the tensor that they were called with."""
+
+    def __init__(self) -> None:
+        self.groups: list[list[str]] = []
+        # By the tensor's id, for speed. An id may be used again; the weak reference tells if it still
+        # belongs to the same tensor, and keeps no tensor alive.
+        self._tensors: dict[int, tuple[TensorWeakRef, int | None, list[str]]] = {}
+
+    def add(self, name: str, tensor: torch.Tensor | None) -> None:
+        """Add a layer to the group of its input; ``None`` is an input that is no tensor."""
+        group = None if tensor is None else self._group_of(tensor)
+        if group is None:
             group = []
-            groups.append(group)
+            self.groups.append(group)
             if tensor is not None:
-                seen[id(tensor)] = (TensorWeakRef(tensor), _version(tensor), group)
-        assert group is not None
+                self._tensors[id(tensor)] = TensorWeakRef(tensor), _version(tensor), group
         group.append(name)
 
-    with hooked(modules, watch):
-        run()
-    place = {name: index for index, name in enumerate(calls)}
-    single = [[name] for name in calls if calls[name] > 1]
-    shared = [[name for name in group if calls[name] == 1] for group in groups]
-    partition = sorted(
-        (group for group in single + shared if group), key=lambda group: place[group[0]]
-    )
-    return Recording(tuple(calls), MappingProxyType(dict(calls)), tuple(map(tuple, partition)))
+    def _group_of(self, tensor: torch.Tensor) -> list[str] | None:
+        if id(tensor) not in self._tensors:
+            return None
+        reference, version, group = self._tensors[id(tensor)]
+        if reference() is tensor and version == _version(tensor):
+            return group
+        return None
 
 
 @contextlib.contextmanager
 def hooked(modules: Mapping[str, nn.Module], hook: Callable[..., None]) -> Iterator[None]:
-    """Call `hook(name, module, args, kwargs)` before every call of the modules."""
+    """Call ``hook(name, module, args, kwargs)`` before every call of the modules, inside of the ``with`` block."""
     with contextlib.ExitStack() as handles:
         for name, module in modules.items():
             handle = module.register_forward_pre_hook(
@@ -87,11 +106,13 @@ def hooked(modules: Mapping[str, nn.Module], hook: Callable[..., None]) -> Itera
 
 
 def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
-    """The first tensor among the arguments of a call, positional ones before keywords."""
-    return next(
-        (value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None
-    )
+    """Return the first tensor among the arguments of a call, positional ones first; ``None`` if there is none."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, torch.Tensor):
+            return value
+    return None
 
 
 def _version(tensor: torch.Tensor) -> int | None:
+    """Return the number of modifications in place, which inference tensors do not count."""
     return None if tensor.is_inference() else tensor._version

@@ -77,7 +77,7 @@ def _best(
     )  # a gain of less is none
     for step in _STEPS:
         new_zero = (old_zero + step).clamp(0, grid.code_max(bits))
-        integers = grid.steps(goal, old_scale, new_zero, bits)
+        integers = grid.nearest_levels(goal, old_scale, new_zero, bits)
         if free is not None:
             integers = integers * free
         best = (integers * force).sum(1, keepdim=True) / (product(integers, metric) * integers).sum(

@@ -203,7 +203,7 @@ def _replacements(
         for module in modules:
             kind = kind_of(module)
             assert kind is not None
-            replacements[module] = kind.twin(module, layer.matrix)
+            replacements[module] = kind.replacement(module, layer.matrix)
             pass_on_hook(module, replacements[module])
     return replacements
 

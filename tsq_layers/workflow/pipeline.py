@@ -34,7 +34,7 @@ from tsq_layers.passes.batches import (
     evaluating,
     moved_to,
 )
-from tsq_layers.passes.offload import Parking
+from tsq_layers.passes.offload import ActivationOffload
 from tsq_layers.workflow.conversion import check_attainable, convert_prepared, warn_never_called
 
 
@@ -217,7 +217,7 @@ def _calibrate(model: nn.Module, preparation: Preparation, request: _Request) ->
     held_out: Iterable[Batch] = ()
     if request.held_out is not None:
         held_out = checked_batches(request.held_out, "held_out")
-    parking = None if request.offload is None else Parking(request.offload, model)
+    parking = None if request.offload is None else ActivationOffload(request.offload, model)
     guided = guided_layers(preparation)
     if guided or preparation.config.distill_epochs:
         batches = list(batches)  # they are run more than once

@@ -32,7 +32,7 @@ from tsq_layers.passes.batches import (
     checked_batches,
     default_forward,
 )
-from tsq_layers.passes.offload import Parking
+from tsq_layers.passes.offload import ActivationOffload
 from tsq_layers.reports import LayerReport, Report
 from tsq_layers.runtime.linear import QuantLinear
 from tsq_layers.workflow.conversion import warn_never_called
@@ -119,7 +119,7 @@ def refine(
     }
     checked = checked_batches(batches, "batches")
     reported = [] if held_out is None else checked_batches(held_out, "held_out")
-    parking = None if offload is None else Parking(offload, reference)
+    parking = None if offload is None else ActivationOffload(offload, reference)
     preparations.store(reference, preparation)
     try:
         paired = any(target.config.uses_deviation for target in preparation.targets.values())

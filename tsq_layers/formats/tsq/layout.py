@@ -118,13 +118,13 @@ def new_layers(model: nn.Module, description: Description) -> dict[str, nn.Modul
         old = model.get_submodule(name)
         kind = kind_of(old)
         assert kind is not None
-        stored = _stored_keys(kind.twin(old, spec.build(name)), name, description)
+        stored = _stored_keys(kind.replacement(old, spec.build(name)), name, description)
         matrix = matrices.setdefault((spec, stored), spec.build(name))
         old_bias = getattr(old, "bias", None)
         if matrix.bias is not None and isinstance(old_bias, nn.Parameter):
             matrix.bias.requires_grad_(old_bias.requires_grad)
         layers[name] = known.setdefault(
-            (id(old), spec, stored), kind.twin(old, matrix).train(old.training)
+            (id(old), spec, stored), kind.replacement(old, matrix).train(old.training)
         )
     return layers
 

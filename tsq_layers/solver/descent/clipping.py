@@ -68,7 +68,7 @@ def descend(
             candidates = [
                 grid.storable(scales[:, group : group + 1] * factor, dtype) for factor in FACTORS
             ]
-            trials = [(scale, grid.steps(goal, scale, zero, bits)) for scale in candidates]
+            trials = [(scale, grid.nearest_levels(goal, scale, zero, bits)) for scale in candidates]
             if problem.free is not None:
                 trials = [(scale, new * problem.free[:, part]) for scale, new in trials]
             scale, new = _best(
