@@ -31,18 +31,13 @@ def reasons_to_skip(
     modules: Mapping[str, nn.Module], candidates: Mapping[str, LayerKind], config: QuantConfig
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Return why layers are left alone, and the layers that share the weight of another one."""
-    reasons = {
-        name: reason
-        for name, kind in candidates.items()
-        if (reason := _own_reason(name, kind, modules, config))
-    }
-    holders: dict[object, list[str]] = defaultdict(list)
-    for name, module in modules.items():
-        for local, parameter in module.named_parameters(recurse=False):
-            if is_matrix(local, parameter):
-                holders[memory_extent(parameter)].append(name)
+    reasons: dict[str, str] = {}
+    for name, kind in candidates.items():
+        reason = _own_reason(name, kind, modules, config)
+        if reason:
+            reasons[name] = reason
     tied: dict[str, str] = {}
-    for names in holders.values():
+    for names in _holders(modules):
         if len(names) < 2 or not any(name in candidates for name in names):
             continue
         first, problem = _one_weight(names, modules, candidates, reasons)
@@ -58,6 +53,16 @@ def reasons_to_skip(
                 stacklevel=5,
             )
     return reasons, tied
+
+
+def _holders(modules: Mapping[str, nn.Module]) -> list[list[str]]:
+    """Return, for every matrix among the parameters, the names of the modules that hold it."""
+    holders: dict[object, list[str]] = defaultdict(list)
+    for name, module in modules.items():
+        for parameter_name, parameter in module.named_parameters(recurse=False):
+            if is_matrix(parameter_name, parameter):
+                holders[memory_extent(parameter)].append(name)
+    return list(holders.values())
 
 
 def _own_reason(
@@ -99,28 +104,29 @@ def _one_weight(
     candidates: Mapping[str, LayerKind],
     reasons: Mapping[str, str],
 ) -> tuple[str, str]:
-    """The layer that stands for all that hold one parameter, or why there is none."""
+    """Choose the layer that stands for all modules that hold one parameter.
+
+    Returns:
+        its name, and an empty text; or an empty name, and why there is none.
+    """
     others = [name for name in names if name not in candidates]
     if others:
-        return (
-            "",
-            f"its weight is tied to {others[0] or 'the model itself'}, a {type(modules[others[0]]).__name__}",
-        )
+        kind = type(modules[others[0]]).__name__
+        return "", f"its weight is tied to {others[0] or 'the model itself'}, a {kind}"
     skipped = [name for name in names if name in reasons]
     if skipped:
         return "", f"its weight is tied to {skipped[0]}, which stays ({reasons[skipped[0]]})"
-    matrices = [candidates[name].weight(modules[name]) for name in names]
-    if any(
-        matrix.shape != matrices[0].shape or matrix.stride() != matrices[0].stride()
-        for matrix in matrices
-    ):
-        return "", f"its weight is tied to {names[0]}, which uses it in another way"
-    multiplied = [name for name in names if candidates[name].inputs is not None]
-    if len(multiplied) > 1 and any(
-        getattr(modules[name], "bias", None) is not None for name in multiplied
-    ):
-        return "", f"the weight of {' and '.join(multiplied)} is tied, their biases are not"
-    return next((name for name in names if candidates[name].inputs is not None), names[0]), ""
+    first = candidates[names[0]].weight(modules[names[0]])
+    for name in names:
+        matrix = candidates[name].weight(modules[name])
+        if matrix.shape != first.shape or matrix.stride() != first.stride():
+            return "", f"its weight is tied to {names[0]}, which uses it in another way"
+    # A table of an embedding has no inputs to learn from: a layer that multiplies stands for it.
+    multiplying = [name for name in names if candidates[name].inputs is not None]
+    biases = [getattr(modules[name], "bias", None) for name in multiplying]
+    if len(multiplying) > 1 and any(bias is not None for bias in biases):
+        return "", f"the weight of {' and '.join(multiplying)} is tied, their biases are not"
+    return (multiplying or names)[0], ""
 
 
 def not_supported(modules: Mapping[str, nn.Module]) -> Iterator[LayerReport]:

@@ -22,7 +22,7 @@ from tsq_layers.calibration.guidance import Watched
 from tsq_layers.calibration.targets import Solved, Target
 from tsq_layers.config import QuantConfig
 from tsq_layers.errors import ConfigError, LayerError, StateError
-from tsq_layers.layers import composite_of, kind_of, packed, replace, split_of
+from tsq_layers.layers import LayerKind, composite_of, kind_of, packed, replace, split_of
 from tsq_layers.layers.composites import take_over_mode
 from tsq_layers.layers.pools import expert_pool
 from tsq_layers.observer import HessianObserver
@@ -89,13 +89,56 @@ def _observe_call(
 def inspect(
     model: nn.Module, config: QuantConfig, only: Collection[str] | None = None
 ) -> Preparation:
-    """Sort the layers of a model into targets and those left alone. Nothing is attached.
+    """Sort the layers of a model into targets and those that stay. Nothing is attached.
 
-    With ``only`` no other layers than those of these names are looked at.
+    Args:
+        model: a float model.
+        config: what is done with each layer.
+        only: names of the layers that are looked at; ``None`` is all.
 
     Raises:
         StateError, ConfigError, LayerError: as ``prepare`` says.
     """
+    _check_state(model, config)
+    modules, splits = _split(model)
+    # Before any offloaded weight is brought: from then on it is another object.
+    parameters = ownership(model, modules)
+    candidates = _candidates(modules, only)
+    reasons, tied = reasons_to_skip(modules, candidates, config)
+    targets: dict[str, Target] = {}
+    left_alone: list[LayerReport] = []
+    for name, kind in candidates.items():
+        if name in tied:
+            continue  # it is quantised as part of another layer, or named with it
+        if name in reasons:
+            left_alone.append(_skipped(name, kind, modules[name], reasons[name]))
+            continue
+        partners = tuple(other for other, first in tied.items() if first == name)
+        rows, columns = kind.weight(modules[name]).shape
+        targets[name] = Target(
+            name,
+            modules[name],
+            kind,
+            config.for_layer(name),
+            (rows, columns),
+            partners,
+            expert_pool(name, modules),
+        )
+    left_alone += not_supported(modules)
+    warn_unmatched(config, list(candidates))
+    if not targets:
+        raise ConfigError(
+            f"nothing to quantise: {type(model).__name__} has no layer of a known kind that "
+            f"skip={config.skip!r} leaves; change skip"
+        )
+    targets = _keeping_zeros(targets, check_weights(targets))
+    check_inputs(targets)
+    used_splits = _used_splits(model, splits, targets)
+    return Preparation(config, modules, targets, left_alone, used_splits, parameters)
+
+
+def _check_state(model: nn.Module, config: QuantConfig) -> None:
+    """Refuse what is no float model, or no configuration."""
     if not isinstance(model, nn.Module):
         raise StateError(f"the model is a {type(model).__name__}; give an nn.Module")
     if not isinstance(config, QuantConfig):
@@ -106,77 +149,55 @@ def inspect(
         )
     if any(packed(model)):
         raise StateError(
-            "the model is already converted: it holds QuantLinear layers; start from the full-precision model"
+            "the model is already converted: it holds QuantLinear layers; start from the "
+            "full-precision model"
         )
-    modules, splits = _split(model)
-    parameters = ownership(
-        model, modules
-    )  # before any offloaded weight is brought, and is another object from then on
-    candidates = {
-        name: kind
-        for name, module in modules.items()
-        if (only is None or name in only)
-        and (kind := kind_of(module)) is not None
-        and kind.weight(module).numel()
-    }
-    reasons, tied = reasons_to_skip(modules, candidates, config)
-    targets: dict[str, Target] = {}
-    left_alone: list[LayerReport] = []
-    for name, kind in candidates.items():
-        module = modules[name]
-        rows, columns = kind.weight(module).shape
-        if name in tied:
-            pass  # quantised as part of another layer, or named with it
-        elif name in reasons:
-            entry = LayerReport(
-                name=name,
-                kind=kind.name,
-                rows=rows,
-                columns=columns,
-                status="skipped",
-                reason=reasons[name],
-            )
-            left_alone.append(entry)
-        else:
-            partners = tuple(other for other, first in tied.items() if first == name)
-            targets[name] = Target(
-                name,
-                module,
-                kind,
-                config.for_layer(name),
-                (rows, columns),
-                partners,
-                expert_pool(name, modules),
-            )
-    left_alone += not_supported(modules)
-    warn_unmatched(config, list(candidates))
-    if not targets:
-        raise ConfigError(
-            f"nothing to quantise: {type(model).__name__} has no layer of a known kind that "
-            f"skip={config.skip!r} leaves; change skip"
-        )
-    targets = _keeping_zeros(targets, check_weights(targets))
-    check_inputs(targets)
+
+
+def _candidates(
+    modules: Mapping[str, nn.Module], only: Collection[str] | None
+) -> dict[str, LayerKind]:
+    """Return the kind of every layer that could be quantised, by name."""
+    candidates: dict[str, LayerKind] = {}
+    for name, module in modules.items():
+        if only is not None and name not in only:
+            continue
+        kind = kind_of(module)
+        if kind is not None and kind.weight(module).numel():
+            candidates[name] = kind
+    return candidates
+
+
+def _skipped(name: str, kind: LayerKind, module: nn.Module, reason: str) -> LayerReport:
+    """Return the report of a layer that stays as it is."""
+    rows, columns = kind.weight(module).shape
+    return LayerReport(
+        name=name, kind=kind.name, rows=rows, columns=columns, status="skipped", reason=reason
+    )
+
+
+def _used_splits(
+    model: nn.Module, splits: Mapping[nn.Module, nn.Module], targets: Mapping[str, Target]
+) -> dict[nn.Module, nn.Module]:
+    """Return the composites of which a part is a target layer: original → split module."""
     target_modules = {target.module for target in targets.values()}
-    used_splits = {
-        original: split
-        for original, split in splits.items()
-        if _is_used(original, split, target_modules)
-    }
-    if model in used_splits:
+    used: dict[nn.Module, nn.Module] = {}
+    for original, split in splits.items():
+        if _is_used(original, split, target_modules):
+            used[original] = split
+    if model in used:
         raise LayerError(
             f"the model is itself a {type(model).__name__}, whose parts cannot be replaced in "
             "place; wrap it, for example in nn.Sequential(model)"
         )
-    return Preparation(config, modules, targets, left_alone, used_splits, parameters)
+    return used
 
 
 def store(model: nn.Module, preparation: Preparation) -> None:
     """Leave ``preparation`` on the model, with its composites split."""
     replace(model, preparation.splits)
-    vars(model)[_ATTRIBUTE] = (
-        preparation  # not by setattr: a compiled model would pass it on to the one inside
-    )
+    # Not by setattr: a compiled model would pass it on to the one inside.
+    vars(model)[_ATTRIBUTE] = preparation
 
 
 def is_prepared(model: nn.Module) -> bool:

@@ -112,37 +112,47 @@ def check_attainable(preparation: Preparation, min_coverage: float) -> None:
 
 
 def _solve_observed(preparation: Preparation) -> dict[str, Solved]:
+    """Solve layers from what their observers saw, without a calibration."""
     observers = preparation.observers
-    names_with_data = {name for name, observer in observers.items() if observer.hessian is not None}
-    if observers and not names_with_data:
-        raise CalibrationError(
-            "no layer saw any data; call calibrate(model, batches), or run the prepared model on data, before convert "
-            "(a model that torch.compile had compiled before is run as it was: call "
-            "torch.compiler.reset() after prepare)"
-        )
-    if guided := guided_layers(preparation):
-        raise StateError(
-            f"guidance needs calibrate(), which takes gradients of the loss; {next(iter(guided))} was only observed"
-        )
-    if epochs := preparation.config.distill_epochs:
-        raise StateError(
-            f"distill_epochs={epochs} needs calibrate(model, batches), which runs both models on "
-            "the batches; call it before convert, or set distill_epochs=0"
-        )
+    _check_observed(preparation)
     experts = Experts(preparation.targets, ())
     layers: dict[str, Solved] = {}
     for name, target in preparation.targets.items():
-        statistics = observers[name].statistics() if name in names_with_data else None
-        lent = (
-            statistics is not None and target.pool is not None and experts.lend(target, statistics)
-        )
-        if not lent and (name in names_with_data or not target.observed):
-            layers |= solve([target], statistics)
+        statistics = None
+        if target.observed:
+            if observers[name].hessian is None:
+                continue  # it was never called
+            statistics = observers[name].statistics()
+        if statistics is not None and target.pool is not None and experts.lend(target, statistics):
+            continue  # it waits for the statistics of all experts
+        layers |= solve([target], statistics)
     for pool in experts.open():
         for target, statistics, shortfall in experts.close(pool):
             if statistics is not None:
                 layers |= solve([target], statistics, shortfall=shortfall)
     return layers
+
+
+def _check_observed(preparation: Preparation) -> None:
+    """Refuse a model that saw no data, and options that only a calibration can follow."""
+    observers = preparation.observers.values()
+    if observers and all(observer.hessian is None for observer in observers):
+        raise CalibrationError(
+            "no layer saw any data; call calibrate(model, batches), or run the prepared model on data, before convert "
+            "(a model that torch.compile had compiled before is run as it was: call "
+            "torch.compiler.reset() after prepare)"
+        )
+    guided = guided_layers(preparation)
+    if guided:
+        raise StateError(
+            f"guidance needs calibrate(), which takes gradients of the loss; {next(iter(guided))} was only observed"
+        )
+    epochs = preparation.config.distill_epochs
+    if epochs:
+        raise StateError(
+            f"distill_epochs={epochs} needs calibrate(model, batches), which runs both models on "
+            "the batches; call it before convert, or set distill_epochs=0"
+        )
 
 
 def warn_never_called(preparation: Preparation, solved: dict[str, Solved]) -> None:

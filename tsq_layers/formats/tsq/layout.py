@@ -41,34 +41,36 @@ class Plan:
 
 
 def plan(model: nn.Module, description: Description, device: torch.device | None) -> Plan:
-    """Compare a model with a description; raises :class:`~tsq_layers.errors.CheckpointError` where they do not fit."""
-    weights = {
-        name: replaced_weight(model, name, spec) for name, spec in description.layers.items()
-    }
+    """Compare a model with a description, and plan where each stored tensor goes.
+
+    Raises:
+        CheckpointError: they do not fit.
+    """
+    weights: dict[str, Tensor] = {}
+    for name, spec in description.layers.items():
+        weights[name] = replaced_weight(model, name, spec)
     layers = new_layers(model, description)
-    added = {name: list(entries(layer, name)) for name, layer in layers.items()}
-    kept = [entry for entry in entries(model) if not is_under(entry.key, weights)]
-    _check_keys(kept, [entry.key for name in added for entry in added[name]], description)
-    kept = [entry for entry in kept if description.canonical(entry.key) in description.tensors]
-    _check_sharing(kept, description)
-    for entry in kept:
+    new_entries = {name: list(entries(layer, name)) for name, layer in layers.items()}
+    all_new = [entry for name in new_entries for entry in new_entries[name]]
+    old_entries = [entry for entry in entries(model) if not is_under(entry.key, weights)]
+    _check_keys(old_entries, [entry.key for entry in all_new], description)
+    old_entries = [
+        entry for entry in old_entries if description.canonical(entry.key) in description.tensors
+    ]
+    _check_sharing(old_entries, description)
+    for entry in old_entries:
         if not entry.key.startswith(NON_PERSISTENT):
             _check_shape(entry, description)
-    for entry in (entry for name in added for entry in added[name]):
+    for entry in all_new:
         _check_exactly(entry, description)
-    devices = {
-        description.canonical(entry.key): device or _real(entry.tensor.device)
-        for entry in reversed(kept)
-    }
+    devices: dict[str, torch.device] = {}
+    for entry in reversed(old_entries):  # of entries that share a tensor, the first one decides
+        devices[description.canonical(entry.key)] = device or _real(entry.tensor.device)
     for name, weight in weights.items():
-        devices.update(
-            {
-                description.canonical(entry.key): device or _real(weight.device)
-                for entry in added[name]
-            }
-        )
-    fill = [*kept, *(entry for name in added for entry in added[name])]
-    return Plan(layers, fill, _following_attributes(model, kept, weights), devices)
+        for entry in new_entries[name]:
+            devices[description.canonical(entry.key)] = device or _real(weight.device)
+    fill = [*old_entries, *all_new]
+    return Plan(layers, fill, _following_attributes(model, old_entries, weights), devices)
 
 
 def replaced_weight(model: nn.Module, name: str, spec: LayerSpec) -> Tensor:
