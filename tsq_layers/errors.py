@@ -1,4 +1,4 @@
-"""Every exception and warning that the library raises on purpose.
+"""Define every exception and warning that the library raises on purpose.
 
 All exceptions derive from :class:`TSQError` and from the built-in that a caller would expect
 (``ValueError`` for what was given, ``RuntimeError`` for what was done in the wrong order).
@@ -31,15 +31,15 @@ class StateError(TSQError, RuntimeError):
 
 
 class CoverageError(TSQError, ValueError):
-    """Less of the model was quantised than the caller asked for at least."""
+    """A smaller share of the model would be quantised than the caller's minimum."""
 
 
 class CheckpointError(TSQError, ValueError):
-    """A saved model that is damaged, incomplete, foreign, or of another architecture."""
+    """A saved model that is damaged, incomplete, of another format, or of another architecture."""
 
 
 class ExportError(TSQError, ValueError):
-    """A model that a format of another engine cannot hold as it is, or a place that cannot be written."""
+    """A model that the format of another engine cannot hold unchanged, or a folder that cannot be written."""
 
 
 class MissingExtraError(TSQError, ImportError):
@@ -51,7 +51,7 @@ class TSQWarning(UserWarning):
 
 
 class TSQDeprecationWarning(TSQWarning, FutureWarning):
-    """A name of an earlier version, which the next one will not have; the message gives the new one."""
+    """A name of an earlier version was used, which a later version will not have; the message gives the new name."""
 
 
 class DampingWarning(TSQWarning):
@@ -63,11 +63,11 @@ class FewTokensWarning(TSQWarning):
 
 
 class LostZerosWarning(TSQWarning):
-    """A layer was pruned, and its configuration cannot hold a zero exactly."""
+    """A layer was pruned, and the grid of its configuration does not contain zero."""
 
 
 class ScaleRangeWarning(TSQWarning):
-    """Scales, offsets or table levels lie outside of what the dtype holds that they are stored in."""
+    """Scales, offsets or table entries are outside of the range of the dtype in which they are stored."""
 
 
 class UnmatchedPatternWarning(TSQWarning):
@@ -79,7 +79,7 @@ class SkippedLayerWarning(TSQWarning):
 
 
 class UnguidedLayerWarning(TSQWarning):
-    """All tokens of a layer count alike although guidance was asked for: the loss has no gradient there."""
+    """The loss has no gradient at a layer, so its tokens are not weighted although guidance was asked for."""
 
 
 class SameInputWarning(TSQWarning):
@@ -91,12 +91,12 @@ class HostWarning(TSQWarning):
 
 
 class CompileWarning(TSQWarning):
-    """Compiling does not work here: neither this library's own operations, nor else ``torch.compile``; layers run slower."""
+    """Neither this library's own operations nor ``torch.compile`` can be compiled here; layers run slower."""
 
 
 class ExportWarning(TSQWarning):
-    """What was written is exact, but an engine cannot serve it, or rounds it when it loads it."""
+    """The files are exact, but an engine cannot run them, or rounds values when it loads them."""
 
 
 class JournalWarning(TSQWarning):
-    """Part of an interrupted calibration is damaged on disk, and is solved again."""
+    """A file of an interrupted calibration is damaged, and its layers are solved again."""

@@ -1,4 +1,4 @@
-"""Layers in the place of a parameter that holds several matrices, for a forward that was written for the parameter.
+"""Define :class:`ExpertWeights`, a list of layers that a forward can use like a 3-D parameter.
 
 Shapes: E layers, T tokens, in and out features.
 """
@@ -17,17 +17,18 @@ from tsq_layers.numerics.sync import to_host
 
 
 class ExpertWeights(nn.ModuleList):
-    """E linear layers in the place of a 3-D parameter.
+    """A list of E linear layers that replaces a 3-D parameter.
 
-    A forward that was written for the parameter works with it if it multiplies by one matrix, which it
-    gets by its number, or by all, and asks for shape, dtype and device. Products call the layers.
+    A forward that was written for the parameter runs with it, if it only multiplies by one matrix,
+    ``weights[i]``, or by all of them, and reads ``shape``, ``dtype`` and ``device``. Its products call
+    the layers.
 
     Args:
         weight: (E, out, in), or (E, in, out) if ``transposed``. The layers' weights are views of it.
-        transposed: which of the two.
+        transposed: True if the matrices are (in, out).
 
     Raises:
-        LayerError: where the forward does anything else with it.
+        LayerError: in the forward, if it does anything else with the weights.
 
     Example:
         >>> weights = ExpertWeights(nn.Parameter(torch.ones(3, 8, 4)), transposed=False)
@@ -45,54 +46,68 @@ class ExpertWeights(nn.ModuleList):
         self.transposed = transposed
 
     def __getitem__(self, index: int | Tensor) -> "Operand":  # type: ignore[override]
-        """One weight: something to multiply by. The layer itself is ``get_submodule(str(index))``."""
+        """Return one weight, as an operand of a product.
+
+        The layer itself is ``get_submodule(str(index))``.
+
+        Args:
+            index: number of the expert, an integer or a scalar tensor.
+
+        Raises:
+            LayerError: ``index`` is a tensor with dimensions.
+        """
         if isinstance(index, Tensor):
             if index.dim():
                 raise LayerError(
-                    f"experts are called one by one: index with one number, not with {tuple(index.shape)}"
+                    "experts are called one by one: "
+                    f"index with one number, not with {tuple(index.shape)}"
                 )
             index = int(to_host(index)[0])
         layer = self.get_submodule(str(range(len(self))[index]))
         return Operand(layer, BY_ONE, transposed=self.transposed, dtype=self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Every layer on a slice of its own: (E, T, in) → (E, T, out).
+        """Call every layer with its slice of the input, (E, T, in) → (E, T, out).
 
         Raises:
-            LayerError: another shape.
+            LayerError: ``x`` has another shape.
         """
         if x.dim() != 3 or len(x) != len(self):
             raise LayerError(
                 f"{len(self)} experts were given {tuple(x.shape)}: give (experts, tokens, features)"
             )
-        return torch.stack([linear(own) for linear, own in zip(self, x.unbind(0), strict=True)])
+        pairs = zip(self, x.unbind(0), strict=True)
+        return torch.stack([linear(tokens) for linear, tokens in pairs])
 
     @property
     def shape(self) -> torch.Size:
         """(E, out, in), or (E, in, out) if ``transposed``."""
         first: Any = next(iter(self))
-        sides = (first.out_features, first.in_features)
-        return torch.Size((len(self), *(sides[::-1] if self.transposed else sides)))
+        if self.transposed:
+            return torch.Size((len(self), first.in_features, first.out_features))
+        return torch.Size((len(self), first.out_features, first.in_features))
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the first layer's weight."""
+        """The dtype of the first layer's weight."""
         first: Any = next(iter(self))
-        dtype: torch.dtype = first.weight.dtype if isinstance(first, nn.Linear) else first.dtype
+        # A packed layer has a dtype; to read that of its weight would dequantise it.
+        layer = first.weight if isinstance(first, nn.Linear) else first
+        dtype: torch.dtype = layer.dtype
         return dtype
 
     @property
     def device(self) -> torch.device:
-        """Of the first layer."""
+        """The device of the first layer."""
         return next(itertools.chain(self.parameters(), self.buffers())).device
 
     @property
     def mT(self) -> "Operand":
-        """All of them, with the last two dimensions exchanged."""
+        """All weights as an operand, with the last two dimensions exchanged."""
         return Operand(self, BY_ALL, transposed=not self.transposed, dtype=self.dtype)
 
     def transpose(self, first: int, second: int) -> "Operand":
-        """As :attr:`mT`."""
+        """Return :attr:`mT`; only the last two dimensions can be exchanged."""
         _check_transpose({first % 3, second % 3} == {1, 2}, first, second)
         return self.mT
 
@@ -104,19 +119,19 @@ class ExpertWeights(nn.ModuleList):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """A product with all weights, such as ``torch.bmm(x, weights)``."""
+        """Compute a product with all weights, such as ``torch.bmm(x, weights)``."""
         return Operand.__torch_function__(func, types, tuple(map(_operand, args)), kwargs)
 
 
 class Operand:
-    """What stands for weights in a product: ``F.linear(x, operand)``, ``x @ operand``, ….
+    """The weights of experts as an operand of a product: ``F.linear(x, operand)``, ``x @ operand``, ….
 
     Args:
-        layer: what the product is: called with x.
-        products: functions that it can be given to as the second argument → whether these take
-            a weight as (in, out).
-        transposed: whether it stands for such a weight.
-        dtype: of the weight.
+        layer: function that computes the product with x.
+        products: functions that accept the operand as their second argument → True if they take a
+            weight as (in, out).
+        transposed: True if the operand is a weight (in, out).
+        dtype: dtype of the weights.
     """
 
     def __init__(
@@ -127,29 +142,32 @@ class Operand:
         transposed: bool,
         dtype: torch.dtype,
     ) -> None:
-        self.layer, self.products, self.transposed, self.dtype = layer, products, transposed, dtype
+        self.layer = layer
+        self.products = products
+        self.transposed = transposed
+        self.dtype = dtype
 
     @property
     def mT(self) -> "Operand":
-        """Its last two dimensions exchanged."""
+        """The operand with its last two dimensions exchanged."""
         return Operand(self.layer, self.products, transposed=not self.transposed, dtype=self.dtype)
 
     T = mT
 
     def t(self) -> "Operand":
-        """As :attr:`mT`."""
+        """Return :attr:`mT`."""
         return self.mT
 
     def transpose(self, first: int, second: int) -> "Operand":
-        """As :attr:`mT`."""
+        """Return :attr:`mT`; only the last two dimensions can be exchanged."""
         _check_transpose({first % 2, second % 2} == {0, 1}, first, second)
         return self.mT
 
     def float(self) -> "Operand":
-        """Itself, if it is float32.
+        """Return the operand itself, if its dtype is float32.
 
         Raises:
-            LayerError: it is not.
+            LayerError: it is another dtype; the layers would not compute in float32.
         """
         if self.dtype != torch.float32:
             raise LayerError(
@@ -165,48 +183,50 @@ class Operand:
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """The product that ``func`` is.
+        """Compute the product that ``func`` is.
 
         Raises:
-            LayerError: it is none, or takes its weight the other way round.
+            LayerError: ``func`` is not a product, or takes its weight in the other layout.
         """
         return _product(func, *args, **(kwargs or {}))
 
 
 def _linear(matrix: Tensor, requires_grad: bool) -> nn.Linear:
-    linear = nn.Linear(
-        matrix.shape[1], matrix.shape[0], bias=False, device="meta"
-    )  # made without memory
+    # The meta device takes no memory for the weight that is replaced.
+    linear = nn.Linear(matrix.shape[1], matrix.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(matrix, requires_grad)
     return linear
 
 
 def _product(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
-    x, operand = (*args, None, None)[:2]
-    extra = {**dict(zip(["bias"], args[2:], strict=False)), **kwargs}
-    bias = extra.pop("bias", None) if func is F.linear else None
-    if (
-        not isinstance(x, Tensor)
-        or not isinstance(operand, Operand)
-        or operand.products.get(func) != operand.transposed
-        or extra
-    ):
+    """Compute ``func(x, operand)``, where ``func`` may be ``F.linear`` with a bias."""
+    options = dict(kwargs)
+    if len(args) > 2:
+        options["bias"] = args[2]
+    bias = options.pop("bias", None) if func is F.linear else None
+    has_operands = (
+        len(args) in (2, 3) and isinstance(args[0], Tensor) and isinstance(args[1], Operand)
+    )
+    if not has_operands or options or args[1].products.get(func) != args[1].transposed:
         name = getattr(func, "__name__", repr(func))
         raise LayerError(
-            f"{name} was given weights of experts, which are layers that can only be multiplied by (F.linear, @, torch.bmm); add the experts to skip"
+            f"{name} was given weights of experts, which are layers that can only be multiplied by "
+            "(F.linear, @, torch.bmm); add the experts to skip"
         )
-    y = operand.layer(x)
-    return y if bias is None else y + bias
+    output: Tensor = args[1].layer(args[0])
+    return output if bias is None else output + bias
 
 
 def _operand(value: Any) -> Any:
+    """Return all weights as an operand; any other value as it is."""
     if isinstance(value, ExpertWeights):
         return Operand(value, BY_ALL, transposed=value.transposed, dtype=value.dtype)
     return value
 
 
-def _check_transpose(sound: bool, first: int, second: int) -> None:
-    if not sound:
+def _check_transpose(is_allowed: bool, first: int, second: int) -> None:
+    if not is_allowed:
         raise LayerError(
-            f"transpose({first}, {second}) of the weights of experts: only the last two dimensions can be exchanged"
+            f"transpose({first}, {second}) of the weights of experts: "
+            "only the last two dimensions can be exchanged"
         )

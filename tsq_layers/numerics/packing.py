@@ -193,12 +193,12 @@ def _unpack_plane(words_NW: Tensor, plane: Plane, columns: int) -> Tensor:
 
 def field_of(words: Tensor, plane: Plane, field: int) -> Tensor:
     """Return one field of each word, at its place in the code, int32 of the same shape."""
-    # A shift by 0 is left out: it would be an operation of its own where no compiler drops it.
-    shifted = words
+    # A shift by 0 is left out: without a compiler it would be an operation of its own.
+    word = words
     if field:
-        shifted = words >> (plane.bits * field)
+        word = words >> (plane.bits * field)
     # A negative word shifts ones in from the left; the mask removes them.
-    bits = shifted & plane.mask
+    bits = word & plane.mask
     if plane.shift:
         return bits << plane.shift
     return bits

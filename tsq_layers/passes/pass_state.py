@@ -75,7 +75,7 @@ class _Before:
 
     @property
     def was_built(self) -> bool:
-        """Whether the module has other parameters or children now, as lazy modules do."""
+        """True if the module has other parameters or children now, as lazy modules do."""
         return self._names != _child_names(self.module)
 
 
