@@ -6,7 +6,8 @@ A model is built from its own configuration with all sizes reduced (`SIZES`, and
 another), quantised to 4 bits in groups of 16, two-stage, on four random batches, and saved and loaded by both doors:
 `tsq.save` and `tsq.load`, `save_pretrained` and `from_pretrained`. Its outputs must stay finite, and be the same to
 the last bit after loading. What cannot be made that small, or does not run in floats on such inputs, says nothing
-about this library: it is counted apart. Language-and-image models get text alone, so that their towers are never called.
+about this library: it is counted apart. Language-and-image models get text alone, so that their
+towers are never called.
 
 Results are JSON lines in `--out`; an interrupted run goes on.
 """

@@ -184,7 +184,8 @@ def _shown(run: dict[str, float]) -> str:
 
 def _report(found: dict[str, dict[str, float]], peers: list[str]) -> None:
     print(
-        "\n| run | CPU s | wall s | MiB | × lower bound | × faster peer | × leaner peer |\n|---|---|---|---|---|---|---|"
+        "\n| run | CPU s | wall s | MiB | × lower bound | × faster peer | × leaner peer "
+        "|\n|---|---|---|---|---|---|---|"
     )
     fastest = min((found[name]["cpu_seconds"] for name in peers), default=float("nan"))
     leanest = min((found[name]["MiB"] for name in peers), default=float("nan"))

@@ -3,11 +3,13 @@
     python -m benchmarks.generated [--layer 4096x4096] [--bits 2 3 4] [--kinds affine offsets tables] [--json FILE]
 
 Inductor writes Triton kernels for tensors that are only described (FakeTensor), and Triton compiles these for compute
-capability 9.0 (Hopper) with its own assembler: all that a GPU is needed for is running them. Without one, Triton has to be
+capability 9.0 (Hopper) with its own assembler: all that a GPU is needed for is running them.
+Without one, Triton has to be
 installed (`pip install triton==3.7.1` for PyTorch 2.13).
 
 For one row of input, for as many as one pass over the codes takes, and for the matrix that more are multiplied with:
-kernels in a call; bytes that they read and write if each reads its arguments once, as a multiple of what must be (packed
+kernels in a call; bytes that they read and write if each reads its arguments once, as a multiple of
+what must be (packed
 weight, input and output); of the largest kernel, registers of a thread, bytes that it spills, and of its widest load.
 """
 
@@ -196,7 +198,9 @@ def compiled(kernel: Any) -> Kernel:
 
 
 def functions(layer: QuantLinear) -> dict[str, tuple[Generated, int]]:
-    """What is made for one row of input, for as many as one pass takes, and for more; with the bytes that must be moved."""
+    """What is made for one row of input, for as many as one pass takes, and for more; with the
+    bytes that must be moved.
+    """
     weight = (layer.words, layer.grids, layer.shifts)
     packed = sum(tensor.numel() * tensor.dtype.itemsize for tensor in weight if tensor is not None)
     columns = layer.in_features
@@ -245,7 +249,8 @@ def main() -> None:
                     ) / least  # what is temporary is written and read
                     largest = max(made.kernels, key=lambda kernel: kernel.registers)
                     print(
-                        f"| {kind} | {bits} | {name} | {len(made.kernels)} | {moved:.2f} | {largest.registers} | {largest.spilled} | {largest.widest_load} |",
+                        f"| {kind} | {bits} | {name} | {len(made.kernels)} | {moved:.2f} | "
+                        f"{largest.registers} | {largest.spilled} | {largest.widest_load} |",
                         flush=True,
                     )
                     found.append(

@@ -2,8 +2,10 @@
 
     python benchmarks/generation.py [--rows float32 bfloat16 "4 bits" "2 bits"] [--tokens 32] [--rounds 5] [--json FILE]
 
-SmolLM2-135M-Instruct with its cache of keys and values, one sequence, greedy; packed layers are rounded to the nearest code
-in groups of 64, float32 for the rest: speed does not depend on the method. Every model is a process of its own that only loads it and waits
+SmolLM2-135M-Instruct with its cache of keys and values, one sequence, greedy; packed layers are
+rounded to the nearest code
+in groups of 64, float32 for the rest: speed does not depend on the method. Every model is a process
+of its own that only loads it and waits
 while another one runs; rounds are interleaved, medians are printed. Memory is the resident set after loading and one
 round, less that of a process that has only imported the libraries. ``OMP_NUM_THREADS`` sets the threads.
 """
@@ -131,7 +133,8 @@ def main() -> None:
         rates = sorted(each["rates"])
         middle = statistics.median(rates)
         print(
-            f"| {each['row']} | {middle:.1f} | {rates[0]:.1f}–{rates[-1]:.1f} | {middle / first:.2f} | {each['bytes'] / 2**20:.0f} |"
+            f"| {each['row']} | {middle:.1f} | {rates[0]:.1f}–{rates[-1]:.1f} | "
+            f"{middle / first:.2f} | {each['bytes'] / 2**20:.0f} |"
         )
     if options.json:
         options.json.write_text(

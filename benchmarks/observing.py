@@ -64,7 +64,8 @@ def main() -> None:
                 rows.append({"columns": columns, "dtype": name, "paired": paired, **found})
                 print(
                     f"K={columns:5} {name:9} {'H and R' if paired else 'H      '}  {found['observation']:6.1f} of "
-                    f"{found['product']:6.1f} Gflop/s  {found['ratio']:.2f} ({found['low']:.2f} to {found['high']:.2f})",
+                    f"{found['product']:6.1f} Gflop/s  {found['ratio']:.2f} ({found['low']:.2f} to "
+                    f"{found['high']:.2f})",
                     flush=True,
                 )
     if arguments.json:

@@ -137,8 +137,10 @@ def main() -> None:
             }
             rows.append(row)
             print(
-                f"{size:9} {'paired  ' if paired else 'unpaired'}  predicted {row['predicted'] / 1e6:7.1f} MB  measured {row['measured'] / 1e6:7.1f} MB  "
-                f"ratio {row['predicted'] / row['measured']:.2f}   seconds {row['predicted_seconds']:6.1f} and {row['measured_seconds']:6.1f}",
+                f"{size:9} {'paired  ' if paired else 'unpaired'}  predicted "
+                f"{row['predicted'] / 1e6:7.1f} MB  measured {row['measured'] / 1e6:7.1f} MB  "
+                f"ratio {row['predicted'] / row['measured']:.2f}   seconds "
+                f"{row['predicted_seconds']:6.1f} and {row['measured_seconds']:6.1f}",
                 flush=True,
             )
     if arguments.json:

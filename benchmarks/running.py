@@ -5,7 +5,8 @@
 All that is compared takes turns, in another order each time, since what runs after a large product was seen to take
 longer. Each ratio is of medians; the spread is (largest - smallest) / median of the middle half of the times. With one
 thread the time is that of the thread's own CPU clock, so that other work on the machine counts less. Beside F.linear in
-float32 and bfloat16: the same weight dequantised at each call; torchao's weight-only layer, if it is installed; aten's kernel
+float32 and bfloat16: the same weight dequantised at each call; torchao's weight-only layer, if it
+is installed; aten's kernel
 for 4 bits, where it takes the layer. The limit is the bytes of a layer by the measured bandwidth of a sum over a tensor
 larger than the caches.
 """

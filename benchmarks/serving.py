@@ -175,7 +175,8 @@ def table(rates: dict[str, dict[str, list[float]]]) -> str:
     first = next(iter(rates.values()))
     for row, found in rates.items():
         cells = [
-            f"{statistics.median(values):.1f} ({min(values):.1f}–{max(values):.1f}), {statistics.median(values) / statistics.median(first[name]):.2f}×"
+            f"{statistics.median(values):.1f} ({min(values):.1f}–{max(values):.1f}), "
+            f"{statistics.median(values) / statistics.median(first[name]):.2f}×"
             for name, values in found.items()
         ]
         lines.append(f"| {row} | " + " | ".join(cells) + " |")

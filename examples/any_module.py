@@ -51,7 +51,8 @@ def main() -> None:
             quantised = tsq.quantize(copy.deepcopy(model), config, batches)
             report = quantised.tsq_report
             print(
-                f"{bits} bits, {method:9}: cross-entropy {cross_entropy(quantised):.4f}, {report.size_after / 1000:.0f} kB"
+                f"{bits} bits, {method:9}: cross-entropy {cross_entropy(quantised):.4f}, "
+                f"{report.size_after / 1000:.0f} kB"
             )
 
 

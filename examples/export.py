@@ -2,7 +2,8 @@
 
     python examples/export.py [MODEL_DIR TEXT_FILE] [--format gptq] [--client gptqmodel] [--bits 4] [--asymmetric]
 
-Without a model a small random Llama stands for it, and random tokens for the text. Where the client is not installed, the
+Without a model a small random Llama stands for it, and random tokens for the text. Where the client
+is not installed, the
 files are written and only ours is measured. Without --asymmetric grids are symmetric.
 """
 

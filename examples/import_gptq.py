@@ -1,4 +1,5 @@
-"""Take over a checkpoint that GPTQModel or llm-compressor has quantised, refine its scales, and write it back as it was.
+"""Take over a checkpoint that GPTQModel or llm-compressor has quantised, refine its scales, and
+write it back as it was.
 
     python examples/import_gptq.py [CHECKPOINT_DIR FLOAT_DIR TEXT_FILE OUT_DIR]
 

@@ -1,4 +1,6 @@
-"""Weights of the kinds that are no integer grids, made by hand: float offsets, and look-up tables for rows or groups."""
+"""Weights of the kinds that are no integer grids, made by hand: float offsets, and look-up tables
+for rows or groups.
+"""
 
 import torch
 from torch import Tensor

@@ -35,8 +35,8 @@ COUNT = 4  # batches
 
 VECTOR = "no matrix: a scale, or another vector"
 NEVER = "no batch reached it, or its weight is read without a call"
-COMPUTED = "a weight is computed by a parametrization; torch.nn.utils.parametrize.remove_parametrizations makes it a plain layer"
-BY_HOOK = "its weight or bias is computed by a hook (pruning, spectral_norm); torch.nn.utils.prune.remove, or remove_spectral_norm, makes it a plain layer"
+COMPUTED = "a weight is computed by a parametrization; torch.nn.utils.parametrize.remove_parametrizations makes it a plain layer"  # noqa: E501
+BY_HOOK = "its weight or bias is computed by a hook (pruning, spectral_norm); torch.nn.utils.prune.remove, or remove_spectral_norm, makes it a plain layer"  # noqa: E501
 SCRIPTED = "its code is compiled by torch.jit; give the module that it was made from"
 
 
@@ -49,7 +49,7 @@ def own_forward(kind):
 
 
 def recurrent(kind):
-    return f"the weights of {kind} are used step by step inside torch; torch.ao.quantization.quantize_dynamic takes them to 8 bits"
+    return f"the weights of {kind} are used step by step inside torch; torch.ao.quantization.quantize_dynamic takes them to 8 bits"  # noqa: E501
 
 
 def adapter(layer):
@@ -173,7 +173,9 @@ def expecting(never_called):
 
 
 def gaps(report):
-    """Matrix that was kept → the reason, with stars for numbers. Of vectors it is checked that they were kept as such."""
+    """Matrix that was kept → the reason, with stars for numbers. Of vectors it is checked that they
+    were kept as such.
+    """
     found = {}
     for item in report.parameters:
         if item.kept and len(item.shape) < 2:

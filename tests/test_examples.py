@@ -204,7 +204,7 @@ def test_other_outputs_after_loading_are_seen(
 
 
 def test_layers_that_were_left_alone_are_not_counted() -> None:
-    lines = "layer  kind    shape  status     method\nfc     Linear  8×16  skipped    –\nconv   Conv2d  8×16  quantized  rtn"
+    lines = "layer  kind    shape  status     method\nfc     Linear  8×16  skipped    –\nconv   Conv2d  8×16  quantized  rtn"  # noqa: E501
     assert quantised_kinds(lines) == {"Conv2d"}
 
 

@@ -1,6 +1,7 @@
 """What a new property of a packed weight costs: which files must change, and that nothing else needs to.
 
-A grid that no version has, ``scales · factor of the row · (codes − 2^(bits−1))``, is added here by three edits: its entry in
+A grid that no version has, ``scales · factor of the row · (codes − 2^(bits−1))``, is added here by
+three edits: its entry in
 ``GRIDS`` (the definition), one function for its values (the kernel), and what fills its tensors (the writer). All else
 stores, runs, saves, loads, plans and counts it without a change.
 """
@@ -33,8 +34,10 @@ from tsq_layers.runtime.spec import LayerSpec
 ROOT = Path(tsq_layers.__file__).parent
 ROOMS = ("numerics", "runtime", "formats", "planning", "integrations")
 
-# Where a property of a weight is named today: its definition and the value that has it, the writer, the kernels, and the
-# table of what other engines' files hold. "costs" and "needs" speak of a configuration, "quantizer" of a message about one.
+# Where a property of a weight is named today: its definition and the value that has it, the writer,
+# the kernels, and the
+# table of what other engines' files hold. "costs" and "needs" speak of a configuration, "quantizer"
+# of a message about one.
 NAMED_IN = {
     "rotation": {
         "weight_format",
@@ -88,7 +91,9 @@ def test_a_property_is_named_in_few_files(name: str) -> None:
 
 @pytest.mark.parametrize("room", ["formats", "planning", "integrations"])
 def test_nobody_else_computes_what_is_stored(room: str) -> None:
-    """Words and groups of our own tensors: other engines' files have layouts of their own, in ``bitstream`` and ``words``."""
+    """Words and groups of our own tensors: other engines' files have layouts of their own, in
+    ``bitstream`` and ``words``.
+    """
     own = {"tsq", "vllm"} if room != "planning" else {"planning"}
     for path in (ROOT / room).rglob("*.py"):
         if own & set(path.parts):

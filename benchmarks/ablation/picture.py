@@ -59,7 +59,9 @@ def draw(runs: Sequence[Run], path: Path, *, bits: int, group_size: int, tokens:
 
 
 def draw_axes(runs: Sequence[Run], path: Path, *, bits: int, group_size: int, tokens: int) -> None:
-    """Draw the headline rows of the first seed into a PNG or SVG file: perplexity against size, with ``tokens``, and against tokens, with ``bits`` and ``group_size``."""
+    """Draw the headline rows of the first seed into a PNG or SVG file: perplexity against size,
+    with ``tokens``, and against tokens, with ``bits`` and ``group_size``.
+    """
     base = next(run for run in runs if run.key == FLOAT.key)
     text = list(base.perplexity)[-1]
     shown = [run for run in runs if run.name in HEADLINES and run.seed == 0]

@@ -13,7 +13,9 @@ _STEPS = {*LADDER} - {*HEADLINES, "rounding"}
 
 
 def lines(runs: Sequence[Run]) -> Iterator[str]:
-    """A table for each width, group size, number of tokens and seed that has rows beside the ladder's and the headlines; then the ladder and the headlines along all of these."""
+    """A table for each width, group size, number of tokens and seed that has rows beside the
+    ladder's and the headlines; then the ladder and the headlines along all of these.
+    """
     base = [run for run in runs if run.name == "float"]
     rest = sorted((run for run in runs if run not in base), key=_place)
     for place, group in itertools.groupby(rest, key=_place):
@@ -39,7 +41,9 @@ def table(rows: Sequence[Run]) -> list[str]:
 
 
 def ladder(runs: Sequence[Run]) -> list[str]:
-    """Lines of the table of the ladder and the best: perplexities of each step, a column for each width and group size."""
+    """Lines of the table of the ladder and the best: perplexities of each step, a column for each
+    width and group size.
+    """
     steps = [*LADDER, *(name for name in HEADLINES if name not in LADDER)]
     found: dict[tuple[int, int], dict[str, str]] = {}
     for run in sorted(runs, key=_place, reverse=True):  # of several tokens and seeds the first

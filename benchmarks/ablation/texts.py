@@ -70,7 +70,9 @@ def _entries(database: bytes) -> Iterator[bytes]:
 
 
 def _strings(entry: bytes) -> Iterator[str]:
-    """The novel's lines, from a serialised character vector: flags and length (four bytes each, the highest first), bytes."""
+    """The novel's lines, from a serialised character vector: flags and length (four bytes each, the
+    highest first), bytes.
+    """
     place = entry.find(_NOVEL) - 8
     while 0 <= place <= len(entry) - 8 and entry[place + 3] == _STRING:
         length = int.from_bytes(entry[place + 4 : place + 8], "big")

@@ -157,7 +157,9 @@ def _quantised(
 
 
 def table(rows: Sequence[Row], first: str) -> list[str]:
-    """Lines of a Markdown table with the metric ``first`` before others; coverage is the share of all parameters that was quantised."""
+    """Lines of a Markdown table with the metric ``first`` before others; coverage is the share of
+    all parameters that was quantised.
+    """
     metrics = sorted(rows[0]["metrics"], key=lambda metric: metric != first)
     titles = ["method", "bits", *metrics, "bits/weight", "coverage", "MB", "seconds"]
     return results.markdown(titles, [_cells(row, metrics) for row in rows])

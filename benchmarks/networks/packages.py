@@ -13,7 +13,9 @@ from tsq_layers.errors import CheckpointError
 
 @dataclass(frozen=True, kw_only=True)
 class Package:
-    """A wheel: its name, version and SHA-256, and the folder in it whose files are kept (those in folders below are not)."""
+    """A wheel: its name, version and SHA-256, and the folder in it whose files are kept (those in
+    folders below are not).
+    """
 
     name: str
     version: str

@@ -1,4 +1,6 @@
-"""What the scripts of the peers share: they stand alone, in the interpreter of the peer, and solve whenever they are asked."""
+"""What the scripts of the peers share: they stand alone, in the interpreter of the peer, and solve
+whenever they are asked.
+"""
 
 import json
 import math
@@ -15,9 +17,11 @@ Solve = Callable[[Tensor, Tensor, int, int], Tensor]
 
 
 def serve(solve: Solve) -> None:
-    """Answer each line of standard input, a problem as JSON, with a line: CPU seconds and the loss, relative to the weight's.
+    """Answer each line of standard input, a problem as JSON, with a line: CPU seconds and the loss,
+    relative to the weight's.
 
-    A problem names a file with ``weight`` (N, K) and ``hessian`` (K, K), ``bits`` and ``group_size``. The seconds of one that
+    A problem names a file with ``weight`` (N, K) and ``hessian`` (K, K), ``bits`` and
+    ``group_size``. The seconds of one that
     the peer cannot solve are not a number.
     """
     for line in sys.stdin:

@@ -818,7 +818,7 @@ def test_a_second_journal_in_the_same_process_is_refused_until_the_first_is_clos
     Journal(tmp_path, RUN).close()
 
 
-LOCK = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print('locked', flush=True); input()"
+LOCK = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print('locked', flush=True); input()"  # noqa: E501
 
 
 @needs_fcntl

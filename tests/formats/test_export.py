@@ -1,4 +1,6 @@
-"""What all formats share: the directory, ties, layers that cannot be held, engines, and that a failure leaves nothing."""
+"""What all formats share: the directory, ties, layers that cannot be held, engines, and that a
+failure leaves nothing.
+"""
 
 import json
 from pathlib import Path
@@ -317,7 +319,7 @@ class Toy(PreTrainedModel):
 @pytest.mark.parametrize("form", ["gptq", "compressed-tensors"])
 def test_other_kinds_are_refused_by_name_or_written_as_floats(tmp_path, form):
     model = quantised(model=Toy(ToyConfig()), embeddings=True)
-    message = rf"{form} holds linear layers(?: in the blocks of a model)? only, and 'table' \(Embedding\), 'blocks.0.conv' \(Conv1d\), 'blocks.0.attention.q_proj' \(MultiheadAttention\) and 7 more not; .*dequantize_others=True"
+    message = rf"{form} holds linear layers(?: in the blocks of a model)? only, and 'table' \(Embedding\), 'blocks.0.conv' \(Conv1d\), 'blocks.0.attention.q_proj' \(MultiheadAttention\) and 7 more not; .*dequantize_others=True"  # noqa: E501
     with pytest.raises(ExportError, match=message):
         export_checkpoint(model, tmp_path / "out", format=form)
     tensors = tensors_of(

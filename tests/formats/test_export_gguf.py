@@ -206,7 +206,7 @@ def test_stretched_wavelengths_are_those_of_transformers(tmp_path):
     [
         (
             {"bits": 3},
-            r"3 bits, .*gguf holds 4, 5 or 8 bits, symmetric grids.*QuantConfig\(bits=4, group_size=32, symmetric=True\)",
+            r"3 bits, .*gguf holds 4, 5 or 8 bits, symmetric grids.*QuantConfig\(bits=4, group_size=32, symmetric=True\)",  # noqa: E501
         ),
         ({"bits": 6}, r"QuantConfig\(bits=8, group_size=32, symmetric=True\)"),
         (

@@ -171,7 +171,7 @@ def test_linear_layers_that_stay_float_are_named_for_each_loader(tmp_path):
     [
         (
             {"bits": 5},
-            r"5 bits, .*2, 3, 4 or 8 bits.*: the nearest that it holds is QuantConfig\(bits=8, group_size=32, symmetric=True\)",
+            r"5 bits, .*2, 3, 4 or 8 bits.*: the nearest that it holds is QuantConfig\(bits=8, group_size=32, symmetric=True\)",  # noqa: E501
         ),
         (
             {"group_size": 48},

@@ -65,7 +65,9 @@ def quantized(
 
 
 class Net(nn.Module):
-    """Everything that a checkpoint must keep: float layers, both kinds of buffer, a plain attribute, a buffer that is None."""
+    """Everything that a checkpoint must keep: float layers, both kinds of buffer, a plain
+    attribute, a buffer that is None.
+    """
 
     def __init__(self) -> None:
         super().__init__()

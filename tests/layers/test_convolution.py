@@ -1,4 +1,6 @@
-"""Convolutions: patches times the matrix are what torch computes, and the quantised replacement is torch's convolution."""
+"""Convolutions: patches times the matrix are what torch computes, and the quantised replacement is
+torch's convolution.
+"""
 
 import copy
 import math

@@ -61,7 +61,9 @@ def zero_steps(
     g: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Each group in turn takes z - 1, z or z + 1 with the least loss, codes of the best values, scale in closed form."""
+    """Each group in turn takes z - 1, z or z + 1 with the least loss, codes of the best values,
+    scale in closed form.
+    """
     found, found_scales, found_zeros = (
         codes.long().clone(),
         scales.double().clone(),

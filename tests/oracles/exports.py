@@ -10,7 +10,9 @@ from torch import Tensor
 
 
 def stream(words: Sequence[int], bits: int, count: int) -> list[int]:
-    """The codes of a dense bit stream: code i occupies the bits i·b … i·b + b − 1, counted from the lowest of word 0."""
+    """The codes of a dense bit stream: code i occupies the bits i·b … i·b + b − 1, counted from the
+    lowest of word 0.
+    """
     whole = sum((word & 0xFFFFFFFF) << (32 * i) for i, word in enumerate(words))
     return [(whole >> (i * bits)) & ((1 << bits) - 1) for i in range(count)]
 

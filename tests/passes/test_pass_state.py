@@ -1,4 +1,6 @@
-"""What a forward changes beside its own variables, while several passes are under way: every model is solved as if they came one by one."""
+"""What a forward changes beside its own variables, while several passes are under way: every model
+is solved as if they came one by one.
+"""
 
 import copy
 import random

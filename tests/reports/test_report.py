@@ -287,7 +287,8 @@ def test_json_keys_are_pinned() -> None:
     assert values["schema_version"] == 1
     assert " ".join(values["parameters"][0]) == "name shape dtype quantized reason layers"
     assert " ".join(values["layers"][0]) == (
-        "name kind rows columns status reason method bits group_size symmetric bits_per_weight tokens damping deviation "
+        "name kind rows columns status reason method bits group_size symmetric bits_per_weight "
+        "tokens damping deviation "
         "deviation_strength deviation_damping losses held_out_losses objective seconds shared_with"
     )
 
@@ -397,10 +398,22 @@ def test_layer_report_does_not_change_with_the_mapping_that_it_was_made_from() -
 
 def test_table_is_aligned_and_complete() -> None:
     assert make_report().table().splitlines() == [
-        "layer       kind     shape  status     method     bits  group  bits/weight  tokens  damping  initialize  assign    refine  held out  seconds  reason",
-        "block.up    Linear   4×100  quantized  two-stage     2     50        2.360  32,768     0.01       0.123  0.0543  1.23e-05    0.0451     0.75",
-        "block.down  Conv1D   2×300  quantized  –             4    300        4.100       –        –           –       –         –         –        –",
-        "lm_head     Linear  10×100  skipped    –             –      –            –       –        –           –       –         –         –        –  by name",
+        (
+            "layer       kind     shape  status     method     bits  group  bits/weight  tokens  "
+            "damping  initialize  assign    refine  held out  seconds  reason"
+        ),
+        (
+            "block.up    Linear   4×100  quantized  two-stage     2     50        2.360  32,768     "
+            "0.01       0.123  0.0543  1.23e-05    0.0451     0.75"
+        ),
+        (
+            "block.down  Conv1D   2×300  quantized  –             4    300        4.100       –        "
+            "–           –       –         –         –        –"
+        ),
+        (
+            "lm_head     Linear  10×100  skipped    –             –      –            –       –        "
+            "–           –       –         –         –        –  by name"
+        ),
     ]
 
 

@@ -1,4 +1,6 @@
-"""What a compiler makes of packed layers for a GPU, counted without one: kernels, temporary tensors, spilled registers."""
+"""What a compiler makes of packed layers for a GPU, counted without one: kernels, temporary
+tensors, spilled registers.
+"""
 
 import sys
 from pathlib import Path

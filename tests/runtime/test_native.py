@@ -1,4 +1,6 @@
-"""The operations for a CPU: against float64, at every layout of the codes; built once; and named where they cannot be built."""
+"""The operations for a CPU: against float64, at every layout of the codes; built once; and named
+where they cannot be built.
+"""
 
 import subprocess
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""CDQuant, one code at a time and in pairs: the same codes as a search through all changes, and a loss that never rises."""
+"""CDQuant, one code at a time and in pairs: the same codes as a search through all changes, and a
+loss that never rises.
+"""
 
 from collections.abc import Mapping
 from types import MappingProxyType

@@ -1,4 +1,6 @@
-"""Scales over clipping factors, and zero points by steps of one: the same as plain loops, and a loss that never rises."""
+"""Scales over clipping factors, and zero points by steps of one: the same as plain loops, and a
+loss that never rises.
+"""
 
 import pytest
 import torch

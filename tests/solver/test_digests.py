@@ -1,4 +1,6 @@
-"""Fast paths choose the codes that a plain loop over the columns in float64 chooses, seed by seed; and stay as they are."""
+"""Fast paths choose the codes that a plain loop over the columns in float64 chooses, seed by seed;
+and stay as they are.
+"""
 
 import hashlib
 

@@ -1,4 +1,6 @@
-"""What solving a layer may cost, counted: factorisations, products with H, operations for each column, large tensors."""
+"""What solving a layer may cost, counted: factorisations, products with H, operations for each
+column, large tensors.
+"""
 
 from collections import Counter
 from collections.abc import Callable
@@ -87,7 +89,8 @@ def test_matrix_is_factorised_once_for_each_damping_and_never_inverted(
     ids=["gptq", "two-stage, one stream", "two-stage", "offsets", "two targets"],
 )
 def test_products_are_a_few_times_rows_by_columns_squared(changes: dict, products: float) -> None:
-    # GPTQ 1, and its loss nothing; two losses by half of H, 1.25 to 1.5 with panels of K/2; W R 2. Stage 2: a little more
+    # GPTQ 1, and its loss nothing; two losses by half of H, 1.25 to 1.5 with panels of K/2; W R 2.
+    # Stage 2: a little more
     # than 1 for its Gram, and 1.5 for (Q − W') H by the factor in panels of K/2; 2 by H, where its target is another.
     action = solve(**changes)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:

@@ -882,7 +882,9 @@ def test_small_weights_survive_scales_in_float16() -> None:
 
 
 def block_streams(B: int, width: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Inputs (T, B, K) of both streams; those of block b are mixed in a way of their own, and 2^(b mod 5) times as large."""
+    """Inputs (T, B, K) of both streams; those of block b are mixed in a way of their own, and 2^(b
+    mod 5) times as large.
+    """
     parts = []
     for b in range(B):
         mixing = torch.eye(width, dtype=torch.float64) + 0.9 / width**0.5 * normal(

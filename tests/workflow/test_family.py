@@ -1,4 +1,6 @@
-"""Members of the family together: whatever grids, codes, outliers, bases and inputs, a model runs, is saved and goes on."""
+"""Members of the family together: whatever grids, codes, outliers, bases and inputs, a model runs,
+is saved and goes on.
+"""
 
 import copy
 import functools

@@ -129,7 +129,9 @@ def test_all_layers_are_quantised(make):
 
 
 def test_logits_stay_close_and_the_closer_the_more_bits(make):
-    """Rounding to 8 bits in groups of 16 changes a weight by 0.2 % of its group's range; a dozen layers add up to 2 %."""
+    """Rounding to 8 bits in groups of 16 changes a weight by 0.2 % of its group's range; a dozen
+    layers add up to 2 %.
+    """
     data = batches(make)
     before = logits(make(), data[0])
     found = {}

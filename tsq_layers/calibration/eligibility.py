@@ -48,7 +48,8 @@ def reasons_to_skip(
         reasons |= dict.fromkeys(partners, problem)
         if partners:
             warnings.warn(
-                f"{', '.join(partners)} stays in full precision: {problem}; add it to skip to say that this is intended",
+                f"{', '.join(partners)} stays in full precision: {problem}; add it to skip to say "
+                "that this is intended",
                 SkippedLayerWarning,
                 stacklevel=5,
             )

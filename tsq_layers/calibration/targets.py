@@ -81,7 +81,7 @@ class Target:
 
     @property
     def format(self) -> WeightFormat:
-        """What its packed matrix will be."""
+        """The format of its packed matrix."""
         config, (rows, columns) = self.config, self.shape
         codes = WeightFormat.of(
             bits=config.bits,

@@ -11,7 +11,9 @@ from tsq_layers.errors import CheckpointError, MissingExtraError
 
 
 def empty_model(directory: Path) -> nn.Module:
-    """The model of a directory on the meta device, in evaluation mode, its ``config`` without a ``quantization_config``.
+    """Build the model of a directory on the meta device, in evaluation mode.
+
+    Its ``config`` has no ``quantization_config``.
 
     Buffers that are not saved (those of rotary embeddings) have their values, on the CPU.
 
@@ -42,7 +44,8 @@ def empty_model(directory: Path) -> nn.Module:
     )
     if kind is None:
         raise CheckpointError(
-            f"transformers knows no architecture {', '.join(names) or 'of this config.json'}: build the model and give it as the second argument"
+            f"transformers knows no architecture {', '.join(names) or 'of this config.json'}: "
+            "build the model and give it as the second argument"
         )
     with torch.device("meta"):
         model: Any = kind(config)

@@ -1,4 +1,4 @@
-"""Whether a format holds what a configuration makes, before hours of calibration."""
+"""Refuse configurations that a format cannot hold, before hours of calibration."""
 
 from tsq_layers.config import QuantConfig
 from tsq_layers.errors import ExportError
@@ -29,7 +29,8 @@ def check_configuration(config: QuantConfig, format_name: str) -> None:
         >>> check_configuration(QuantConfig(method="best"), "gptq")
         Traceback (most recent call last):
         ...
-        tsq_layers.errors.ExportError: zero_points='float', rotation=64: gptq files hold plain codes and scales; give zero_points='integer', rotation=None
+        tsq_layers.errors.ExportError: zero_points='float', rotation=64: gptq files hold plain codes
+        and scales; give zero_points='integer', rotation=None
     """
     layers = [
         config,
@@ -56,5 +57,6 @@ def _check_grids(config: QuantConfig, limits: Limits) -> None:
     wanted = limits.scale_dtype
     if wanted is not None and config.torch_scale_dtype.itemsize > wanted.itemsize:
         raise ExportError(
-            f"scale_dtype={config.scale_dtype!r}: {limits.format_name} holds {dtype_name(wanted)} scales; set it to {dtype_name(wanted)!r}"
+            f"scale_dtype={config.scale_dtype!r}: {limits.format_name} holds {dtype_name(wanted)} "
+            f"scales; set it to {dtype_name(wanted)!r}"
         )

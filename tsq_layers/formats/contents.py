@@ -1,4 +1,4 @@
-"""What is in a quantised model, seen from a format that holds packed linear layers and float tensors, and nothing else."""
+"""Read a quantised model for a format that holds packed linear layers and float tensors, and nothing else."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -84,7 +84,8 @@ def read(
     layers = layers_of(model) if planned is None else planned
     if not hasattr(config, "to_json_string") or not hasattr(config, "model_type"):
         raise ExportError(
-            f"{type(model).__name__} has no transformers config, without which no engine can build it; save it with tsq.save"
+            f"{type(model).__name__} has no transformers config, without which no engine can build "
+            "it; save it with tsq.save"
         )
     held, others = _divided(layers, takes)
     if others and not dequantize_others:
@@ -127,7 +128,8 @@ def layers_of(model: nn.Module) -> list[Layer]:
         layers.append(Layer(name, module, matrix, kind))
     if not layers:
         raise StateError(
-            f"{type(model).__name__} holds no QuantLinear: call tsq.quantize(model, config, batches), or prepare, calibrate and convert, first"
+            f"{type(model).__name__} holds no QuantLinear: call tsq.quantize(model, config, "
+            "batches), or prepare, calibrate and convert, first"
         )
     return layers
 
@@ -135,7 +137,7 @@ def layers_of(model: nn.Module) -> list[Layer]:
 def composite_around(
     model: nn.Module, name: str, of: Callable[[nn.Module], str | None]
 ) -> str | None:
-    """What the module is that is split into layers, one of which is called ``name``; ``None`` if there is none.
+    """Return the kind of the module that is split into layers, one of them called ``name``; ``None`` without one.
 
     Args:
         model: whose it is.
@@ -153,7 +155,7 @@ def composite_around(
 def _divided(
     layers: Sequence[Layer], takes: Callable[[Layer], bool]
 ) -> tuple[dict[str, QuantLinear], list[Layer]]:
-    """What is held, and what not. A matrix that is not held in one place (a tied table) is held nowhere."""
+    """Split layers into those that a format holds and others. A matrix not held in one place is held nowhere."""
     elsewhere = {id(layer.matrix) for layer in layers if not takes(layer)}
     held = {layer.name: layer.matrix for layer in layers if id(layer.matrix) not in elsewhere}
     return held, [layer for layer in layers if layer.name not in held]

@@ -120,7 +120,8 @@ def byte_count(size: int | str) -> int:
 def write_tensors(folder: Path, tensors: Sequence[Stored], limit: int) -> None:
     """``model.safetensors``, or shards and their index if there is more than ``limit`` bytes.
 
-    Only the tensors of one shard are in memory at a time. A tensor that is larger than ``limit`` has a shard of its own.
+    Only the tensors of one shard are in memory at a time. A tensor that is larger than ``limit``
+    has a shard of its own.
     """
     shards = _shards(tensors, limit)
     names = ["model.safetensors"]
@@ -135,7 +136,8 @@ def write_tensors(folder: Path, tensors: Sequence[Stored], limit: int) -> None:
         index = {"metadata": total, "weight_map": dict(sorted(places.items()))}
         write_json(folder / "model.safetensors.index.json", index)
     for name, shard in zip(names, shards, strict=True):
-        # "format" is what transformers asks for before it opens a file; who has packed the bits, a reader may want to know.
+        # "format" is what transformers asks for before it opens a file; who has packed the bits, a
+        # reader may want to know.
         packer = f"tsq_layers {library_versions()['tsq_layers']}"
         save_file(_made(shard), folder / name, metadata={"format": "pt", "packer": packer})
         sort_metadata(folder / name)

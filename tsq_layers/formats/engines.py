@@ -1,6 +1,7 @@
-"""Which engine serves which file: what was measured, as data.
+"""Name the engines that serve each kind of file, as measured.
 
-Measured with transformers 5.23 (gptqmodel 7.7, optimum 2.3, compressed-tensors 0.19), GPTQModel 7.7, vLLM 0.32 on a CPU, and
+Measured with transformers 5.23 (gptqmodel 7.7, optimum 2.3, compressed-tensors 0.19), GPTQModel
+7.7, vLLM 0.32 on a CPU, and
 llama.cpp as of cyllama 0.2.18.
 """
 
@@ -15,7 +16,7 @@ from tsq_layers.runtime.linear import QuantLinear
 
 @dataclass(frozen=True, kw_only=True)
 class Service:
-    """What an engine serves of a format.
+    """The files of a format that an engine serves.
 
     Args:
         symmetric: widths of symmetric layers.
@@ -35,7 +36,10 @@ SERVICES: Mapping[str, Mapping[str, Service]] = {
         "gptq-v1": Service(symmetric=_GPTQ, asymmetric=_GPTQ),
         "compressed-tensors": Service(
             symmetric=(2, 3, 4, 5, 8),
-            how="from_pretrained(…, quantization_config=CompressedTensorsConfig(dequantize=True)) loads asymmetric layers",
+            how=(
+                "from_pretrained(…, quantization_config=CompressedTensorsConfig(dequantize=True)) "
+                "loads asymmetric layers"
+            ),
         ),
         "gguf": Service(symmetric=(4, 5, 8)),
     },
@@ -78,11 +82,12 @@ def warn_unserved(engine: str, format_name: str, layers: Mapping[str, QuantLinea
 
 
 def unserved(engine: str, format_name: str, layers: Mapping[str, QuantLinear]) -> str | None:
-    """Why an engine cannot serve a file; ``None`` if it can.
+    """Return why an engine cannot serve a file; ``None`` if it can.
 
     Example:
         >>> unserved("vllm", "gptq-v1", {"up": QuantLinear(64, 32, bits=3, group_size=32, symmetric=True)})
-        "vllm cannot serve layer 'up' with 3 bits, symmetric, groups of 32: of gptq-v1 files it serves 4 bits symmetric; \
+        "vllm cannot serve layer 'up' with 3 bits, symmetric, groups of 32: of gptq-v1 files it
+        serves 4 bits symmetric; \
 format='compressed-tensors' is served with 4 bits, asymmetric too"
     """
     known = SERVICES[engine]
@@ -92,7 +97,10 @@ format='compressed-tensors' is served with 4 bits, asymmetric too"
     for name, layer in layers.items():
         if layer.bits not in (service.symmetric if layer.symmetric else service.asymmetric):
             how = f"; {service.how}" if service.how else ""
-            return f"{engine} cannot serve layer {name!r} with {described(layer)}: of {format_name} files it serves {_served(service)}{how}"
+            return (
+                f"{engine} cannot serve layer {name!r} with {described(layer)}: of {format_name} files "
+                f"it serves {_served(service)}{how}"
+            )
     return None
 
 

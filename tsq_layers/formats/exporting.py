@@ -28,7 +28,7 @@ from tsq_layers.numerics.memory import dtype_name
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """How a format is written.
+    """The functions that write a format.
 
     Args:
         takes: whether it can hold a layer packed.
@@ -57,7 +57,9 @@ def export_checkpoint(
     dequantize_others: bool = False,
     max_shard_size: int | str = "5GB",
 ) -> Path:
-    """Write a quantised transformers model so that other engines load it. Codes and scales are packed, never rounded again.
+    """Write a quantised transformers model so that other engines load it.
+
+    Codes and scales are packed, never rounded again.
 
     ======================== ================================================ =====================================
     format                   holds                                            served by
@@ -77,7 +79,8 @@ def export_checkpoint(
 
     Args:
         model: a transformers model that ``tsq.quantize`` has quantised; not changed.
-        directory: must not exist, or be empty. All is written beside it and renamed at the end, or into an empty one and
+        directory: must not exist, or be empty. All is written beside it and renamed at the end, or
+            into an empty one and
             moved up.
         format: as above.
         tokenizer: its tokenizer, whose files are written too. llama.cpp takes token numbers only without one.
@@ -135,7 +138,7 @@ def checked(
     dequantize_others: bool = False,
     config: QuantConfig | None = None,
 ) -> Contents:
-    """What :func:`export` would write, or its refusal.
+    """Return what :func:`export_checkpoint` would write, or refuse it.
 
     Args:
         model: a quantised model; a float one, if ``config`` says how it is to be quantised: what depends on the
@@ -173,7 +176,8 @@ def _warn_rounded_scales(contents: Contents) -> None:
     if inexact:
         layer = contents.held[inexact[0]]
         warnings.warn(
-            f"the file holds the {dtype_name(layer.scale_dtype)} scales of {len(inexact)} layers exactly, but the model is "
+            f"the file holds the {dtype_name(layer.scale_dtype)} scales of {len(inexact)} layers "
+            "exactly, but the model is "
             f"{dtype_name(layer.dtype)}, and engines that load it in that dtype round them: load it with "
             f"dtype={dtype_name(layer.scale_dtype)!r}, or quantise with scale_dtype={dtype_name(layer.dtype)!r}",
             ExportWarning,

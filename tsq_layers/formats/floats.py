@@ -52,7 +52,8 @@ class Stored:
         """
         if tensor.is_meta:
             raise StateError(
-                f"tensor {key!r} is on the meta device and has no values to export: load it first, or undo the offloading"
+                f"tensor {key!r} is on the meta device and has no values to export: load it first, "
+                "or undo the offloading"
             )
         identity = (memory_extent(tensor), tensor.dtype, tensor.shape, tensor.stride())
         return Stored(key, tensor.dtype, tuple(tensor.shape), tensor.detach, identity)
@@ -108,7 +109,8 @@ def _of_module(name: str, dot: str, module: nn.Module) -> tuple[Iterator[Stored]
         known.name == composite and known in COMPOSITES for known in _KNOWN
     ):
         raise ExportError(
-            f"module {name!r} ({type(module).__name__}) was split into layers by a composite of your own, so the names of "
+            f"module {name!r} ({type(module).__name__}) was split into layers by a composite of "
+            "your own, so the names of "
             "its tensors in the float model are not known; add it to skip"
         )
     if isinstance(module, ExpertWeights):
@@ -133,7 +135,8 @@ def _dequantised(dot: str, module: nn.Module, *, turned: bool) -> Iterator[Store
     matrix: QuantLinear = layer if isinstance(layer, QuantLinear) else layer.matrix
     if not isinstance(getattr(type(layer), "weight", None), property):
         raise ExportError(
-            f"layer {dot[:-1]!r} ({type(layer).__name__}) is of a kind of your own, and how its weight is shaped is not known; add it to skip"
+            f"layer {dot[:-1]!r} ({type(layer).__name__}) is of a kind of your own, and how its "
+            "weight is shaped is not known; add it to skip"
         )
 
     def weight() -> Tensor:
@@ -192,6 +195,6 @@ def _made(key: str, make: Callable[..., Tensor | None]) -> Stored:
 
 
 def _is_under(name: str, names: set[str]) -> bool:
-    """Whether a module is one of ``names``, or inside of one."""
+    """Return whether a module is one of ``names``, or inside of one."""
     parts = name.split(".")
     return any(".".join(parts[:end]) in names for end in range(1, len(parts) + 1))

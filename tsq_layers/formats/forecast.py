@@ -1,4 +1,4 @@
-"""What an export of a float model will hold once it is quantised: its packed layers, without values."""
+"""Build the contents of an export of a float model before it is quantised, without values."""
 
 import warnings
 

@@ -39,7 +39,7 @@ _DERIVED = (
 
 @dataclass(frozen=True, eq=False)
 class _Place:
-    """Where a packed layer belongs."""
+    """The place of a packed layer."""
 
     module: nn.Module
     kind: LayerKind
@@ -53,10 +53,13 @@ def import_checkpoint(
     *,
     dtype: torch.dtype | None = None,
 ) -> nn.Module:
-    """A quantised checkpoint of another library as a model of :class:`~tsq_layers.QuantLinear`. The inverse of ``tsq.export``.
+    """Load a quantised checkpoint of another library as a model of :class:`~tsq_layers.QuantLinear`.
+
+    The inverse of ``tsq.export_checkpoint``.
 
     Codes, scales and zero points are exactly those of the files; nothing is rounded again. Read are the files of GPTQ
-    (GPTQModel, AutoGPTQ; versions 1 and 2; 2, 3, 4 and 8 bits) and of compressed-tensors (llm-compressor; weights alone,
+    (GPTQModel, AutoGPTQ; versions 1 and 2; 2, 3, 4 and 8 bits) and of compressed-tensors
+    (llm-compressor; weights alone,
     "pack-quantized" and "int-quantized"), symmetric and asymmetric. Groups must be neighbouring columns: files that
     were quantised with ``desc_act=True`` in groups are refused.
 
@@ -70,7 +73,8 @@ def import_checkpoint(
         The model on the CPU, in evaluation mode, with a report, for ``tsq.save``, ``tsq.refine`` and ``tsq.export``.
 
     Raises:
-        CheckpointError: no such checkpoint, a format or a layer that cannot be read, or tensors that the model does not have.
+        CheckpointError: no such checkpoint, a format or a layer that cannot be read, or tensors
+            that the model does not have.
         MissingExtraError: transformers is not installed, and no ``model`` was given.
 
     Example:
@@ -234,12 +238,14 @@ def _fill(model: nn.Module, values: Mapping[str, Tensor], dtype: torch.dtype | N
             continue
         if any(not torch.equal(given[0], other) for other in given[1:]):
             raise CheckpointError(
-                f"tensors {' and '.join(map(repr, group))} are one in the model and differ in the checkpoint; build it with tie_word_embeddings=False"
+                f"tensors {' and '.join(map(repr, group))} are one in the model and differ in the "
+                "checkpoint; build it with tie_word_embeddings=False"
             )
         old = tensors[group[0]]
         if old.shape != given[0].shape:
             raise CheckpointError(
-                f"tensor {group[0]!r} has shape {tuple(given[0].shape)} in the checkpoint and {tuple(old.shape)} in the model"
+                f"tensor {group[0]!r} has shape {tuple(given[0].shape)} in the checkpoint and "
+                f"{tuple(old.shape)} in the model"
             )
         value = (
             given[0].to(dtype) if dtype is not None and given[0].is_floating_point() else given[0]
@@ -268,7 +274,7 @@ def _report(
     before: int,
     model: nn.Module,
 ) -> Report:
-    """What is in the model. How well it was solved, the files do not say."""
+    """Return the report of an imported model, without losses: the files do not hold them."""
     matrices = {
         place.layer.name: getattr(twins[place.module], "matrix", twins[place.module])
         for place in places

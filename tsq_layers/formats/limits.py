@@ -1,4 +1,4 @@
-"""What a format can hold of a layer, and the nearest configuration that it can."""
+"""Define what each format can hold of a layer, and find the nearest configuration that it can."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from tsq_layers.runtime.linear import QuantLinear
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a format can hold of a layer.
+    """The properties of a layer that a format can hold.
 
     Args:
         format_name: of the format.
@@ -170,8 +170,10 @@ def check(layers: Mapping[str, QuantLinear], limits: Limits) -> None:
         if _fits(layer, limits):
             if limits.scale_dtype is not None and not is_exact(layer.scales, limits.scale_dtype):
                 raise ExportError(
-                    f"layer {name!r} has {dtype_name(layer.scale_dtype)} scales that {dtype_name(limits.scale_dtype)}, in which "
-                    f"{limits.format_name} holds them, would round: quantise with scale_dtype={dtype_name(limits.scale_dtype)!r}"
+                    f"layer {name!r} has {dtype_name(layer.scale_dtype)} scales that "
+                    f"{dtype_name(limits.scale_dtype)}, in which "
+                    f"{limits.format_name} holds them, would round: quantise with "
+                    f"scale_dtype={dtype_name(limits.scale_dtype)!r}"
                 )
             continue
         has = f"layer {name!r} ({layer.out_features}×{layer.in_features}) has {described(layer)}"
@@ -217,7 +219,10 @@ def nearest(layer: QuantLinear, limits: Limits) -> dict[str, int | bool | None]:
 
 
 def _nearest_group(group: int, columns: int, limits: Limits) -> int | None:
-    """The group that a layer has, or else a smaller power of two (kernels have no others), or the least, or the whole row."""
+    """Return the group of a layer, or a smaller power of two, or the least, or the whole row.
+
+    Kernels take powers of two only.
+    """
     powers = [1 << exponent for exponent in range(group.bit_length() - 1, 0, -1)]
     for candidate in (group, *powers, limits.columns):
         if 1 < candidate < columns and _group_fits(candidate, columns, limits):
@@ -226,11 +231,13 @@ def _nearest_group(group: int, columns: int, limits: Limits) -> int | None:
 
 
 def is_exact(values: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a change of dtype changes none of the values.
+    """Return whether a change of dtype changes none of the values.
 
     Example:
-        >>> is_exact(torch.tensor([0.1], dtype=torch.bfloat16), torch.float16), is_exact(torch.tensor([0.1]), torch.float16)
-        (True, False)
+        >>> is_exact(torch.tensor([0.1], dtype=torch.bfloat16), torch.float16)
+        True
+        >>> is_exact(torch.tensor([0.1]), torch.float16)
+        False
     """
     if values.dtype == dtype or values.is_meta:  # without values nobody can tell yet
         return True

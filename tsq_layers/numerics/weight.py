@@ -65,7 +65,8 @@ class Outliers:
             )
         if self.places.dtype != torch.int32 or self.places.dim() != 1:
             raise LayerError(
-                f"places of outliers are {self.places.dtype} of shape {tuple(self.places.shape)}; give int32 of one dimension"
+                f"places of outliers are {self.places.dtype} of shape {tuple(self.places.shape)}; "
+                "give int32 of one dimension"
             )
         dimensions = 1 if self.columns is None else 2
         if self.values.dim() != dimensions or self.values.shape[-1] != len(self.places):
@@ -154,7 +155,8 @@ class QuantizedWeight:
             if tuple(tensor.shape) != expected:
                 beside = "" if self.tables is None else " beside tables"
                 raise LayerError(
-                    f"{name} have shape {tuple(tensor.shape)}; {rows}×{columns} codes in groups of {self.group_size} need {expected}{beside}"
+                    f"{name} have shape {tuple(tensor.shape)}; {rows}×{columns} codes in groups of "
+                    f"{self.group_size} need {expected}{beside}"
                 )
         if self.scales.dtype not in SCALE_DTYPES:
             raise LayerError(f"scales are {self.scales.dtype}; give float16, bfloat16 or float32")
@@ -169,7 +171,7 @@ class QuantizedWeight:
 
     @property
     def format(self) -> WeightFormat:
-        """What the weight is, but for its values; inputs are not rounded."""
+        """The format of the weight; inputs are not rounded."""
         basis, outliers = self.basis, self.outliers
         return replace(
             self._check_format(),
@@ -201,7 +203,8 @@ class QuantizedWeight:
         if tuple(given.shape) not in shapes:
             rows, columns = self.codes.shape
             raise LayerError(
-                f"{name} have shape {tuple(given.shape)}; {rows}×{columns} codes of {self.bits} bits in groups of {self.group_size} "
+                f"{name} have shape {tuple(given.shape)}; {rows}×{columns} codes of {self.bits} "
+                f"bits in groups of {self.group_size} "
                 f"need {' or '.join(map(str, shapes))}"
             )
         if given.dtype != self.scales.dtype:
@@ -322,7 +325,7 @@ def out_of_range(stored: QuantizedWeight, weight: Tensor) -> Tensor:
 
 
 def stacked(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
-    """The rows of several weights of one width, group size and kind as one; the inverse of :meth:`QuantizedWeight.split`.
+    """Stack the rows of several weights of one format; the inverse of :meth:`QuantizedWeight.split`.
 
     Sparse parts and bases are not stacked: there must be none.
 

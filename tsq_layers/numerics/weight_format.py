@@ -1,4 +1,4 @@
-"""The frozen value that says what a packed weight is, and which tensors hold it.
+"""Define a packed weight: the frozen value of its format, and the tensors that hold it.
 
 A weight of N rows and K columns is codes, grids that give the codes their values, and additions: another
 basis of the input, a sparse part, rounded inputs. :class:`WeightFormat` names all of it once. It also says
@@ -28,7 +28,7 @@ from tsq_layers.numerics.grid import group_count
 from tsq_layers.numerics.memory import dtype_name
 
 GridKind = Literal["symmetric", "zero_points", "offsets", "row_tables", "group_tables"]
-"""What gives codes their values; the keys of ``GRIDS``."""
+"""Kinds of grids, which give codes their values; the keys of ``GRIDS``."""
 
 Axis = Literal["rows", "columns", "groups", "levels", "entries", "outlier_columns"]
 """What an axis of a stored tensor counts."""
@@ -80,7 +80,7 @@ class BufferSpec:
 
     @property
     def has_rows(self) -> bool:
-        """Whether the rows of the tensor are rows of the weight."""
+        """Return whether the rows of the tensor are rows of the weight."""
         return self.axes[0] == "rows"
 
 
@@ -107,7 +107,7 @@ class FormatKeywords(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class WeightFormat:
-    """What a packed weight is: the widths, grids and additions of an (N, K) matrix, but not its shape.
+    """The format of a packed weight: widths, grids and additions of an (N, K) matrix, but not its shape.
 
     Args:
         bits: width of a code, 1 to 8.
@@ -230,42 +230,42 @@ class WeightFormat:
 
     @property
     def symmetric(self) -> bool:
-        """Whether the zero points are the constant 2^(bits−1) and not stored."""
+        """Return whether the zero points are the constant 2^(bits−1) and not stored."""
         return self.grid == "symmetric"
 
     @property
     def has_zero_points(self) -> bool:
-        """Whether grids are scales with integer zero points, stored or constant."""
+        """Return whether grids are scales with integer zero points, stored or constant."""
         return GRIDS[self.grid].zero_points
 
     @property
     def has_offsets(self) -> bool:
-        """Whether there are float offsets in the place of zero points."""
+        """Return whether there are float offsets in the place of zero points."""
         return self.grid == "offsets"
 
     @property
     def tables(self) -> Literal["row", "group"] | None:
-        """What has a look-up table of its own."""
+        """The part of a weight that has a look-up table of its own."""
         return GRIDS[self.grid].tables
 
     @property
     def has_tables(self) -> bool:
-        """Whether there are look-up tables in the place of scales."""
+        """Return whether there are look-up tables in the place of scales."""
         return GRIDS[self.grid].tables is not None
 
     @property
     def has_outliers(self) -> bool:
-        """Whether there is a sparse part."""
+        """Return whether there is a sparse part."""
         return self.outliers > 0 or self.outlier_columns > 0
 
     @property
     def has_basis(self) -> bool:
-        """Whether codes and sparse part are for the input in another basis."""
+        """Return whether codes and sparse part are for the input in another basis."""
         return self.rotation is not None or self.channel_scaling
 
     @property
     def is_plain(self) -> bool:
-        """Whether the weight is codes and grids, and nothing else."""
+        """Return whether the weight is codes and grids, and nothing else."""
         return not (self.has_basis or self.has_outliers or self.activation_bits is not None)
 
     @property
@@ -290,11 +290,11 @@ class WeightFormat:
         return group_count(columns, self.group_columns(columns))
 
     def has_one_group(self, columns: int) -> bool:
-        """Whether a row of K columns has one scale or one table."""
+        """Return whether a row of K columns has one scale or one table."""
         return self.group_columns(columns) >= columns
 
     def borders(self, columns: int) -> dict[str, int]:
-        """What neighbouring columns form that must not be parted, in words, and how many columns it has.
+        """Return units of neighbouring columns that must not be parted: name → number of columns.
 
         Example:
             >>> WeightFormat(bits=4, group_size=32, rotation=64).borders(128)
@@ -370,7 +370,7 @@ def bits_dtype(scale_dtype: torch.dtype) -> torch.dtype:
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """What is particular to a kind of grid.
+    """The properties of a kind of grid.
 
     Args:
         keywords: of :class:`FormatKeywords` that name the kind; files hold them too.

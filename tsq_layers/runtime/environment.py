@@ -10,7 +10,7 @@ from tsq_layers.numerics.autograd import has_dual_numbers, is_differentiated
 
 
 class Environment(NamedTuple):
-    """What surrounds a call.
+    """The surroundings of a call.
 
     Args:
         dtype: in which the layer computes: that of its input, or of autocast where that is on.
@@ -51,7 +51,7 @@ def environment_of(x: Tensor, bias: Tensor | None = None) -> Environment:
 
 
 def has_values(tensor: Tensor, environment: Environment) -> bool:
-    """Whether a tensor has values that an operation can read: it is not fake, on meta or transformed."""
+    """Return whether a tensor has values that an operation can read: it is not fake, on meta or transformed."""
     return (
         type(tensor) in (Tensor, torch.nn.Parameter)
         and tensor.device.type != "meta"

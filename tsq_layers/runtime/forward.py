@@ -122,7 +122,10 @@ def linear(
 
 
 def round_input(x: Tensor, parts: Parts, format: WeightFormat) -> Tensor:
-    """Round an input of a layer to 8 bits as the layer does; see :func:`~tsq_layers.numerics.activations.round_in_basis`."""
+    """Round an input to 8 bits as the layer does.
+
+    See :func:`~tsq_layers.numerics.activations.round_in_basis`.
+    """
     if parts.signs is None and parts.scaling is None:
         return activations.round_in_basis(x, None)
     changed = basis.Basis(format.rotation, parts.signs, parts.scaling)
@@ -172,7 +175,10 @@ PRODUCTS: dict[str, Callable[[Tensor, Tensor | None, Parts, WeightFormat], Tenso
     "decode_compiled": kernels.decode_compiled,
     "dense_rows": kernels.dense_rows,
 }
-"""Route → what it does with x (…, K) and bias (N,) in one dtype. ``"integers"`` takes an input that is not rounded yet."""
+"""Route → function of x (…, K) and bias (N,) in one dtype.
+
+``"integers"`` takes an input that is not rounded yet.
+"""
 
 
 # --- the sparse part -----------------------------------------------------------------------------
@@ -203,7 +209,9 @@ def _sparse_product(x: Tensor, values: Tensor, places: Tensor, outputs: int) -> 
 
 
 def integer_product(x: Tensor, bias: Tensor | None, parts: Parts, format: WeightFormat) -> Tensor:
-    """The layer on 8-bit inputs in integers, for scales of one group a row with integer zero points, and no sparse part.
+    """Run the layer on 8-bit inputs in integers.
+
+    For scales of one group a row with integer zero points, and no sparse part.
 
     Σ_k c_k (n_k − z) = Σ_k c_k (n_k − o) + (o − z) Σ_k c_k with o = 2^(bits−1), so that n − o are
     signed bytes; exact in 32 bits for K up to 32768, and rounded once.

@@ -6,7 +6,8 @@ rounded inputs is not looked at here; :mod:`tsq_layers.runtime.forward` does tha
 
 With few rows of input (decoding) the words are the traffic, so one pass over them must do everything;
 with many the weight is dequantised and multiplied. On a CPU both are the operations of
-:mod:`tsq_layers.runtime.native`. On other devices :mod:`tsq_layers.runtime.one_pass` and dequantising are compiled here, one
+:mod:`tsq_layers.runtime.native`. On other devices :mod:`tsq_layers.runtime.one_pass` and
+dequantising are compiled here, one
 function for each kind of call (where those operations cannot be built on a CPU, only the former); inside
 somebody else's ``torch.compile`` they are inlined. Wherever tensors have no values (fake, meta,
 exporting) the plain functions run. :mod:`tsq_layers.runtime.route` says which of them is taken.
@@ -136,19 +137,22 @@ def check_input(x: Tensor, columns: int, rows: int) -> None:
 
 
 def is_native(tensor: Tensor, format: WeightFormat, environment: Environment) -> bool:
-    """Whether an operation of :mod:`tsq_layers.runtime.native` can take a tensor: on a CPU, with values or inside ``torch.compile``."""
+    """Return whether an operation of :mod:`tsq_layers.runtime.native` can take a tensor.
+
+    It must be on a CPU, with values or inside ``torch.compile``.
+    """
     if tensor.device.type != "cpu" or environment.exporting or format.grid not in native.GRIDS:
         return False
     return (environment.compiling or has_values(tensor, environment)) and native.usable()
 
 
 def can_compile(tensor: Tensor, environment: Environment) -> bool:
-    """Whether a tensor has values, on a device where compilation has not failed."""
+    """Return whether a tensor has values, on a device where compilation has not failed."""
     return tensor.device.type not in _uncompilable and has_values(tensor, environment)
 
 
 def _trains(parts: Parts) -> bool:
-    """Whether gradients of grids are wanted, which the operations do not have."""
+    """Return whether gradients of grids are wanted, which the operations do not have."""
     shifts = parts.shifts
     return torch.is_grad_enabled() and (
         parts.grids.requires_grad or (shifts is not None and shifts.requires_grad)
@@ -271,7 +275,7 @@ def _run_compiled(function: Callable[..., Tensor], parts: Parts, *arguments: Any
 
 
 def _traits(argument: Any) -> Any:
-    """What Dynamo would recompile for, hashable."""
+    """Return everything for which Dynamo would recompile, hashable."""
     if isinstance(argument, Tensor):
         return argument.dtype, argument.dim(), argument.is_inference(), argument.shape[0] == 1
     if type(argument) in (tuple, Parts):

@@ -64,7 +64,8 @@ class QuantLinear(PackedStorage):
         >>> layer(torch.zeros(20, 64)).shape
         torch.Size([20, 8])
         >>> layer
-        QuantLinear(in_features=64, out_features=8, bits=4, group_size=32, symmetric=False, bias=True, bits_per_weight=5.00)
+        QuantLinear(in_features=64, out_features=8, bits=4, group_size=32, symmetric=False,
+        bias=True, bits_per_weight=5.00)
     """
 
     @classmethod
@@ -118,7 +119,8 @@ class QuantLinear(PackedStorage):
         """
         if weight.codes.shape != linear.weight.shape:
             raise LayerError(
-                f"the quantised weight is {tuple(weight.codes.shape)} and the layer's {tuple(linear.weight.shape)}; both must be the same (N, K)"
+                f"the quantised weight is {tuple(weight.codes.shape)} and the layer's "
+                f"{tuple(linear.weight.shape)}; both must be the same (N, K)"
             )
         layer = cls.from_quantized(weight, linear.bias, dtype=linear.weight.dtype)
         return layer.to(linear.weight.device).train(linear.training)
@@ -157,7 +159,7 @@ class QuantLinear(PackedStorage):
         return rows.reshape(*ids.shape, self.in_features)
 
     def rounded_input(self, x: Tensor) -> Tensor:
-        """What is left of an input once it is rounded to ``activation_bits``, for use with :attr:`weight`.
+        """Round an input to ``activation_bits``, for use with :attr:`weight`.
 
         Args:
             x: floating point (…, K), on any device.

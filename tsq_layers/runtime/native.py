@@ -1,11 +1,15 @@
-"""Packed layers on a CPU: the sources in ``packed``, compiled once for a machine by its C++ compiler, kept on disk, registered as operations.
+"""Run packed layers on a CPU by operations in C++.
+
+The sources in ``csrc`` are compiled once for a machine, kept on disk, and registered as operations.
 
 One library serves all widths, shapes, kinds of grids and numbers of rows. It is built (10 to 20 seconds) where a packed
-layer first runs on a CPU, or by ``tsq_layers.warmup``; later processes load it in milliseconds from ``tsq_layers/native``
+layer first runs on a CPU, or by ``tsq_layers.warmup``; later processes load it in milliseconds from
+``tsq_layers/native``
 in the user's cache directory (``XDG_CACHE_HOME``). Where it cannot be built, a warning says so once and
 :mod:`tsq_layers.runtime.kernels` goes its other ways.
 
-Operations, whose arguments are those of :mod:`tsq_layers.runtime.kernels`: ``tsq_layers::linear``, ``tsq_layers::dequantize``.
+Operations, whose arguments are those of :mod:`tsq_layers.runtime.kernels`: ``tsq_layers::linear``,
+``tsq_layers::dequantize``.
 """
 
 import hashlib
@@ -34,7 +38,10 @@ GRIDS = frozenset({"symmetric", "zero_points", "offsets", "row_tables", "group_t
 """Kinds of grids that the operations know."""
 
 FEW_ROWS = 16
-"""Up to this many rows of input codes are multiplied as they are decoded; with more, blocks of the matrix are made first."""
+"""Rows of input up to which codes are multiplied as they are decoded.
+
+With more, blocks of the matrix are decoded first.
+"""
 
 _SOURCE = Path(__file__).with_name("csrc") / "operations.cpp"
 _FLAGS = (
@@ -56,7 +63,7 @@ _usable: bool | None = None  # not known before the first use
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def usable() -> bool:
-    """Whether the operations are there; the first call loads or builds them.
+    """Return whether the operations are there; the first call loads or builds them.
 
     Warns:
         CompileWarning: once, if they cannot be built.
@@ -68,13 +75,16 @@ def usable() -> bool:
 
 
 def is_loaded() -> bool:
-    """Whether the operations are there already."""
+    """Return whether the operations are there already."""
     return _usable is True
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def multiplies(dtype: torch.dtype) -> bool:
-    """Whether the processor has instructions for products of a half-precision dtype, which beat float32 for many rows."""
+    """Return whether the processor multiplies a half-precision dtype faster than float32.
+
+    That is so for many rows, where it has instructions for such products.
+    """
     if dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
@@ -97,7 +107,8 @@ def _load() -> bool:
     except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
         reason = " ".join(str(getattr(error, "stderr", None) or error).strip().splitlines()[:2])
         warnings.warn(
-            f"the operations for packed layers on a CPU cannot be built ({reason}); torch.compile is used instead, which is slower and compiles for each kind of layer. {cure}",
+            f"the operations for packed layers on a CPU cannot be built ({reason}); torch.compile "
+            f"is used instead, which is slower and compiles for each kind of layer. {cure}",
             CompileWarning,
             stacklevel=3,
         )
@@ -161,7 +172,7 @@ def _folder() -> Path:
 
 
 def _processor() -> str:
-    """What ``-march=native`` depends on: a cache may be shared by different machines."""
+    """Return what ``-march=native`` depends on: a cache may be shared by different machines."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -28,7 +28,7 @@ _Planes = list[tuple[packing.Plane, tuple[Tensor, ...]]]
 
 
 def one_pass(format: WeightFormat, columns: int) -> bool:
-    """Whether few rows of input are done in one pass over the words.
+    """Return whether few rows of input are done in one pass over the words.
 
     The segments of all planes must fit into one another, and runs of one scale must not be too
     short: both hold when K is a multiple of 32 and K·bits/32 has a factor in common with the groups.
@@ -71,7 +71,7 @@ def few_rows(
 
 
 class _Runs(NamedTuple):
-    """How a row is cut: T segments of R runs of h columns, a scale being constant in a run."""
+    """The cut of a row: T segments of R runs of h columns, with one scale in a run."""
 
     segments: int
     per_segment: int

@@ -90,7 +90,7 @@ def route(x: Tensor, parts: Parts, format: WeightFormat, environment: Environmen
 
 
 def _integers_pay(call: Call) -> bool:
-    """Whether inputs are rounded, and integers can be multiplied here and are worth it.
+    """Return whether inputs are rounded, and integers can be multiplied here and are worth it.
 
     That is on accelerators, for many rows of input. Not on a CPU: without instructions for 8-bit products
     ``torch._int_mm`` takes 8 to 25 times as long as the product of float32 (measured on AVX2). Not for
@@ -114,12 +114,12 @@ def _integers_pay(call: Call) -> bool:
 
 
 def has_integer_product(device: torch.device) -> bool:
-    """Whether PyTorch multiplies matrices of 8-bit integers on a device."""
+    """Return whether PyTorch multiplies matrices of 8-bit integers on a device."""
     return torch._C._dispatch_has_kernel_for_dispatch_key("aten::_int_mm", device.type.upper())
 
 
 def _has_many_rows_of_entries(call: Call) -> bool:
-    """Whether entries of a sparse part cost less in a dense weight than one by one."""
+    """Return whether entries of a sparse part cost less in a dense weight than one by one."""
     if not call.format.outliers:
         return False
     return call.environment.exporting or call.rows > kernels.FEW_ROWS
@@ -131,7 +131,7 @@ def _has_dual_numbers(call: Call) -> bool:
 
 
 def _is_native(call: Call) -> bool:
-    """Whether an operation for a CPU takes it, and is not beaten by a product of half precision for many rows."""
+    """Return whether an operation for a CPU takes it, and a product of half precision is not faster."""
     environment = call.environment
     dtype = environment.dtype
     if dtype not in native.DTYPES or not kernels.is_native(call.x, call.format, environment):
@@ -142,13 +142,13 @@ def _is_native(call: Call) -> bool:
 
 
 def _is_dense_on_cpu(call: Call) -> bool:
-    """Whether an operation could take it, but a product of half precision is faster."""
+    """Return whether an operation could take it, but a product of half precision is faster."""
     dtype = call.environment.dtype
     return dtype in native.DTYPES and kernels.is_native(call.x, call.format, call.environment)
 
 
 def _needs_a_dense_weight(call: Call) -> bool:
-    """Whether one pass over the words is not possible, or not worth it, or must not be decided."""
+    """Return whether one pass over the words is not possible, or not worth it, or must not be decided."""
     format = call.format
     if call.environment.exporting or not one_pass(format, call.x.shape[-1]):
         return True
@@ -166,12 +166,12 @@ def most_rows(format: WeightFormat) -> int:
 
 
 def _is_compiled_by_others(call: Call) -> bool:
-    """Whether somebody else's ``torch.compile`` is tracing."""
+    """Return whether somebody else's ``torch.compile`` is tracing."""
     return call.environment.compiling
 
 
 def _can_compile(call: Call) -> bool:
-    """Whether there are values, on a device where compilation has not failed."""
+    """Return whether there are values, on a device where compilation has not failed."""
     return kernels.can_compile(call.x, call.environment)
 
 

@@ -1,4 +1,4 @@
-"""How to build an empty quantised layer: what every file that holds packed layers says of each."""
+"""Specify how to build an empty quantised layer, as every file with packed layers does."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, make_dataclass
@@ -44,7 +44,7 @@ _STORED = _stored_fields()
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSpec:
-    """How to build the empty :class:`~tsq_layers.runtime.linear.QuantLinear` of one layer.
+    """A specification of the empty :class:`~tsq_layers.runtime.linear.QuantLinear` of one layer.
 
     Args:
         in_features: K.
@@ -81,7 +81,8 @@ class LayerSpec:
 
         Example:
             >>> spec = LayerSpec.of(QuantLinear(16, 8, bits=2, group_size=8, tables="row"))
-            >>> LayerSpec.from_dict(spec.to_dict(), "fc") == spec, "tables" in spec.to_dict(), "offsets" in spec.to_dict()
+            >>> values = spec.to_dict()
+            >>> LayerSpec.from_dict(values, "fc") == spec, "tables" in values, "offsets" in values
             (True, True, False)
         """
         values = {

@@ -26,7 +26,9 @@ from tsq_layers.runtime.parts import Parts
 
 
 class PackedStorage(nn.Module):
-    """The buffers of a :class:`~tsq_layers.runtime.linear.QuantLinear`, which describes the arguments; it computes nothing.
+    """The buffers of a :class:`~tsq_layers.runtime.linear.QuantLinear`, which describes the arguments.
+
+    It computes nothing.
 
     Raises:
         LayerError: an argument that is not allowed.
@@ -115,7 +117,7 @@ class PackedStorage(nn.Module):
 
     @property
     def symmetric(self) -> bool:
-        """Whether the zero points are the constant 2^(bits−1)."""
+        """Return whether the zero points are the constant 2^(bits−1)."""
         return self.format.symmetric
 
     @property
@@ -125,7 +127,7 @@ class PackedStorage(nn.Module):
 
     @property
     def codebook(self) -> Literal["row", "group"] | None:
-        """What has a look-up table of its own."""
+        """The part of the weight that has a look-up table of its own."""
         return self.format.tables
 
     @property

@@ -1,4 +1,4 @@
-"""Do beforehand what the first calls of packed layers would do: build the operations for a CPU, compile for other devices."""
+"""Build operations for a CPU, and compile for other devices, before the first calls of packed layers."""
 
 import time
 from typing import Any

@@ -1,4 +1,6 @@
-"""AutoRound 0.16.1 (SignRound), 50 steps of 2 windows for each block: its default of 200 steps of 8 takes hours here."""
+"""AutoRound 0.16.1 (SignRound), 50 steps of 2 windows for each block: its default of 200 steps of 8
+takes hours here.
+"""
 
 from auto_round import AutoRound
 from hand_back import Task, linear_weights

@@ -1,6 +1,7 @@
 """compressed-tensors checkpoints, as llm-compressor writes them: the formats "pack-quantized" and "int-quantized".
 
-What a file holds is at the head of :mod:`tsq_layers.formats.compressed_tensors.writing`. Two older layouts are read too: words that
+What a file holds is at the head of :mod:`tsq_layers.formats.compressed_tensors.writing`. Two older
+layouts are read too: words that
 waste their last bits where b does not divide 32, and zero points that are not packed. "int-quantized" files hold codes
 of up to 8 bits as int8, from −2^(b−1) on.
 """
@@ -41,7 +42,8 @@ def layers(files: TensorFiles, config: Mapping[str, Any]) -> list[PackedLayer]:
             )
         if group.get("input_activations") or group.get("output_activations"):
             raise CheckpointError(
-                "the checkpoint quantises inputs of layers too, and only weights are read: quantise it with a scheme of weights alone"
+                "the checkpoint quantises inputs of layers too, and only weights are read: "
+                "quantise it with a scheme of weights alone"
             )
     ends = (".weight_packed", ".weight_scale")
     names = sorted(

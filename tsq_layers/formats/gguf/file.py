@@ -27,7 +27,7 @@ _CODES = {_UINT32: "I", _INT32: "i", _FLOAT32: "f", _BOOL: "?"}
 
 @dataclass(frozen=True)
 class BlockType:
-    """How a row of a tensor is stored.
+    """The way in which a row of a tensor is stored.
 
     Args:
         number: that of ggml.

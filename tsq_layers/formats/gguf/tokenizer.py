@@ -13,7 +13,10 @@ from tsq_layers.formats.gguf.file import Value
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 
-_LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _TEKKEN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|"
@@ -59,7 +62,7 @@ def tokenizer_metadata(tokenizer: Any, vocabulary: int) -> dict[str, Value]:
 
 
 def _split(name: str, described: Mapping[str, Any]) -> dict[str, Value]:
-    """How a text is cut up before pieces are merged."""
+    """The way in which a text is cut up before pieces are merged."""
     model = described["model"]
     if model["type"] != "BPE":
         raise _refusal(name, f"its model is {model['type']}, and only BPE is known")
@@ -82,7 +85,7 @@ def _split(name: str, described: Mapping[str, Any]) -> dict[str, Value]:
 
 
 def _steps(described: Mapping[str, Any] | None) -> tuple[tuple[str, Any], ...]:
-    """What a pre-tokenizer does, each step with the one option that matters."""
+    """Return the steps of a pre-tokenizer, each with the one option that matters."""
     if described is None:
         return ()
     if described["type"] == "Sequence":
@@ -121,14 +124,15 @@ def _tokens(described: Mapping[str, Any], vocabulary: int) -> tuple[list[str], l
             known[token["id"]] = (token["content"], _CONTROL if token["special"] else _USER_DEFINED)
     if max(known) >= vocabulary:
         raise ExportError(
-            f"the tokenizer numbers tokens up to {max(known)}, and the model's embedding has {vocabulary} rows: give the tokenizer of this model"
+            f"the tokenizer numbers tokens up to {max(known)}, and the model's embedding has "
+            f"{vocabulary} rows: give the tokenizer of this model"
         )
     ordered = [known.get(number, (f"[PAD{number}]", _UNUSED)) for number in range(vocabulary)]
     return [text for text, _ in ordered], [kind for _, kind in ordered]
 
 
 def _scores(tokens: list[str], merges: list[list[str]]) -> list[float]:
-    """Scores that make llama.cpp merge in the order of ``merges``: it merges what gives the token of the highest score."""
+    """Return scores with which llama.cpp merges in the order of ``merges``: highest score first."""
     ranks: dict[str, int] = {}
     for rank, (first, second) in enumerate(merges):
         ranks.setdefault(first + second, rank)
@@ -151,5 +155,6 @@ def _special(tokenizer: Any, vocabulary: int) -> dict[str, Value]:
 
 def _refusal(name: str, reason: str) -> ExportError:
     return ExportError(
-        f"llama.cpp would not split texts as this {name} does: {reason}; with tokenizer=None the file takes token numbers only"
+        f"llama.cpp would not split texts as this {name} does: {reason}; with tokenizer=None the "
+        "file takes token numbers only"
     )

@@ -72,7 +72,8 @@ def check_model(model: nn.Module) -> None:
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind is not None and kind not in ("llama", "mistral"):
         raise ExportError(
-            f"gguf files are written of models of type llama and mistral, and this is {kind!r}: the nearest is format='compressed-tensors'"
+            f"gguf files are written of models of type llama and mistral, and this is {kind!r}: "
+            "the nearest is format='compressed-tensors'"
         )
 
 

@@ -1,6 +1,7 @@
 """GPTQ checkpoints, of GPTQModel, AutoGPTQ and others: versions 1 and 2.
 
-What a file holds is at the head of :mod:`tsq_layers.formats.gptq.writing`. Width, rows, columns and groups of a layer follow from the
+What a file holds is at the head of :mod:`tsq_layers.formats.gptq.writing`. Width, rows, columns and
+groups of a layer follow from the
 shapes of its tensors, so that files with layers of several widths are read too.
 
 A zero point of 0 is stored as −1 in version 1. GPTQModel takes 1 off whole words of 2-, 4- and 8-bit fields, and the
@@ -92,7 +93,7 @@ def _group_size(name: str, config: Mapping[str, Any]) -> int | None:
 
 
 def _override(name: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What GPTQModel's ``dynamic`` says of one layer."""
+    """Return the settings of one layer in GPTQModel's ``dynamic``."""
     for pattern, changes in (config.get("dynamic") or {}).items():
         if isinstance(changes, Mapping) and re.match(pattern.removeprefix("+:"), name):
             return changes

@@ -59,8 +59,10 @@ def check_contents(contents: Contents, version: int) -> None:
     for name, layer in contents.held.items():
         if layer.bits != first.bits or not _is_grouped_by(layer, _group_size(first)):
             raise ExportError(
-                f"layer {first_name!r} has {described(first)} and {name!r} has {described(layer)}, and a gptq file holds one "
-                f"width and one group size: the nearest is a configuration without overrides, or format='compressed-tensors'"
+                f"layer {first_name!r} has {described(first)} and {name!r} has {described(layer)}, "
+                "and a gptq file holds one "
+                "width and one group size: the nearest is a configuration without overrides, or "
+                "format='compressed-tensors'"
             )
         planned = layer.words.is_meta  # then it has no zero points yet
         if (
@@ -130,7 +132,8 @@ def _block_list(contents: Contents) -> str:
     if len(lists) > 1 or None in lists:
         named = " and ".join(map(repr, lists.values()))
         raise ExportError(
-            f"layers {named} are in no or in different lists of blocks, and loaders of gptq files quantise one list of blocks: "
+            f"layers {named} are in no or in different lists of blocks, and loaders of gptq files "
+            "quantise one list of blocks: "
             "the nearest is format='compressed-tensors', or skip the layers of the other lists"
         )
     return str(next(iter(lists)))
@@ -158,7 +161,7 @@ def _group_size(layer: QuantLinear) -> int | None:
 
 
 def _is_grouped_by(layer: QuantLinear, size: int | None) -> bool:
-    """Whether a layer has the groups that a loader expects who knows only its width and ``size``."""
+    """Return whether a layer has the groups that a loader expects who knows only its width and ``size``."""
     if size is None or size >= layer.in_features:
         return _group_size(layer) is None
     return layer.group_size == size

@@ -1,4 +1,4 @@
-"""What ``tsq.json`` holds, and how a model's tensors are named in ``model.safetensors``."""
+"""Describe a saved model: ``tsq.json``, and the names of tensors in ``model.safetensors``."""
 
 import dataclasses
 import hashlib
@@ -67,7 +67,8 @@ class Entry:
 def entries(model: nn.Module, prefix: str = "") -> Iterator[Entry]:
     """Every parameter and buffer under every name that it has.
 
-    Left out are the buffers of a quantised layer that are not persistent: they are empty, and follow from its specification.
+    Left out are the buffers of a quantised layer that are not persistent: they are empty, and
+    follow from its specification.
     """
     for name, module in model.named_modules(prefix=prefix, remove_duplicate=False):
         dot = f"{name}." if name else ""
@@ -177,7 +178,10 @@ class Description:
 
 
 def sort_metadata(file: Path) -> None:
-    """Sort the metadata of a safetensors file, which are written in random order: the same model shall give the same bytes."""
+    """Sort the metadata of a safetensors file, so that the same model gives the same bytes.
+
+    safetensors writes them in random order.
+    """
     with file.open("rb+") as handle:
         length = int.from_bytes(handle.read(8), "little")
         header = json.loads(handle.read(length))
@@ -209,12 +213,14 @@ def _sections(text: str) -> dict[str, Any]:
         raise CheckpointError(f"{DESCRIPTION_FILE} is not JSON: {error}; {_DAMAGED}") from None
     if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
         raise CheckpointError(
-            f'{DESCRIPTION_FILE} does not say "format": "{FORMAT}": this is not a checkpoint of tsq.save; give the directory that tsq.save wrote'
+            f'{DESCRIPTION_FILE} does not say "format": "{FORMAT}": this is not a checkpoint of '
+            "tsq.save; give the directory that tsq.save wrote"
         )
     version = values.pop("schema_version", None)
     if version != SCHEMA_VERSION:
         raise CheckpointError(
-            f"{DESCRIPTION_FILE} has schema_version={version!r}, written by tsq_layers {values.get('library_version', '?')}; "
+            f"{DESCRIPTION_FILE} has schema_version={version!r}, written by tsq_layers "
+            f"{values.get('library_version', '?')}; "
             f"this version reads {SCHEMA_VERSION}: upgrade tsq_layers, or save the model again"
         )
     for key in ("composites", "placeholders"):  # files written before there were any

@@ -1,4 +1,4 @@
-"""What the files of a directory say before any tensor is read: names, dtypes, shapes and metadata."""
+"""Read names, dtypes, shapes and metadata of a directory's files, before any tensor is read."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -55,7 +55,10 @@ def tensor_files(directory: Path) -> list[Path]:
 
 
 def is_described(directory: Path) -> bool:
-    """Whether ``tsq.json`` describes a directory; not so if something else has written its tensors anew since."""
+    """Return whether ``tsq.json`` describes a directory.
+
+    It does not if something else has written its tensors anew since.
+    """
     if not (directory / DESCRIPTION_FILE).exists():
         return False
     file = directory / TENSORS_FILE
@@ -96,7 +99,7 @@ def read_headers(files: Iterable[Path]) -> tuple[dict[str, TensorSpec], dict[str
 
 
 def outlined(directory: Path) -> Outline | None:
-    """What ``quantization_config`` in a directory's ``config.json`` says, if it is of this library.
+    """Return ``quantization_config`` of a directory's ``config.json``, if it is of this library.
 
     Raises:
         CheckpointError: it is, and cannot be used.

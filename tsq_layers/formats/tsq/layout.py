@@ -1,4 +1,4 @@
-"""What loading will do to a model, with every check that needs no tensor values. Nothing is changed here."""
+"""Plan the loading of a model, with every check that needs no tensor values. Nothing is changed here."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ _OTHER_MODEL = "build the model with the configuration that it was saved with"
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What loading will do to a model.
+    """The changes that loading makes to a model.
 
     Args:
         layers: name → new layer, on the meta device.
@@ -97,12 +97,14 @@ def replaced_weight(model: nn.Module, name: str, spec: LayerSpec) -> Tensor:
     layer_kind = kind_of(module)
     if layer_kind is None:
         raise CheckpointError(
-            f"layer {name!r} of this {kind} is a {type(module).__name__}, no layer that can be quantised; {_OTHER_MODEL}, and with the kinds that were registered then"
+            f"layer {name!r} of this {kind} is a {type(module).__name__}, no layer that can be "
+            f"quantised; {_OTHER_MODEL}, and with the kinds that were registered then"
         )
     weight = layer_kind.weight(module)
     if tuple(weight.shape) != (spec.out_features, spec.in_features):
         raise CheckpointError(
-            f"layer {name!r} of this {kind} has a weight matrix of shape {tuple(weight.shape)}, in the checkpoint it is {(spec.out_features, spec.in_features)}; {_OTHER_MODEL}"
+            f"layer {name!r} of this {kind} has a weight matrix of shape {tuple(weight.shape)}, in "
+            f"the checkpoint it is {(spec.out_features, spec.in_features)}; {_OTHER_MODEL}"
         )
     return weight
 
@@ -169,7 +171,8 @@ def _check_sharing(kept: Sequence[Entry], description: Description) -> None:
         other = first.setdefault((id(entry.owner), entry.local), entry)
         if description.canonical(other.key) != description.canonical(entry.key):
             raise CheckpointError(
-                f"{other.key!r} and {entry.key!r} belong to one module in this model but are two tensors in the checkpoint; {_OTHER_MODEL}"
+                f"{other.key!r} and {entry.key!r} belong to one module in this model but are two "
+                f"tensors in the checkpoint; {_OTHER_MODEL}"
             )
 
 
@@ -177,7 +180,8 @@ def _check_shape(entry: Entry, description: Description) -> None:
     stored = description.tensors[description.canonical(entry.key)]
     if stored.shape != tuple(entry.tensor.shape):
         raise CheckpointError(
-            f"tensor {entry.key!r} has shape {tuple(entry.tensor.shape)} in this model and {stored.shape} in the checkpoint; {_OTHER_MODEL}"
+            f"tensor {entry.key!r} has shape {tuple(entry.tensor.shape)} in this model and "
+            f"{stored.shape} in the checkpoint; {_OTHER_MODEL}"
         )
 
 
@@ -188,7 +192,8 @@ def _check_exactly(entry: Entry, description: Description) -> None:
     )
     if stored != expected:
         raise CheckpointError(
-            f"tensor {entry.key!r} is {stored} in the checkpoint; its layer, as {DESCRIPTION_FILE} describes it, needs {expected}. "
+            f"tensor {entry.key!r} is {stored} in the checkpoint; its layer, as {DESCRIPTION_FILE} "
+            f"describes it, needs {expected}. "
             "The file is damaged or was changed by hand; save the model again"
         )
 
@@ -207,14 +212,15 @@ def _following_attributes(
                 follow.append((module, attribute, by_tensor[id(value)]))
             elif value.is_meta:
                 raise CheckpointError(
-                    f"attribute {attribute!r} of module {name!r} ({type(module).__name__}) is a tensor on the meta device and, being neither "
+                    f"attribute {attribute!r} of module {name!r} ({type(module).__name__}) is a "
+                    "tensor on the meta device and, being neither "
                     "parameter nor buffer, is not in the checkpoint; build the model on a real device"
                 )
     return follow
 
 
 def is_under(key: str, names: Collection[str]) -> bool:
-    """Whether a key, or a module's name, is one of ``names`` or lies below one."""
+    """Return whether a key, or a module's name, is one of ``names`` or lies below one."""
     parts = key.removeprefix(NON_PERSISTENT).split(".")
     return "" in names or any(".".join(parts[:end]) in names for end in range(1, len(parts) + 1))
 

@@ -22,7 +22,7 @@ _WHERE = "quantization_config"
 
 @dataclass(frozen=True, kw_only=True)
 class Outline:
-    """Which layers of a model are quantised, and how.
+    """An outline of a model: its quantised layers, and the format of each.
 
     Args:
         layers: dotted name → specification.
@@ -82,7 +82,8 @@ class Outline:
         version = values.get("schema_version")
         if version != SCHEMA_VERSION:
             raise CheckpointError(
-                f"{_WHERE} has schema_version={version!r}; this version of tsq_layers reads {SCHEMA_VERSION}: upgrade tsq_layers, or save the model again"
+                f"{_WHERE} has schema_version={version!r}; this version of tsq_layers reads "
+                f"{SCHEMA_VERSION}: upgrade tsq_layers, or save the model again"
             )
         kinds = {"layers": list, "composites": list, "aliases": dict, "placeholders": list}
         for key, kind in kinds.items():
@@ -102,7 +103,7 @@ class Outline:
 
 
 def _aliases(model: nn.Module, layers: Collection[str]) -> dict[str, str]:
-    """What packed layers share among themselves, and what the rest of the model does.
+    """Return the tensors that packed layers share, and those that the rest of the model shares.
 
     A bias of a head that is also a parameter of another module is stored twice: transformers, which loads these files,
     ties its own parameters, but none to those of a packed layer.

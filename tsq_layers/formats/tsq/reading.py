@@ -66,7 +66,8 @@ def load(
     """
     if is_prepared(model):
         raise StateError(
-            "the model is prepared, and its observers would stay on the packed layers; call unprepare(model) before load"
+            "the model is prepared, and its observers would stay on the packed layers; call "
+            "unprepare(model) before load"
         )
     directory = Path(path)
     description = _read_description(directory)
@@ -89,7 +90,8 @@ def splits_of(model: nn.Module, names: Iterable[str]) -> dict[nn.Module, nn.Modu
         composite = None if module is None else composite_of(module)
         if module is None or composite is None or module is model:
             raise CheckpointError(
-                f"{name!r} was split into layers when the model was saved, and is no such module in this {type(model).__name__}; "
+                f"{name!r} was split into layers when the model was saved, and is no such module "
+                f"in this {type(model).__name__}; "
                 "build the model with the configuration that it was saved with"
             )
         splits[module] = split_of(composite, module)
@@ -97,7 +99,7 @@ def splits_of(model: nn.Module, names: Iterable[str]) -> dict[nn.Module, nn.Modu
 
 
 def _read_description(directory: Path) -> Description:
-    """What ``tsq.json`` says; or, where transformers wrote the directory, ``config.json`` and the tensors' headers."""
+    """Return the description in ``tsq.json``, or that in ``config.json`` and headers if transformers wrote it."""
     outline = None if is_described(directory) else outlined(directory)
     if outline is not None:
         return description_from_headers(directory, outline)
@@ -133,7 +135,8 @@ def _read_tensors(
     for key, tensor in tensors.items():
         if TensorSpec.of(tensor) != description.tensors[key]:
             raise CheckpointError(
-                f"tensor {key!r} is {TensorSpec.of(tensor)} in {TENSORS_FILE} and {description.tensors[key]} in {DESCRIPTION_FILE}; {AGAIN}"
+                f"tensor {key!r} is {TensorSpec.of(tensor)} in {TENSORS_FILE} and "
+                f"{description.tensors[key]} in {DESCRIPTION_FILE}; {AGAIN}"
             )
     return tensors
 
@@ -148,7 +151,8 @@ def _check_file(directory: Path, description: Description) -> None:
         if differing:
             lacking = TENSORS_FILE if differing[0] not in keys else DESCRIPTION_FILE
             raise CheckpointError(
-                f"tensor {differing[0]!r} is missing in {lacking}: the two files in {directory} are of different saves; {AGAIN}"
+                f"tensor {differing[0]!r} is missing in {lacking}: the two files in {directory} "
+                f"are of different saves; {AGAIN}"
             )
         if header_digest(file) != description.header_sha256:
             raise CheckpointError(

@@ -86,7 +86,7 @@ def write(model: nn.Module, path: str | os.PathLike[str], placeholders: Sequence
 
 
 def layers_of(model: nn.Module) -> dict[str, LayerSpec]:
-    """How to build every quantised layer of a model.
+    """Return the specification of every quantised layer of a model.
 
     Raises:
         StateError: there is none.
@@ -94,7 +94,8 @@ def layers_of(model: nn.Module) -> dict[str, LayerSpec]:
     layers = {name: LayerSpec.of(matrix) for name, _, matrix in packed(model)}
     if not layers:
         raise StateError(
-            f"{type(model).__name__} holds no QuantLinear: call tsq.quantize(model, config, batches), or prepare, calibrate and convert, first"
+            f"{type(model).__name__} holds no QuantLinear: call tsq.quantize(model, config, "
+            "batches), or prepare, calibrate and convert, first"
         )
     return layers
 
@@ -143,7 +144,8 @@ def _check_state(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             raise CheckpointError(
-                f"module {name!r} ({type(module).__name__}) keeps extra state beside its tensors, which safetensors cannot hold; save it on your own"
+                f"module {name!r} ({type(module).__name__}) keeps extra state beside its tensors, "
+                "which safetensors cannot hold; save it on your own"
             )
     known = {memory_extent(entry.tensor) for entry in entries(model)}
     state = model.state_dict(keep_vars=True)
@@ -157,8 +159,10 @@ def _check_state(model: nn.Module) -> None:
         names = {name for name, _ in model.named_modules() if lost.startswith(f"{name}.")}
         owner = max(names, key=len, default="")
         raise CheckpointError(
-            f"module {owner!r} ({type(model.get_submodule(owner)).__name__}) keeps {lost!r}, which is no parameter or buffer, and which a checkpoint "
-            "cannot hold: save the model before the pass that makes it (quantize_dynamic, for example), and run that again after loading"
+            f"module {owner!r} ({type(model.get_submodule(owner)).__name__}) keeps {lost!r}, which "
+            "is no parameter or buffer, and which a checkpoint "
+            "cannot hold: save the model before the pass that makes it (quantize_dynamic, for "
+            "example), and run that again after loading"
         )
 
 
@@ -183,11 +187,13 @@ def _check_values(tensors: Mapping[str, Tensor]) -> None:
     for key, tensor in tensors.items():
         if tensor.is_meta:
             raise StateError(
-                f"tensor {key!r} is on the meta device and has no values to save: load a checkpoint, or build the model on a real device"
+                f"tensor {key!r} is on the meta device and has no values to save: load a "
+                "checkpoint, or build the model on a real device"
             )
         if is_traceable_wrapper_subclass(tensor):
             raise CheckpointError(
-                f"tensor {key!r} is of type {type(tensor).__name__}, which safetensors cannot hold: save the model before the "
+                f"tensor {key!r} is of type {type(tensor).__name__}, which safetensors cannot "
+                "hold: save the model before the "
                 "pass that makes it, and run that again after loading"
             )
 
@@ -207,7 +213,8 @@ def _check_overlaps(tensors: Mapping[str, Tensor]) -> None:
     ):
         if storage == other_storage and other_start < start + size:
             raise CheckpointError(
-                f"tensors {key!r} and {other!r} share memory but are not the same tensor, which a checkpoint cannot keep; clone one of them"
+                f"tensors {key!r} and {other!r} share memory but are not the same tensor, which a "
+                "checkpoint cannot keep; clone one of them"
             )
 
 

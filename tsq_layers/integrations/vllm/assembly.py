@@ -1,4 +1,4 @@
-"""What runs inside a layer of vLLM: one matrix, or several beside each other where they cannot be one.
+"""Assemble the matrices of a layer of vLLM: one, or several beside each other.
 
 vLLM fuses layers that share their input (q, k and v; gate and up). Neighbours of the same form and basis
 are stacked, which is exact: rows of packed buffers are rows of the weight. Others (another width, group
@@ -31,7 +31,7 @@ from tsq_layers.runtime.spec import LayerSpec
 
 
 class Share(NamedTuple):
-    """What this process runs of a layer of the file.
+    """The share of a layer that this process runs.
 
     Args:
         name: of the layer.
@@ -68,7 +68,8 @@ class Intake:
         self.name, self.spec, self.cut = name, spec, cut
         if spec is not None and (spec.out_features, spec.in_features) != shape:
             raise CheckpointError(
-                f"layer {name!r} is {spec.out_features}×{spec.in_features} in the file, and vLLM expects {shape[0]}×{shape[1]}: config.json and tsq.json do not belong together"
+                f"layer {name!r} is {spec.out_features}×{spec.in_features} in the file, and vLLM "
+                f"expects {shape[0]}×{shape[1]}: config.json and tsq.json do not belong together"
             )
         self.share_spec = None if spec is None else share_of(name, spec, cut)
         self.expected: Mapping[str, BufferSpec] = {
@@ -87,7 +88,8 @@ class Intake:
         expected = self.expected.get(key)
         if expected is None:
             raise CheckpointError(
-                f"layer {self.name!r} has no {key!r}, it has {', '.join(self.expected)}: tsq.json and the tensors do not belong together"
+                f"layer {self.name!r} has no {key!r}, it has {', '.join(self.expected)}: tsq.json "
+                "and the tensors do not belong together"
             )
         fits = tuple(tensor.shape) == expected.shape and (
             self.spec is None or tensor.dtype == expected.dtype
@@ -188,7 +190,7 @@ def _fit_together(upper: Share, lower: Share) -> bool:
 
 
 def _without_rows(spec: LayerSpec) -> LayerSpec:
-    """What must be the same: all but the number of rows, and what belongs to the bias, which vLLM holds."""
+    """Return what must be equal: all but the number of rows and the bias, which vLLM holds."""
     return dataclasses.replace(spec, out_features=1, bias=False, dtype="float32")
 
 

@@ -1,4 +1,4 @@
-"""Which layers a directory holds packed, from its ``tsq.json`` or the ``quantization_config`` of its ``config.json``."""
+"""Read the packed layers of a directory, from ``tsq.json`` or the ``quantization_config`` of ``config.json``."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -87,7 +87,8 @@ def check_within(prefix: str, layers: Mapping[str, LayerSpec]) -> None:
     inside = [name for name in layers if name.startswith(f"{prefix}.")]
     if inside:
         raise ConfigError(
-            f"layer {inside[0]!r} is quantised, but vLLM runs {prefix!r} as one: quantise with skip=({prefix.rpartition('.')[2] + '.*'!r},)"
+            f"layer {inside[0]!r} is quantised, but vLLM runs {prefix!r} as one: quantise with "
+            f"skip=({prefix.rpartition('.')[2] + '.*'!r},)"
         )
 
 
@@ -108,6 +109,7 @@ linear layers are served packed; quantise with embeddings=False, or skip=('wte',
         if name not in names:
             pattern = re.sub(r"\b\d+\b", "*", name)
             raise ConfigError(
-                f"layer {name!r} is quantised, but is no linear layer in vLLM's model: only linear layers are served packed; "
+                f"layer {name!r} is quantised, but is no linear layer in vLLM's model: only linear "
+                "layers are served packed; "
                 f"quantise with embeddings=False, or skip=({pattern!r},)"
             )

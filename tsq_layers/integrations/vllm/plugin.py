@@ -39,7 +39,7 @@ _QKV = {"q": 0, "k": 1, "v": 2}
 
 @register_quantization_config(METHOD)
 class TsqConfig(QuantizationConfig):  # type: ignore[misc]
-    """Which layers are packed, and how each is.
+    """The packed layers, and the specification of each.
 
     Args:
         values: the ``quantization_config`` of ``config.json``, or ``tsq.json``.
@@ -78,7 +78,8 @@ class TsqConfig(QuantizationConfig):  # type: ignore[misc]
         self._describe(values or {})
         if self.layers is None:
             raise ConfigError(
-                f"{model_name} holds no {DESCRIPTION_FILE} that names its layers: give a directory that tsq_layers saved"
+                f"{model_name} holds no {DESCRIPTION_FILE} that names its layers: give a directory "
+                "that tsq_layers saved"
             )
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
@@ -86,7 +87,7 @@ class TsqConfig(QuantizationConfig):  # type: ignore[misc]
         self.layers = hf_to_vllm_mapper.apply_dict(self.layers or {})
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
-        """How a layer is run; ``None`` leaves it to vLLM."""
+        """Return the method that runs a layer; ``None`` leaves it to vLLM."""
         specs = self.layers or {}
         if isinstance(layer, RoutedExperts):
             check_within(prefix, specs)
@@ -121,7 +122,7 @@ class TsqConfig(QuantizationConfig):  # type: ignore[misc]
 
     @staticmethod
     def get_config_filenames() -> list[str]:
-        """Where ``config.json`` has no ``quantization_config``, and the user asks for ``quantization="tsq"``."""
+        """Take over a model without ``quantization_config``, if the user asks for ``quantization="tsq"``."""
         return [DESCRIPTION_FILE]
 
 
@@ -198,7 +199,8 @@ class TsqLinearMethod(LinearMethodBase):  # type: ignore[misc]
 
     def tie_weights(self, layer: nn.Module, embed_tokens: nn.Module) -> nn.Module:  # noqa: ARG002
         raise ConfigError(
-            f"layer {self.names[0]!r} is quantised and tied to the embedding, which vLLM shares unpacked: quantise with skip=({self.names[0]!r},)"
+            f"layer {self.names[0]!r} is quantised and tied to the embedding, which vLLM shares "
+            f"unpacked: quantise with skip=({self.names[0]!r},)"
         )
 
 
@@ -220,7 +222,9 @@ def _cuts(
         return [(sum(wholes), Cut(row_spans(sizes, wholes, rank, ranks), columns))]
     if len(names) != len(sizes):
         raise ConfigError(
-            f"layer {layer.prefix!r} of vLLM has {len(sizes)} parts, and the file holds {', '.join(names)}: such a layer is not served packed; quantise with skip={tuple(names)!r}"
+            f"layer {layer.prefix!r} of vLLM has {len(sizes)} parts, and the file holds "
+            f"{', '.join(names)}: such a layer is not served packed; quantise with "
+            f"skip={tuple(names)!r}"
         )
     spans = [
         row_spans([size], [whole], rank, ranks) for size, whole in zip(sizes, wholes, strict=True)

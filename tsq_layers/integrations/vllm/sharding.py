@@ -31,7 +31,7 @@ class Span(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """What a process runs of a layer.
+    """The share of a layer that a process runs.
 
     Args:
         rows: spans of rows, one after another; ``None`` is all of them.
@@ -96,7 +96,8 @@ def share_of(name: str, spec: LayerSpec, cut: Cut) -> LayerSpec:
         return spec
     if spec.format.has_outliers:
         raise ConfigError(
-            f"layer {name!r} has a sparse part, which tensor parallelism cannot split: serve it with tensor_parallel_size=1, or quantise without outliers"
+            f"layer {name!r} has a sparse part, which tensor parallelism cannot split: serve it "
+            "with tensor_parallel_size=1, or quantise without outliers"
         )
     rows = spec.out_features if cut.rows is None else sum(span.length for span in cut.rows)
     spec = dataclasses.replace(spec, out_features=rows + cut.padding)
@@ -116,8 +117,10 @@ def _check_columns(name: str, spec: LayerSpec, columns: Span) -> None:
     for what, step in spec.format.borders(spec.in_features).items():
         if columns.start % step or (columns.length % step and not at_end):
             raise ConfigError(
-                f"layer {name!r} has {what} of {step} columns, which its share of {columns.length} of {spec.in_features} columns would part: "
-                f"choose a tensor_parallel_size whose shares are multiples of {step}, or quantise with a size that divides {columns.length}"
+                f"layer {name!r} has {what} of {step} columns, which its share of {columns.length} "
+                f"of {spec.in_features} columns would part: "
+                f"choose a tensor_parallel_size whose shares are multiples of {step}, or quantise "
+                f"with a size that divides {columns.length}"
             )
 
 
