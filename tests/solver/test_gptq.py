@@ -286,7 +286,7 @@ def test_recursion_and_chunks_do_not_change_the_codes_of_blocks(
     cases = block_cases(5, 2, 45, 8)
     codes = assign_together(cases)
     monkeypatch.setattr(gptq, "_LEAF", leaf)
-    monkeypatch.setattr(gptq, "_CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr(gptq, "CHUNK_WEIGHTS", elements)
     assert torch.equal(assign_together(cases), codes)
 
 
@@ -372,8 +372,8 @@ def test_errors_that_the_columns_leave_equal_full_products(
 def test_panels_and_chunks_do_not_change_what_is_left(
     panel: int, elements: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gptq, "_PANEL", panel)
-    monkeypatch.setattr(gptq, "_CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr(gptq, "PANEL_COLUMNS", panel)
+    monkeypatch.setattr(gptq, "CHUNK_WEIGHTS", elements)
     cases = block_cases(3, 3, 33, 8)
     assert_close(left(cases), expected_left(cases), **CLOSE)
     assert_close(left(cases[:1]), expected_left(cases[:1]), **CLOSE)

@@ -126,8 +126,8 @@ def test_columns_take_five_operations_each_and_some_for_each_block() -> None:
         number for name, number in calls.items() if name not in views | {"alias", "split", "detach"}
     )
     assert calls["addmv_"] <= K
-    assert calls["div"] <= K + K // gptq._BLOCK
-    assert computing <= 5 * K + 20 * K // gptq._BLOCK + 20
+    assert calls["div"] <= K + K // gptq.BLOCK_COLUMNS
+    assert computing <= 5 * K + 20 * K // gptq.BLOCK_COLUMNS + 20
 
 
 def test_gptq_makes_one_copy_of_the_weight_and_one_for_the_time_of_its_permutation() -> None:

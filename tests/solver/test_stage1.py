@@ -323,7 +323,7 @@ def test_rows_are_independent() -> None:
 def test_chunks_do_not_change_the_grids(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
     W, H = normal(10, K), some_hessian()
     expected = fitted_with(W, H, 3, False)
-    monkeypatch.setattr(stage1, "_CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr(stage1, "SCAN_WEIGHTS", elements)
     for found, wanted in zip(fitted_with(W, H, 3, False), expected, strict=True):
         assert_close(found, wanted, **CLOSE)
 
@@ -423,7 +423,7 @@ def test_chunks_do_not_change_the_grids_of_blocks(
 ) -> None:
     W, metrics = normal(15, K), block_metrics(5, kind)
     expected = stage1.fit_grids(W, metrics, 3, GROUP, False)
-    monkeypatch.setattr(stage1, "_CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr(stage1, "SCAN_WEIGHTS", elements)
     for found, wanted in zip(stage1.fit_grids(W, metrics, 3, GROUP, False), expected, strict=True):
         assert_close(found, wanted, **CLOSE)
 

@@ -120,7 +120,7 @@ def test_chunks_do_not_change_the_small_problem(
 ) -> None:
     c = case()
     expected = c.small()
-    monkeypatch.setattr(stage2, "_CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr(stage2, "GRAM_WEIGHTS", elements)
     assert_close(c.small().gram, expected.gram, **CLOSE)
     assert_close(c.small().slope, expected.slope, **CLOSE)
 
@@ -130,7 +130,7 @@ def test_chunks_do_not_change_the_small_problem(
 def test_panels_do_not_change_the_small_problem(
     K: int, panel: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stage2, "_PANEL", panel)
+    monkeypatch.setattr(stage2, "PANEL_COLUMNS", panel)
     c = case(K=K)
     gram, slope = expected_small(c)
     assert_close(c.small().gram, gram, **CLOSE)
@@ -301,7 +301,7 @@ def test_rows_that_are_solved_together_do_not_change_the_scales(
 ) -> None:
     small = case(N=7).small(0.1)
     expected = stage2.exact(small, small.start)
-    monkeypatch.setattr(stage2, "_SYSTEM_ELEMENTS", elements)
+    monkeypatch.setattr(stage2, "SYSTEM_ENTRIES", elements)
     assert_close(stage2.exact(small, small.start), expected, **CLOSE)
 
 
@@ -437,8 +437,8 @@ def test_small_problem_of_blocks_is_that_of_each(
 ) -> None:
     cases = [case(n, K, seed) for seed in range(B)]
     alone = [c.small(0.01) for c in cases]
-    monkeypatch.setattr(stage2, "_PANEL", panel)
-    monkeypatch.setattr(stage2, "_CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr(stage2, "PANEL_COLUMNS", panel)
+    monkeypatch.setattr(stage2, "GRAM_WEIGHTS", elements)
     small = small_of_blocks(cases, torch.stack([c.H for c in cases]))
     for name in ("gram", "slope", "start"):
         assert_close(getattr(small, name), joined(alone, name), **CLOSE)

@@ -49,9 +49,8 @@ def new_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
             f"{target} exists and is no empty directory: an export replaces nothing, give another one, or remove it"
         )
     try:
-        inside = (
-            target if target.exists() else target.parent
-        )  # an empty directory may be a mounted one, and stays
+        # An empty directory may be a mounted one, and stays.
+        inside = target if target.exists() else target.parent
         inside.mkdir(parents=True, exist_ok=True)
         temporary = inside / f".{target.name}-{secrets.token_hex(4)}"
         temporary.mkdir()

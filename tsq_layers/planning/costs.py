@@ -10,15 +10,10 @@ Shapes: N rows, K columns, B blocks of rows with a metric each, G groups a row.
 
 from tsq_layers.config import QuantConfig
 from tsq_layers.numerics import grid
+from tsq_layers.solver import gptq, stage1, stage2
+from tsq_layers.solver.blocks import PANEL_COLUMNS
 
 _SIZE = 4  # bytes of a number
-_SCAN = 2**20  # weights that stage 1 looks at together
-_BLOCK = 128  # columns of which GPTQ holds grids and steps
-_PANEL = 256  # columns of H, or of its factor, that a loss, or its slope, looks at together
-_GRAM = 2**21  # weights of which stage 2 builds Gram matrices together
-_SYSTEMS = 2**21  # entries of the Gram matrices that it solves together
-_GROUPS = 512  # columns whose products with those of a group stage 2 holds
-_TOGETHER = 2**24  # weights that GPTQ works on together, where there are blocks
 
 
 def solver_bytes(
@@ -47,18 +42,16 @@ def solver_bytes(
     w, h, s, q = rows * columns, blocks * columns**2, rows * groups, rows * groups**2
     if not config.needs_calibration:
         return _SIZE * (2 * w + 2 * s)
-    problem = (
-        shifted * w + 2 * h + 2 * s
-    )  # shifted target, damped H and its factor; scales and zeros
+    # Shifted target, damped H and its factor; scales and zeros.
+    problem = shifted * w + 2 * h + 2 * s
     padded = s * min(config.group_size or columns, columns)  # short groups are filled up
-    scan = min(padded, _SCAN)
-    part = w if blocks == 1 else min(w, max(w // blocks, _TOGETHER))
-    share = min(1.0, _BLOCK / columns)  # of the columns that GPTQ works on at once
-    gram = min(1.0, _GRAM / w)  # of the rows whose Gram matrices are built at once
-    building = (
-        w + q + gram * (w * (1 + min(1.0, _GROUPS / columns)) + q)
-    )  # integers; A; both with rows side by side
-    solving = 2.1 * min(q, _SYSTEMS)  # the systems of some rows, and their factors
+    scan = min(padded, stage1.SCAN_WEIGHTS)
+    part = w if blocks == 1 else min(w, max(w // blocks, gptq.CHUNK_WEIGHTS))
+    share = min(1.0, gptq.BLOCK_COLUMNS / columns)  # of the columns that GPTQ works on at once
+    gram = min(1.0, stage2.GRAM_WEIGHTS / w)  # of the rows whose Gram matrices are built at once
+    # Integers; A; both with rows side by side.
+    building = w + q + gram * (w * (1 + min(1.0, stage2.PANEL_COLUMNS / columns)) + q)
+    solving = 2.1 * min(q, stage2.SYSTEM_ENTRIES)  # the systems of some rows, and their factors
     slope = w * (
         1 + _other_target(config, shifted=shifted)
     )  # (Q − W') H; and Q − W', if that is not GPTQ's
@@ -94,10 +87,9 @@ def solver_flops(
     if not config.needs_calibration:
         return 0.0
     rows, columns = shape
-    half = 1 + min(1.0, _PANEL / columns)  # of a product with H, of which half is looked at
-    products = (
-        2 * half + 1 + 2 * shifted
-    )  # losses of the nearest codes and of none; the errors carried; W R
+    half = 1 + min(1.0, PANEL_COLUMNS / columns)  # of a product with H, of which half is looked at
+    # Losses of the nearest codes and of none; the errors carried; W R.
+    products = 2 * half + 1 + 2 * shifted
     if _other_target(config, shifted=shifted):  # than GPTQ's, which knows its own loss
         products += 2 if _refines(config) else half
     elif _refines(config):

@@ -156,9 +156,8 @@ def _bits(planes: _Planes, t: int) -> list[Tensor]:
     bits: list[Tensor] = []
     for plane, segments in planes:
         words, field = segments[t % len(segments)], t // len(segments)
-        first = (
-            packing.WORD_BITS - 1 - plane.bits * field
-        )  # how far from the sign its lowest bit is
+        # How far from the sign its lowest bit is.
+        first = packing.WORD_BITS - 1 - plane.bits * field
         bits += [(words << (first - place)) < 0 for place in range(plane.bits)]
     return bits
 

@@ -14,6 +14,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+PANEL_COLUMNS = 256
+"""Columns of H, or of its factor, that a loss or (Q − W\') H multiplies by at once."""
+
 
 def stack(metric: Tensor) -> Tensor:
     """A metric with its block axis: (L, K) or (B, L, K) → (B, L, K), B = 1 if there was none."""

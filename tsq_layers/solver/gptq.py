@@ -29,14 +29,14 @@ import torch
 from torch import Tensor
 
 from tsq_layers.numerics import grid
-from tsq_layers.solver.blocks import fold, stack, take_rows
+from tsq_layers.solver.blocks import PANEL_COLUMNS, fold, stack, take_rows
 
 _LEAF = 32  # columns that are summed one by one
-_BLOCK = 128  # columns whose sums over all before them are one product
-_CHUNK_ELEMENTS = (
-    2**24
-)  # weights whose columns advance together, where there are blocks: bounds the working memory
-_PANEL = 256  # columns of (Q − W') H that are one product
+BLOCK_COLUMNS = 128
+"""Columns whose sums over all before them are one product."""
+
+CHUNK_WEIGHTS = 2**24
+"""Weights whose columns advance together, where rows have metrics of their own."""
 
 
 class Assigned(NamedTuple):
@@ -84,7 +84,7 @@ def assign(
     """
     factors = stack(factor)
     blocks = factors.shape[0]
-    together = max(1, _CHUNK_ELEMENTS * blocks // max(1, target.numel()))
+    together = max(1, CHUNK_WEIGHTS * blocks // max(1, target.numel()))
     arguments: tuple[Tensor, ...] = (
         fold(target, blocks),
         factors,
@@ -123,8 +123,8 @@ def _assign(
         scales.mT.contiguous(), zeros.mT.contiguous(), order // group_size, grid.code_max(bits)
     )
     grids.free = None if free is None else take_rows(free.mT.contiguous(), order)
-    for start in range(0, remainder.shape[1], _BLOCK):
-        stop = min(start + _BLOCK, remainder.shape[1])
+    for start in range(0, remainder.shape[1], BLOCK_COLUMNS):
+        stop = min(start + BLOCK_COLUMNS, remainder.shape[1])
         loss += _Block(remainder, factor, grids, codes, whitened, start, stop).solve()
     del remainder, grids
     return Assigned(take_rows(codes, order.argsort(-1)).mT.contiguous(), loss, whitened)
@@ -140,8 +140,8 @@ def pulled(whitened: Tensor, factor: Tensor) -> Tensor:
     factors = stack(factor)
     blocks, columns, rows = whitened.shape
     error_H = whitened.new_empty(blocks, rows, columns)
-    for start in range(0, columns, _PANEL):
-        stop = min(start + _PANEL, columns)
+    for start in range(0, columns, PANEL_COLUMNS):
+        stop = min(start + PANEL_COLUMNS, columns)
         errors, panel = whitened[:, start:].mT, factors[:, start:stop, start:].mT
         if blocks == 1:
             torch.mm(errors[0], panel[0], out=error_H[0, :, start:stop])
@@ -174,7 +174,7 @@ class _Grids:
             group_of + firsts,
             most,
         )
-        self._memory = scales.new_empty(5, blocks * min(_BLOCK, group_of.shape[1]), rows)
+        self._memory = scales.new_empty(5, blocks * min(BLOCK_COLUMNS, group_of.shape[1]), rows)
 
     def of(self, start: int, stop: int) -> tuple[Tensor, ...]:
         """Scales, zero points, least and largest steps, and room for the steps, (b, stop − start, n) each."""

@@ -27,6 +27,7 @@ from tsq_layers.errors import CalibrationError, DampingWarning, LayerError, Sing
 from tsq_layers.numerics.statistics import LayerStatistics
 from tsq_layers.numerics.sync import to_host
 from tsq_layers.solver.blocks import (
+    PANEL_COLUMNS,
     chunks,
     fold,
     in_original_order,
@@ -37,10 +38,8 @@ from tsq_layers.solver.blocks import (
 )
 
 _LARGEST_DAMPING = 1.0
-_CHUNK_ELEMENTS = (
-    2**24
-)  # entries of H that are factorised at once, where it has blocks: bounds the temporaries
-_PANEL = 256  # columns of H by which a loss is summed
+# Entries of H that are factorised at once, where it has blocks: bounds the temporaries.
+_CHUNK_ELEMENTS = 2**24
 _PANEL_ELEMENTS = 2**20  # weights whose loss is summed at once: bounds the temporaries
 _VANISHING = 2.0**-100  # a mean of diag H below this: its damping would underflow in float32
 
@@ -253,8 +252,8 @@ def squared_error(difference: Tensor, hessian: Tensor, ridge: Tensor | None = No
 def _squared_error(rows: Tensor, metrics: Tensor, less: Tensor | None = None) -> Tensor:
     """:func:`squared_error` of some blocks, or of some rows of one: (b·c, K), (b, K, K) and (b·c, 1)."""
     losses = rows.new_zeros(len(rows))
-    for start in range(0, rows.shape[1], _PANEL):
-        stop = min(start + _PANEL, rows.shape[1])
+    for start in range(0, rows.shape[1], PANEL_COLUMNS):
+        stop = min(start + PANEL_COLUMNS, rows.shape[1])
         panel = rows[:, start:stop]
         if start:
             losses.add_(

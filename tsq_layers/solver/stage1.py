@@ -38,7 +38,8 @@ from torch import Tensor
 from tsq_layers.numerics import grid
 from tsq_layers.solver.blocks import chunks, stack
 
-_CHUNK_ELEMENTS = 2**20  # weights that are scanned at once: bounds the temporaries
+SCAN_WEIGHTS = 2**20
+"""Weights that are scanned at once: bounds the temporaries."""
 _TIE = 64  # units of rounding within which numbers count as equal, lest the order of a sum decide
 _CLIP_RANGE = {1: (0.8, 0.3), 2: (0.95, 0.45), 3: (1.0, 0.65), 4: (1.0, 0.75)}
 _CLIP_COUNT = 6
@@ -113,7 +114,7 @@ def _fit(
     blocks = grouped(metric, group_size)
     grids = [
         _fit_chunk(*piece, bits, group_size, symmetric, factors, both_zeros)
-        for piece in chunks(target, blocks, _CHUNK_ELEMENTS)
+        for piece in chunks(target, blocks, SCAN_WEIGHTS)
     ]
     return torch.cat([scales for scales, _ in grids]), torch.cat([zeros for _, zeros in grids])
 

@@ -27,9 +27,14 @@ from torch import Tensor
 from tsq_layers.numerics import grid
 from tsq_layers.solver.blocks import chunks, fold, stack
 
-_CHUNK_ELEMENTS = 2**21  # weights whose rows are looked at together
-_SYSTEM_ELEMENTS = 2**21  # entries of the systems that are solved at once: bounds the temporaries
-_PANEL = 512  # columns whose products with those of a group are held at once
+GRAM_WEIGHTS = 2**21
+"""Weights of which Gram matrices are built at once."""
+
+SYSTEM_ENTRIES = 2**21
+"""Entries of the systems that are solved at once: bounds the temporaries."""
+
+PANEL_COLUMNS = 512
+"""Columns whose products with those of a group are held at once."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +80,7 @@ def small_problem(
     count = grid.group_count(steps.shape[1], group_size)
     gram, slope = steps.new_empty(len(steps), count, count), steps.new_empty(len(steps), count)
     first = 0
-    for part, metrics in chunks(steps, stack(hessian), _CHUNK_ELEMENTS):
+    for part, metrics in chunks(steps, stack(hessian), GRAM_WEIGHTS):
         rows = slice(first, first + len(part))
         _gram(part, metrics, group_size, out=gram[rows])
         torch.neg(grid.to_groups(part * pulled[rows], group_size).sum(-1), out=slope[rows])
@@ -93,7 +98,7 @@ def _gram(steps: Tensor, hessian: Tensor, group_size: int, out: Tensor) -> None:
     steps_bKc = fold(steps, blocks).mT.contiguous()
     count, rows = out.shape[1], steps_bKc.shape[2]
     gram_bGGc = steps.new_empty(blocks, count, count, rows)
-    wide = max(1, _PANEL // group_size)
+    wide = max(1, PANEL_COLUMNS // group_size)
     room = steps.new_empty(blocks * min(columns, wide * group_size) * rows)
     for first, past in _panels(columns, group_size, wide):
         for i in range(first, count):
@@ -162,7 +167,7 @@ def exact(problem: SmallProblem, fallback: Tensor, positive: int | None = None) 
         fallback: (N, G).
         positive: how many of the unknowns, from the first on, must be positive; ``None``: all.
     """
-    height = max(1, _SYSTEM_ELEMENTS // problem.gram.shape[1] ** 2)
+    height = max(1, SYSTEM_ENTRIES // problem.gram.shape[1] ** 2)
     tensors = (problem.gram, problem.slope, problem.start, fallback)
     pieces = zip(*(values.split(height) for values in tensors), strict=True)
     solutions = [

@@ -144,9 +144,8 @@ class TsqHfQuantizer(HfQuantizer):
         _forget_outlines(model)
         model.config.quantization_config = TsqConfig(recipe, outline=outline)
         model._weight_conversions = []  # the names that are saved are those of the modules
-        apart = (
-            shared_once(model)[1].keys() - outline.aliases.keys()
-        )  # shared by a packed layer and by float ones
+        # Shared by a packed layer and by float ones.
+        apart = shared_once(model)[1].keys() - outline.aliases.keys()
         state = {
             key: tensor.clone() if outline.aliases.get(key, key) in apart else tensor
             for key, tensor in model.state_dict().items()

@@ -17,9 +17,8 @@ from tsq_layers.solver.blocks import fold, stack
 from tsq_layers.solver.coded import Coded
 from tsq_layers.solver.descent.columns import Sweeper, turned
 
-_CHUNK_ELEMENTS = (
-    2**24
-)  # weights whose columns advance together, where there are blocks: bounds the working memory
+# Weights whose columns advance together, where there are blocks: bounds the working memory.
+_CHUNK_ELEMENTS = 2**24
 _LAST_RELAXED = 25  # the authors' code relaxes no sweep after this one
 
 
