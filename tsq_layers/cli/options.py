@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from tsq_layers.config import QuantConfig
+from tsq_layers.config.options import METHODS
 from tsq_layers.config.presets import PORTABLE
-from tsq_layers.config.quant_config import METHODS
 from tsq_layers.errors import ConfigError
 from tsq_layers.formats.engines import SERVICES
 from tsq_layers.formats.exporting import FORMATS

@@ -22,20 +22,16 @@ from tsq_layers.config.methods import (
     Options,
     QuantEase,
     TwoStage,
-    check_readers,
     option_names,
     readers,
 )
+from tsq_layers.config.options import check_together, make_options, reads_option
 from tsq_layers.config.patterns import check_pattern, checked_patterns, matches
 from tsq_layers.errors import ConfigError, TSQDeprecationWarning
 
 ScaleDtype = Literal["float16", "bfloat16", "float32"]
 
-METHODS: tuple[str, ...] = (*OPTIONS, "best")
-"""Names that ``method`` may have: the methods, and the preset."""
-
 DEFAULT_SKIP = ("lm_head",)
-_WIDEST_TABLE = 4  # bits: the 16 levels of a table stay in registers
 _MODEL_WIDE = ("embeddings", "distill_epochs", "distill_rate", "skip", "overrides")
 _NOT_PLAIN = ("method", "options", "skip", "overrides")  # checked in ways of their own
 
@@ -169,7 +165,7 @@ class QuantConfig:
             rotation = preset_rotation if isinstance(rotation, _Unset) else rotation
             method, method_options = "two-stage", {**fields, **method_options}
         rotation = None if isinstance(rotation, _Unset) else rotation
-        made_options = _made_options(method, options, method_options)
+        made_options = make_options(method, options, method_options)
         values = {
             "bits": bits,
             "group_size": group_size,
@@ -193,7 +189,7 @@ class QuantConfig:
             if name not in _NOT_PLAIN:
                 check_field(name, value)
             object.__setattr__(self, name, value)
-        _check_together(bits, symmetric, made_options)
+        check_together(bits, symmetric, made_options)
         object.__setattr__(self, "skip", checked_patterns(skip))
         object.__setattr__(self, "overrides", self._checked_overrides())
 
@@ -276,7 +272,7 @@ class QuantConfig:
             # Options of other patterns are meant for layers whose method has them.
             others = [name for name in changes if readers(name) and name not in own_options]
             for option in others:
-                if not _reads(changes["method"], option):
+                if not reads_option(changes["method"], option):
                     del changes[option]
         try:
             return self.changed(overrides={}, **changes)
@@ -319,7 +315,7 @@ class QuantConfig:
         return {
             name: getattr(self.options, name)
             for name in option_names(self.method)
-            if _reads(method, name) and getattr(self.options, name) != getattr(defaults, name)
+            if reads_option(method, name) and getattr(self.options, name) != getattr(defaults, name)
         }
 
     def option(self, name: str, default: Any = None) -> Any:
@@ -471,48 +467,6 @@ class QuantConfig:
         return cls.from_dict(values)
 
 
-def _made_options(
-    method: str | Options, options: Options | None, method_options: dict[str, Any]
-) -> Options:
-    """Return the options of a method from the ways in which they can be given."""
-    if isinstance(method, Options):
-        if options is not None:
-            raise ConfigError(f"method={method!r}, options={options!r}: give one of the two")
-        options = method
-        method = options.method
-    if not isinstance(method, str) or method not in OPTIONS:
-        raise ConfigError(f"method={method!r}: give one of {', '.join(map(repr, METHODS))}")
-    unknown = [name for name in method_options if not readers(name)]
-    if unknown:
-        raise TypeError(
-            f"QuantConfig has no field {unknown[0]!r}, and no method has such an option"
-        )
-    check_readers(method, list(method_options))
-    if options is None:
-        return OPTIONS[method](**method_options)
-    if not isinstance(options, OPTIONS[method]):
-        raise ConfigError(
-            f"options={options!r}: they are not of method {method!r}; give options of the method, "
-            f"or config.changed(method={method!r}), which keeps what both methods have"
-        )
-    return dataclasses.replace(options, **method_options)
-
-
-def _check_together(bits: int, symmetric: bool, options: Options) -> None:
-    """Refuse values that do not go together."""
-    if isinstance(options, LNQ) and bits > _WIDEST_TABLE:
-        raise ConfigError(
-            f"bits={bits} with method='lnq': give 1 to {_WIDEST_TABLE}; a table has 2^bits levels"
-        )
-    if isinstance(options, LNQ) and symmetric:
-        raise ConfigError("symmetric=True with method='lnq': give False; a table has no zero point")
-    if isinstance(options, TwoStage) and symmetric and options.zero_points == "float":
-        raise ConfigError(
-            "symmetric=True with zero_points='float': a symmetric grid has no zero points; "
-            "give zero_points='integer', or symmetric=False"
-        )
-
-
 def _check_names(pattern: str, changes: object) -> None:
     """Refuse an override of a field that layers do not have."""
     if not isinstance(changes, Mapping):
@@ -536,14 +490,6 @@ def _general_fields() -> list[str]:
 def _all_options() -> list[str]:
     """Return the names of the options of all methods, each once."""
     return list(dict.fromkeys(name for method in OPTIONS for name in option_names(method)))
-
-
-def _reads(method: object, option: str) -> bool:
-    """Return whether a method, given by name or by its options, has an option."""
-    if isinstance(method, str):
-        base = "two-stage" if method == "best" else method
-        return base in OPTIONS and option in option_names(base)
-    return isinstance(method, Options) and hasattr(method, option)
 
 
 def _json_value(value: object) -> object:
