@@ -26,7 +26,7 @@ def check_configuration(config: QuantConfig, format_name: str) -> None:
 
     Example:
         >>> check_configuration(QuantConfig(bits=4, group_size=64, symmetric=True), "gguf")
-        >>> check_configuration(QuantConfig(method="best"), "gptq")
+        >>> check_configuration(QuantConfig.best(), "gptq")  # doctest: +NORMALIZE_WHITESPACE
         Traceback (most recent call last):
         ...
         tsq_layers.errors.ExportError: zero_points='float', rotation=64: gptq files hold plain codes

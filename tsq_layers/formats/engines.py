@@ -85,10 +85,10 @@ def unserved(engine: str, format_name: str, layers: Mapping[str, QuantLinear]) -
     """Return why an engine cannot serve a file; ``None`` if it can.
 
     Example:
-        >>> unserved("vllm", "gptq-v1", {"up": QuantLinear(64, 32, bits=3, group_size=32, symmetric=True)})
+        >>> layer = QuantLinear(64, 32, bits=3, group_size=32, symmetric=True)
+        >>> unserved("vllm", "gptq-v1", {"up": layer})  # doctest: +NORMALIZE_WHITESPACE
         "vllm cannot serve layer 'up' with 3 bits, symmetric, groups of 32: of gptq-v1 files it
-        serves 4 bits symmetric; \
-format='compressed-tensors' is served with 4 bits, asymmetric too"
+        serves 4 bits symmetric; format='compressed-tensors' is served with 4 bits, asymmetric too"
     """
     known = SERVICES[engine]
     if format_name not in known:

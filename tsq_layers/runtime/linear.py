@@ -63,7 +63,7 @@ class QuantLinear(PackedStorage):
         >>> layer = QuantLinear.from_float(linear, weight)
         >>> layer(torch.zeros(20, 64)).shape
         torch.Size([20, 8])
-        >>> layer
+        >>> layer  # doctest: +NORMALIZE_WHITESPACE
         QuantLinear(in_features=64, out_features=8, bits=4, group_size=32, symmetric=False,
         bias=True, bits_per_weight=5.00)
     """
