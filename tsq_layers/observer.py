@@ -268,8 +268,7 @@ class HessianObserver(nn.Module):
         self, x: Tensor, reference: Tensor | None, weights: Tensor, is_token: Tensor
     ) -> None:
         """Add a chunk of tokens: x and reference (T, K), weights (T, B), is_token (T,)."""
-        padding = ~is_token.unsqueeze(1)
-        tokens = x.to(self.dtype).masked_fill(padding, 0)
+        tokens = x.to(self.dtype).masked_fill(~is_token.unsqueeze(1), 0)
         weighted_tokens = tokens * weights.mT.unsqueeze(-1)  # (B, T, K)
         hessian = self.hessian.view(self.blocks, self.columns, self.columns)
         for start in range(0, self.columns, _PANEL):
@@ -278,7 +277,7 @@ class HessianObserver(nn.Module):
             _add_product(hessian[..., start:stop, start:], weighted_tokens[..., start:stop], right)
         if reference is not None and self.deviation is not None:
             deviation = self.deviation.view(self.blocks, self.columns, self.columns)
-            difference = tokens - reference.to(self.dtype).masked_fill(padding, 0)
+            difference = tokens - reference.to(self.dtype).masked_fill(~is_token.unsqueeze(1), 0)
             _add_product(deviation, difference.expand(self.blocks, -1, -1), weighted_tokens)
 
     def _add(self, piece: "_Piece") -> None:
@@ -351,10 +350,10 @@ class HessianObserver(nn.Module):
     def _tokens(self, x: Tensor, padding: Tensor | None) -> Tensor:
         """Return inputs as rows (T, K) or (B, T, K) in the dtype of the sums, with 0 for padding."""
         if self.blocks == 1:
-            rows = x.reshape(-1, self.columns)
+            tokens = x.reshape(-1, self.columns)
         else:
-            rows = x.reshape(-1, self.blocks, self.columns).transpose(0, 1).contiguous()
-        tokens = rows.to(self.dtype)
+            tokens = x.reshape(-1, self.blocks, self.columns).transpose(0, 1).contiguous()
+        tokens = tokens.to(self.dtype)
         if padding is None:
             return tokens
         # Filled, not multiplied: padding may hold NaN, and NaN · 0 is not 0.

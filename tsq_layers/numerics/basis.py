@@ -96,12 +96,14 @@ class Basis:
     def undo(self, x: Tensor) -> Tensor:
         """Return inputs in the old basis, T⁻¹ x': (…, K) → (…, K); the inverse of :meth:`apply`."""
         values = rotate(_at_least_float32(x), self.rotation)
-        return _multiply(values, self.signs, self.scaling).to(x.dtype)
+        values = _multiply(values, self.signs, self.scaling)
+        return values.to(x.dtype)
 
     def change(self, weight: Tensor) -> Tensor:
         """Return the weight for inputs in the new basis, W T⁻¹: (N, K) → (N, K)."""
         values = _multiply(_at_least_float32(weight), self.signs, self.scaling)
-        return rotate(values, self.rotation).to(weight.dtype)
+        values = rotate(values, self.rotation)
+        return values.to(weight.dtype)
 
     def restore(self, weight: Tensor) -> Tensor:
         """Return the weight for inputs in the old basis, W' T: (N, K) → (N, K); the inverse of :meth:`change`."""

@@ -77,9 +77,9 @@ def quantize(
     """
     scales_NG1 = scales_NG.unsqueeze(-1).to(weight_NK.dtype)
     zeros_NG1 = zeros_NG.unsqueeze(-1).to(weight_NK.dtype)
-    weight_NGg = to_groups(weight_NK, group_size)
-    codes_NGg = nearest_levels(weight_NGg, scales_NG1, zeros_NG1, bits) + zeros_NG1
-    return _from_groups(codes_NGg.to(torch.uint8), weight_NK.shape[-1])
+    values_NGg = nearest_levels(to_groups(weight_NK, group_size), scales_NG1, zeros_NG1, bits)
+    values_NGg = values_NGg + zeros_NG1
+    return _from_groups(values_NGg.to(torch.uint8), weight_NK.shape[-1])
 
 
 def centered(
@@ -142,10 +142,11 @@ def with_offsets(
         tensor([[-0.2500,  0.2500,  7.0000]])
     """
     working_dtype = _working_dtype(scales_NG, dtype)
-    scales_NG1 = scales_NG.unsqueeze(-1).to(working_dtype)
-    offsets_NG1 = offsets_NG.unsqueeze(-1).to(working_dtype)
-    products_NGg = to_groups(codes_NK, group_size).to(working_dtype) * scales_NG1
-    return _from_groups(products_NGg + offsets_NG1, codes_NK.shape[-1]).to(dtype)
+    # One expression: a name for the codes would hold a second matrix while the offsets are added.
+    scales_NG1 = scales_NG.unsqueeze(-1)
+    products_NGg = to_groups(codes_NK, group_size).to(working_dtype) * scales_NG1.to(working_dtype)
+    weight_NGg = products_NGg + offsets_NG.unsqueeze(-1).to(working_dtype)
+    return _from_groups(weight_NGg, codes_NK.shape[-1]).to(dtype)
 
 
 def look_up(
