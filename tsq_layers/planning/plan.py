@@ -14,7 +14,8 @@ from tsq_layers.planning.stage_plan import StagePlan
 from tsq_layers.reports import LayerReport
 
 SCHEMA_VERSION = 1
-
+# Written by to_dict for readers of the file, and computed anew from the other keys when it is read.
+_COMPUTED = ("peak", "not_counted")
 
 MeasuredBy = Literal["fake pass", "real pass", "no pass"]
 
@@ -36,13 +37,13 @@ class Plan:
         batch_bytes: of all batches.
         thread_bytes: that the matrix library keeps in the threads of the passes; an estimate.
         stages: in the order in which they are reached.
-        layers: what will become of every layer, as in a :class:`~tsq_layers.Report`.
+        layers: the expected report of every layer, as in a :class:`~tsq_layers.Report`.
         coverage: share, 0 to 1, of all entries of all parameters that will be quantised.
         size_before: bytes of all parameters and buffers of the float model.
         size_after: the same of the quantised model: what ``tsq.save`` writes, without the file's header.
         bits_per_weight: stored bits per weight over all quantised layers; ``None`` if there are none.
         seconds: ``"passes"``, ``"statistics"`` and ``"solver"`` → estimate, on this machine as it is now.
-        experts: layers that will be quantised with statistics of their fellows, because too few
+        experts: layers that will be quantised with the statistics of all experts, because too few
             tokens are routed to them.
 
     Example:
@@ -81,69 +82,64 @@ class Plan:
 
     @property
     def peak(self) -> int:
-        """The most bytes that a calibration holds beside the float model, batches included.
+        """The most bytes that a calibration holds at a time beside the float model, batches included.
 
-        What the C library keeps of freed memory comes on top: see ``benchmarks/plan.py``.
+        Freed memory that the C library keeps is not counted: see ``benchmarks/plan.py``.
         """
         at_stages = max((stage.total for stage in self.stages), default=0) + self.thread_bytes
         return max(self.recording, at_stages) + self.batch_bytes
 
     @property
     def peak_stage(self) -> StagePlan | None:
-        """The stage where that is; ``None`` if it is the recording pass."""
-        worst = max(self.stages, key=lambda stage: stage.total, default=None)
-        return (
-            worst
-            if worst is not None and worst.total + self.thread_bytes >= self.recording
-            else None
-        )
+        """The stage at which the peak is reached; ``None`` if that is the recording pass."""
+        largest = max(self.stages, key=lambda stage: stage.total, default=None)
+        if largest is None or largest.total + self.thread_bytes < self.recording:
+            return None
+        return largest
 
     @property
     def not_counted(self) -> tuple[str, ...]:
         """Fields of the configuration, or of its overrides, that cost time and memory beyond the numbers here."""
-        overrides = self.config.overrides.values()
-        configs = [
-            self.config,
-            *(self.config.changed(overrides={}, **changes) for changes in overrides),
-        ]
-        return tuple(dict.fromkeys(name for config in configs for name in _uncounted(config)))
+        configs = [self.config]
+        for changes in self.config.overrides.values():
+            configs.append(self.config.changed(overrides={}, **changes))
+        fields: list[str] = []
+        for config in configs:
+            fields.extend(_uncounted(config))
+        return tuple(dict.fromkeys(fields))
 
     @property
     def few_tokens(self) -> tuple[StagePlan, ...]:
-        """Stages of layers that will see fewer than 16 tokens for each of their columns, the worst first."""
+        """Stages of layers that will see fewer than 16 tokens for each of their columns, fewest first."""
         stages = [stage for stage in self.stages if stage.few_tokens and self._uses_data(stage)]
         return tuple(sorted(stages, key=lambda stage: stage.tokens / stage.columns))
 
     def left_alone(self) -> tuple[LayerReport, ...]:
-        """The layers that will not be quantised; their ``reason`` says why."""
+        """Return the layers that will not be quantised; their ``reason`` says why."""
         return tuple(layer for layer in self.layers if not layer.is_quantized)
 
     def _uses_data(self, stage: StagePlan) -> bool:
+        """Return whether a layer of the stage is solved with statistics of its inputs."""
         by_name = {layer.name: layer for layer in self.layers}
         return any(name in by_name and by_name[name].tokens is not None for name in stage.names)
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan as plain JSON values, with a ``schema_version``."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        values |= {
-            "config": self.config.to_dict(),
-            "stages": [
-                {**dataclasses.asdict(stage), "names": list(stage.names)} for stage in self.stages
-            ],
-            "layers": [layer.to_dict() for layer in self.layers],
-            "seconds": dict(self.seconds),
-            "experts": list(self.experts),
-        }
-        return {
-            "schema_version": SCHEMA_VERSION,
-            **values,
-            "peak": self.peak,
-            "not_counted": list(self.not_counted),
-        }
+        """Return the plan as plain JSON values, with a ``schema_version``."""
+        values: dict[str, Any] = {"schema_version": SCHEMA_VERSION}
+        for entry in dataclasses.fields(self):
+            values[entry.name] = getattr(self, entry.name)
+        values["config"] = self.config.to_dict()
+        values["stages"] = [stage.to_dict() for stage in self.stages]
+        values["layers"] = [layer.to_dict() for layer in self.layers]
+        values["seconds"] = dict(self.seconds)
+        values["experts"] = list(self.experts)
+        values["peak"] = self.peak
+        values["not_counted"] = list(self.not_counted)
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Inverse of :meth:`to_dict`.
+        """Make a plan from plain JSON values; inverse of :meth:`to_dict`.
 
         Raises:
             CheckpointError: another schema version, an unknown or missing key, or a value of the wrong type.
@@ -153,28 +149,25 @@ class Plan:
                 f"plan: schema_version={values.get('schema_version')!r}, this version of "
                 f"tsq_layers reads {SCHEMA_VERSION}; make the plan again"
             )
-        rest = {
-            key: value
-            for key, value in values.items()
-            if key not in ("schema_version", "peak", "not_counted")
-        }
-        checked = checked_fields(cls, rest, "the plan")
-        checked["stages"] = tuple(map(StagePlan.from_dict, checked["stages"]))
-        checked["layers"] = tuple(map(LayerReport.from_dict, checked["layers"]))
-        checked["config"] = read_config(checked["config"], "the plan")
-        return cls(**checked)
+        ignored = ("schema_version", *_COMPUTED)
+        stored_fields = {key: value for key, value in values.items() if key not in ignored}
+        arguments = checked_fields(cls, stored_fields, "the plan")
+        arguments["stages"] = tuple(map(StagePlan.from_dict, arguments["stages"]))
+        arguments["layers"] = tuple(map(LayerReport.from_dict, arguments["layers"]))
+        arguments["config"] = read_config(arguments["config"], "the plan")
+        return cls(**arguments)
 
     def to_json(self) -> str:
-        """The plan as a JSON object."""
+        """Return the plan as a JSON object."""
         return json.dumps(self.to_dict(), indent=2, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Inverse of :meth:`to_json`; raises as :meth:`from_dict` does."""
+        """Make a plan from a JSON object; inverse of :meth:`to_json`, raises as :meth:`from_dict` does."""
         return cls.from_dict(json_object(text, "the plan"))
 
     def table(self) -> str:
-        """One aligned line of text for every stage."""
+        """Return one aligned line of text for every stage."""
         return table.stages(self.stages)
 
     def __str__(self) -> str:
@@ -199,30 +192,34 @@ class Plan:
         return "\n".join([*lines, "", self.table()]).rstrip()
 
     def _time_line(self) -> str:
-        """Return the time, and of what it is."""
-        batches = f"{self.batches} batches, {'paired passes' if self.paired else 'one pass'}"
+        """Return the estimated time, the batches that it is for, and the pass that measured it."""
+        batches = f"{self.batches} batches, one pass"
+        if self.paired:
+            batches = f"{self.batches} batches, paired passes"
         if self.held_out:
             batches += f", {self.held_out} held out"
-        measured_by = (
-            "without a pass"
-            if self.measured_by == "no pass"
-            else f"measured by a {self.measured_by}"
-        )
+        measured_by = f"measured by a {self.measured_by}"
+        if self.measured_by == "no pass":
+            measured_by = "without a pass"
         if self.reason:
             measured_by += f" ({self.reason})"
         return f"{table.time_line(self.seconds)}; {batches}; {measured_by}"
 
 
 def _uncounted(config: QuantConfig) -> list[str]:
-    costs = {
-        "method": config.method in ("quantease", "cdquant", "lnq"),
-        "joint_rounds": config.option("joint_rounds", 0) > 0,
-        **{
-            name: config.option(name) == "auto"
-            for name in ("damping", "deviation_strength", "deviation_damping")
-        },
-        "guidance": config.guidance > 0,
-        "distill_epochs": config.distill_epochs > 0,
-    }
+    """Return ``field=value`` of each field that costs time and memory which the plan does not count."""
+    names = []
+    if config.method in ("quantease", "cdquant", "lnq"):
+        names.append("method")
+    if config.option("joint_rounds", 0) > 0:
+        names.append("joint_rounds")
+    # A value is chosen by solving the layer with each candidate.
+    for name in ("damping", "deviation_strength", "deviation_damping"):
+        if config.option(name) == "auto":
+            names.append(name)
+    if config.guidance > 0:
+        names.append("guidance")
+    if config.distill_epochs > 0:
+        names.append("distill_epochs")
     values = config.values()
-    return [f"{name}={values[name]!r}" for name, there in costs.items() if there]
+    return [f"{name}={values[name]!r}" for name in names]

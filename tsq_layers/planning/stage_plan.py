@@ -1,7 +1,8 @@
 """Hold what is needed while the layers that share one input are solved."""
 
+import dataclasses
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 from tsq_layers.calibration.solving import TOKENS_PER_COLUMN
 from tsq_layers.config.json_fields import checked_fields
@@ -65,9 +66,13 @@ class StagePlan:
         """Return whether there are fewer than 16 tokens for each column."""
         return self.tokens < TOKENS_PER_COLUMN * self.columns
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the stage as plain JSON values."""
+        return {**dataclasses.asdict(self), "names": list(self.names)}
+
     @classmethod
     def from_dict(cls, values: object) -> Self:
-        """From plain JSON values.
+        """Make a stage from plain JSON values; inverse of :meth:`to_dict`.
 
         Raises:
             CheckpointError: an unknown or missing key, or a value of the wrong type.
