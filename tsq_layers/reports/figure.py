@@ -1,4 +1,4 @@
-"""The report as a picture: loss, bits and seconds of every quantised layer. Needs matplotlib."""
+"""Draw the report as a picture: loss, bits and seconds of every quantised layer. Needs matplotlib."""
 
 import math
 import os

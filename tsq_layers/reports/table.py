@@ -1,4 +1,4 @@
-"""The report as aligned plain text. Numbers that are missing or not finite show as a dash."""
+"""Write the report as aligned plain text. Numbers that are missing or not finite show as a dash."""
 
 import functools
 import math

@@ -11,7 +11,8 @@ LEVELS = 9
 
 _MOST_ROWS = 48
 _FEWEST_COLUMNS = 3
-_LOWEST = 0.05  # this part of the fields shares the lowest shade: a few tiny losses must not take most of the shades
+# This part of the fields shares the lowest shade: a few tiny losses must not take most of the shades.
+_LOWEST = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)

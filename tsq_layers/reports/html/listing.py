@@ -1,4 +1,4 @@
-"""The table of layers of the page: columns that differ, values to sort by, and what is the same for all."""
+"""Table of layers of the page: columns that differ, values to sort by, and what is the same for all."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -34,7 +34,7 @@ class Column:
 
     @property
     def key(self) -> str:
-        """The title as a CSS class."""
+        """Return the title as a CSS class."""
         return self.title.replace(" ", "-").replace("/", "-")
 
 
@@ -124,11 +124,20 @@ def _text(column: Column, layer: LayerReport) -> str:
     value = column.value(layer)
     if isinstance(value, str):
         return value
-    return format(value, column.spec) if value is not None and math.isfinite(value) else BLANK
+    if value is None or not math.isfinite(value):
+        return BLANK
+    return format(value, column.spec)
 
 
 def _size(layer: LayerReport) -> float | None:
-    return None if layer.bits_per_weight is None else layer.weights * layer.bits_per_weight / 8
+    if layer.bits_per_weight is None:
+        return None
+    return layer.weights * layer.bits_per_weight / 8
+
+
+def _size_text(layer: LayerReport) -> str:
+    size = _size(layer)
+    return BLANK if size is None else format_bytes(round(size))
 
 
 def _loss(step: str) -> Column:
@@ -151,7 +160,7 @@ _COLUMNS = (
     Column(
         title="size",
         value=_size,
-        text=lambda layer: BLANK if (size := _size(layer)) is None else format_bytes(round(size)),
+        text=_size_text,
     ),
     Column(title="tokens", value=lambda layer: layer.tokens, spec=",d", shared=True),
     Column(title="damping", value=lambda layer: layer.damping, spec=".2g", shared=True),
