@@ -39,7 +39,7 @@ class Command:
 
 
 def add(command: Parser, parser: Callable[[], Parser]) -> None:
-    """Its arguments; ``parser`` makes that of the program, which is described."""
+    """Add the arguments of the command; ``parser`` makes that of the program, which is described."""
     command.add_argument("shell", choices=SHELLS, help="whose script is printed")
     command.set_defaults(run=lambda arguments: write(script(parser(), arguments.shell)))
 

@@ -15,7 +15,7 @@ from tsq_layers.planning import plan
 
 
 def add(command: argparse.ArgumentParser) -> None:
-    """Its arguments."""
+    """Add the arguments of the command."""
     command.add_argument(
         "model",
         metavar="MODEL_DIR",

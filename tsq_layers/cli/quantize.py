@@ -10,7 +10,7 @@ from tsq_layers.integrations import causal_lm as bridge
 
 
 def add(command: argparse.ArgumentParser) -> None:
-    """Its arguments."""
+    """Add the arguments of the command."""
     command.add_argument(
         "model", metavar="MODEL_DIR", help="directory of the float model and its tokenizer"
     )
