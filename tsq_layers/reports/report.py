@@ -78,7 +78,7 @@ class Report:
             if layer.bits_per_weight is not None:
                 weights += layer.weights
                 bits.append(layer.weights * layer.bits_per_weight)
-        # `sum` carries the rounding errors of floats along; a running total would not.
+        # From Python 3.12 `sum` compensates the rounding errors of floats; a running total would not.
         return sum(bits) / weights if weights else None
 
     @property
