@@ -1,4 +1,4 @@
-"""`perplexity`: how well a language model predicts a text."""
+"""Measure the perplexity of a language model on a text."""
 
 import math
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ def perplexity(
     batch_size: int = 1,
     progress: bool | None = None,
 ) -> float:
-    """Perplexity of a causal language model on a text: exp of the mean negative log likelihood.
+    """Return the perplexity of a causal language model on a text: exp of the mean negative log likelihood.
 
     The text is cut into windows of ``window`` tokens that do not overlap. The model sees each by itself
     and predicts all of its tokens but the first. A shorter window at the end counts with the tokens that
@@ -55,15 +55,14 @@ def perplexity(
     ids = _checked(tokens, window, batch_size)
     device = _device_of(model)
     batches = list(_batches(ids, window, batch_size))
-    total, count = 0.0, 0
+    total = 0.0
+    count = 0
+    # tqdm takes None for "disable it where there is no terminal".
+    disable = None if progress is None else not progress
     with evaluating(model), torch.no_grad():
-        for batch in tqdm(
-            batches,
-            desc="perplexity",
-            disable=None if progress is None else not progress,
-            leave=False,
-        ):
-            loss = _loss(_logits(model, batch.to(device)), batch.to(device))
+        for batch in tqdm(batches, desc="perplexity", disable=disable, leave=False):
+            device_batch = batch.to(device)
+            loss = _loss(_logits(model, device_batch), device_batch)
             if math.isnan(loss):
                 raise LayerError(
                     f"the loss is NaN in windows of {batch.shape[1]} tokens after {count} "
@@ -72,22 +71,19 @@ def perplexity(
             total += loss
             count += batch.shape[0] * (batch.shape[1] - 1)
     mean = total / count
+    # math.exp raises an error a little above 709.
     return math.exp(mean) if mean < 700 else math.inf
 
 
 def _checked(tokens: Tensor, window: int, batch_size: int) -> Tensor:
+    """Return the tokens as int64 (T,); refuse what cannot be used."""
     for name, value, low in (("window", window, 2), ("batch_size", batch_size, 1)):
+        # A bool is an int for Python, and a mistake here.
         if not isinstance(value, int) or isinstance(value, bool) or value < low:
             raise ConfigError(f"{name}={value!r}: give an integer of at least {low}")
-    if (
-        not isinstance(tokens, Tensor)
-        or tokens.is_floating_point()
-        or tokens.is_complex()
-        or tokens.dtype == torch.bool
-    ):
-        raise ConfigError(
-            f"tokens are {getattr(tokens, 'dtype', type(tokens).__name__)}; give an int64 tensor of token ids"
-        )
+    if not _are_integers(tokens):
+        kind = getattr(tokens, "dtype", type(tokens).__name__)
+        raise ConfigError(f"tokens are {kind}; give an int64 tensor of token ids")
     if tokens.dim() == 2 and tokens.shape[0] == 1:
         tokens = tokens[0]
     if tokens.dim() != 1:
@@ -99,42 +95,50 @@ def _checked(tokens: Tensor, window: int, batch_size: int) -> Tensor:
     return tokens.long()
 
 
+def _are_integers(tokens: object) -> bool:
+    if not isinstance(tokens, Tensor) or tokens.dtype == torch.bool:
+        return False
+    return not tokens.is_floating_point() and not tokens.is_complex()
+
+
 def _batches(ids: Tensor, window: int, batch_size: int) -> Iterator[Tensor]:
-    """(B, window) for the full windows, then (1, rest) for the tokens that are left, if they are two or more."""
-    full = ids.numel() // window
-    if full:
-        yield from torch.split(ids[: full * window].reshape(full, window), batch_size)
-    if ids.numel() - full * window >= 2:
-        yield ids[full * window :].unsqueeze(0)
+    """Yield (B, window) of full windows, then (1, rest) if two tokens or more are left."""
+    window_count = ids.numel() // window
+    end = window_count * window
+    if window_count:
+        yield from torch.split(ids[:end].reshape(window_count, window), batch_size)
+    if ids.numel() - end >= 2:
+        yield ids[end:].unsqueeze(0)
 
 
 def _logits(model: nn.Module, batch: Tensor) -> Tensor:
     output = model(batch)
     logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[:2] != batch.shape:
-        got = (
-            f"a tensor of shape {tuple(logits.shape)}"
-            if isinstance(logits, Tensor)
-            else type(logits).__name__
-        )
+        result = type(logits).__name__
+        if isinstance(logits, Tensor):
+            result = f"a tensor of shape {tuple(logits.shape)}"
         raise LayerError(
-            f"the model returned {got}; perplexity needs logits of shape (B, T, V) with B, T = "
+            f"the model returned {result}; perplexity needs logits of shape (B, T, V) with B, T = "
             f"{tuple(batch.shape)}, or an object that has them as .logits"
         )
     return logits
 
 
 def _loss(logits: Tensor, batch: Tensor) -> float:
-    """Sum of −log p over all tokens but the first of each window; float32, a slice of rows at a time."""
+    """Return the sum of −log p over all tokens but the first of each window.
+
+    Logits become float32 a slice of rows at a time; the terms are added in float64.
+    """
     vocabulary = logits.shape[-1]
     rows = max(1, _LOGITS_AT_ONCE // vocabulary)
-    losses = [
-        F.cross_entropy(part.float(), target, reduction="none")
-        for window_logits, window_ids in zip(logits, batch, strict=True)
-        for part, target in zip(
-            torch.split(window_logits[:-1], rows), torch.split(window_ids[1:], rows), strict=True
-        )
-    ]
+    losses = []
+    for window_logits, window_ids in zip(logits, batch, strict=True):
+        # The logits at one token predict the next one.
+        slices = torch.split(window_logits[:-1], rows)
+        targets = torch.split(window_ids[1:], rows)
+        for part, target in zip(slices, targets, strict=True):
+            losses.append(F.cross_entropy(part.float(), target, reduction="none"))
     return float(torch.cat(losses).cpu().double().sum())
 
 

@@ -39,13 +39,13 @@ class Command:
 
 
 def add(command: Parser, parser: Callable[[], Parser]) -> None:
-    """Its arguments; ``parser`` makes that of the program, which is described."""
+    """Add the arguments of the command; ``parser`` makes that of the program, which is described."""
     command.add_argument("shell", choices=SHELLS, help="whose script is printed")
     command.set_defaults(run=lambda arguments: write(script(parser(), arguments.shell)))
 
 
 def script(parser: Parser, shell: str) -> str:
-    """The script of a shell.
+    """Return the script of a shell.
 
     Args:
         parser: of the program, with sub-commands.
@@ -68,7 +68,7 @@ def script(parser: Parser, shell: str) -> str:
 
 
 def commands(parser: Parser) -> Iterator[Command]:
-    """The commands of a parser."""
+    """Yield the commands of a parser."""
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             texts = {choice.dest: choice.help or "" for choice in action._choices_actions}
@@ -92,12 +92,12 @@ def _words(parser: Parser) -> Iterator[str]:
             yield from map(str, action.choices)
 
 
-def _bash(prog: str, found: Sequence[Command]) -> Iterator[str]:
-    """One function that looks at the command, at the word before and at the beginning of the present one."""
+def _bash(prog: str, subcommands: Sequence[Command]) -> Iterator[str]:
+    """Yield the lines of a function that looks at the command, the word before and the present one."""
     yield f"_{prog}() {{"
     yield '  local present="${COMP_WORDS[COMP_CWORD]}" before="${COMP_WORDS[COMP_CWORD-1]}" words=""'
     yield '  case "${COMP_WORDS[1]} $before" in'
-    for command in found:
+    for command in subcommands:
         for option in command.options:
             if option.takes is not None:
                 pattern = "|".join(f'"{command.name} {name}"' for name in option.names)
@@ -105,10 +105,10 @@ def _bash(prog: str, found: Sequence[Command]) -> Iterator[str]:
                 yield f"    {pattern}) {words} ;;"
     yield "  esac"
     yield '  if [ "$COMP_CWORD" -eq 1 ]; then'
-    yield f'    words="{" ".join(command.name for command in found)}"'
+    yield f'    words="{" ".join(command.name for command in subcommands)}"'
     yield '  elif [ -z "$words" ]; then'
     yield '    case "${COMP_WORDS[1]}" in'
-    for command in found:
+    for command in subcommands:
         dashed = " ".join(name for option in command.options for name in option.names)
         plain = f' || words="{" ".join(command.words)}"' if command.words else ""
         yield f'      {command.name}) [[ "$present" == -* ]] && words="{dashed}"{plain} ;;'
@@ -119,25 +119,28 @@ def _bash(prog: str, found: Sequence[Command]) -> Iterator[str]:
     yield f"complete -o default -o bashdefault -F _{prog} {prog}"
 
 
-def _fish(prog: str, found: Sequence[Command]) -> Iterator[str]:
-    names = " ".join(command.name for command in found)
-    for command in found:
-        described = f"-a {command.name} -d {shlex.quote(command.text)}"
-        yield f"complete -c {prog} -f -n 'not __fish_seen_subcommand_from {names}' {described}"
-    for command in found:
+def _fish(prog: str, subcommands: Sequence[Command]) -> Iterator[str]:
+    names = " ".join(command.name for command in subcommands)
+    for command in subcommands:
+        description = f"-a {command.name} -d {shlex.quote(command.text)}"
+        yield f"complete -c {prog} -f -n 'not __fish_seen_subcommand_from {names}' {description}"
+    for command in subcommands:
         condition = f"complete -c {prog} -n '__fish_seen_subcommand_from {command.name}'"
         if command.words:
             yield f"{condition} -f -a {shlex.quote(' '.join(command.words))}"
         for option in command.options:
-            flags = [
-                f"-l {name[2:]}" if name.startswith("--") else f"-s {name[1:]}"
-                for name in option.names
-            ]
-            takes = (
-                ""
-                if option.takes is None
-                else f" -x -a {shlex.quote(' '.join(option.takes))}"
-                if option.takes
-                else " -r"
-            )
-            yield f"{condition} {' '.join(flags)}{takes} -d {shlex.quote(option.text)}"
+            flags = " ".join(map(_fish_flag, option.names))
+            text = shlex.quote(option.text)
+            yield f"{condition} {flags}{_fish_argument(option)} -d {text}"
+
+
+def _fish_flag(name: str) -> str:
+    return f"-l {name[2:]}" if name.startswith("--") else f"-s {name[1:]}"
+
+
+def _fish_argument(option: Option) -> str:
+    if option.takes is None:
+        return ""
+    if not option.takes:
+        return " -r"
+    return f" -x -a {shlex.quote(' '.join(option.takes))}"

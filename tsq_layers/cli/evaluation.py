@@ -18,7 +18,7 @@ from tsq_layers.integrations import texts
 
 
 def add(command: argparse.ArgumentParser) -> None:
-    """Its arguments."""
+    """Add the arguments of the command."""
     command.add_argument(
         "model",
         metavar="DIR",

@@ -6,7 +6,7 @@ from tsq_layers.cli import models, options
 
 
 def add(command: argparse.ArgumentParser) -> None:
-    """Its arguments."""
+    """Add the arguments of the command."""
     command.add_argument(
         "model", metavar="DIR", help="directory of a quantised model, of tsq or of another tool"
     )

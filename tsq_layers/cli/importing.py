@@ -8,7 +8,7 @@ from tsq_layers.errors import ConfigError
 
 
 def add(command: argparse.ArgumentParser) -> None:
-    """Its arguments."""
+    """Add the arguments of the command."""
     command.add_argument(
         "model", metavar="DIR", help="directory of a GPTQ or compressed-tensors checkpoint"
     )

@@ -12,13 +12,13 @@ from tsq_layers.formats.tsq.description import DESCRIPTION_FILE, Description
 from tsq_layers.formats.tsq.headers import description_from_headers, is_described, outlined
 from tsq_layers.integrations.texts import read_text
 from tsq_layers.reports import STEPS, LayerReport, Report, format_bytes, report_of
-from tsq_layers.reports.table import aligned
+from tsq_layers.reports.table import BLANK, aligned
 
 _OBJECTIVES = ("assign", "descent", "exact")
 
 
 def add(command: argparse.ArgumentParser) -> None:
-    """Its arguments."""
+    """Add the arguments of the command."""
     command.add_argument(
         "model",
         metavar="DIR",
@@ -51,19 +51,18 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _report(directory: Path) -> Report:
-    path = directory / DESCRIPTION_FILE
     if models.is_foreign(directory):
         return report_of(models.load(directory))
-    described = is_described(directory)
-    outline = None if described else outlined(directory)
-    if outline is None and not described:
-        raise ConfigError(
-            f"{directory} holds no {DESCRIPTION_FILE} that describes its tensors: give a directory "
-            "that tsq quantize or tsq.save wrote"
-        )
-    if outline is None:
+    path = directory / DESCRIPTION_FILE
+    if is_described(directory):
         report = Description.from_json(read_text(path)).report
     else:
+        outline = outlined(directory)
+        if outline is None:
+            raise ConfigError(
+                f"{directory} holds no {DESCRIPTION_FILE} that describes its tensors: give a "
+                "directory that tsq quantize or tsq.save wrote"
+            )
         report = description_from_headers(directory, outline).report
     if report is None:
         raise ConfigError(
@@ -73,20 +72,21 @@ def _report(directory: Path) -> Report:
 
 
 def _report_files(report: Report, arguments: argparse.Namespace) -> list[str]:
-    """Write the page and the picture that were asked for; a line about each."""
+    """Write the page and the picture that were asked for; return a line about each."""
     title = Path(arguments.model).resolve().name
     writers = {
         "page": (arguments.html, lambda file: report.to_html(file, title=title)),
         "picture": (arguments.plot, report.plot),
     }
     lines = []
-    for what, (file, writer) in writers.items():
-        if file is not None:
-            try:
-                writer(file)
-            except OSError as error:
-                raise ConfigError(f"cannot write {file}: {error.strerror or error}") from error
-            lines.append(f"{what}: {file}")
+    for kind, (file, writer) in writers.items():
+        if file is None:
+            continue
+        try:
+            writer(file)
+        except OSError as error:
+            raise ConfigError(f"cannot write {file}: {error.strerror or error}") from error
+        lines.append(f"{kind}: {file}")
     return lines
 
 
@@ -96,52 +96,40 @@ def _layer_table(layers: Sequence[LayerReport]) -> list[str]:
     It shows bits, size, the loss after each step, and the objective of stage 2 by either solver.
     """
     steps = [step for step in STEPS if any(step in layer.losses for layer in layers)]
-    solvers = [
-        solver for solver in _OBJECTIVES if any(solver in layer.objective for layer in layers)
-    ]
-    losses, objectives = (
-        [f"{step} loss" for step in steps],
-        [f"{solver} objective" for solver in solvers],
-    )
-    rows = [
-        [
-            "layer",
-            "shape",
-            "method",
-            "bits",
-            "group",
-            "bits/weight",
-            "size",
-            *losses,
-            *objectives,
-            "status",
-        ]
-    ]
+    solvers = []
+    for solver in _OBJECTIVES:
+        if any(solver in layer.objective for layer in layers):
+            solvers.append(solver)
+    titles = ["layer", "shape", "method", "bits", "group", "bits/weight", "size"]
+    titles += [f"{step} loss" for step in steps]
+    titles += [f"{solver} objective" for solver in solvers]
+    rows = [[*titles, "status"]]
     for layer in layers:
-        size = (
-            None
-            if layer.bits_per_weight is None
-            else format_bytes(round(layer.weights * layer.bits_per_weight / 8))
-        )
-        plain = [
+        values = [
             layer.name or "(model)",
             f"{layer.rows}×{layer.columns}",
             layer.method,
             layer.bits,
             layer.group_size,
-        ]
-        numbers = [
             layer.bits_per_weight,
-            size,
+            _size(layer),
             *map(layer.losses.get, steps),
             *map(layer.objective.get, solvers),
         ]
         status = f"{layer.status}: {layer.reason}" if layer.reason else layer.status
-        rows.append([*map(_cell, plain), *map(_cell, numbers), status])
+        rows.append([*map(_cell, values), status])
     return aligned(list(zip(*rows, strict=True)), ("layer", "status"))
 
 
+def _size(layer: LayerReport) -> str | None:
+    if layer.bits_per_weight is None:
+        return None
+    return format_bytes(round(layer.weights * layer.bits_per_weight / 8))
+
+
 def _cell(value: object) -> str:
+    if value is None:
+        return BLANK
     if isinstance(value, float):
-        return f"{value:.4g}" if math.isfinite(value) else "–"
-    return "–" if value is None else str(value)
+        return f"{value:.4g}" if math.isfinite(value) else BLANK
+    return str(value)

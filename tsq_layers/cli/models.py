@@ -30,31 +30,35 @@ def is_foreign(directory: str | Path) -> bool:
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False  # whoever reads it says what is the matter
-    described = config.get("quantization_config") if isinstance(config, dict) else None
-    return described is not None and not (
-        isinstance(described, dict) and described.get("quant_method") == QUANT_METHOD
-    )
+        # The function that reads the model afterwards says what is the matter with the file.
+        return False
+    if not isinstance(config, dict):
+        return False
+    quantization = config.get("quantization_config")
+    if isinstance(quantization, dict):
+        return quantization.get("quant_method") != QUANT_METHOD
+    return quantization is not None
 
 
 def load(directory: str | Path, dtype: str | None = None) -> nn.Module:
-    """The model of a directory of any kind; without ``dtype`` a quantised one has that of its files."""
+    """Load the model of a directory of any kind; without ``dtype`` a quantised one has that of its files."""
     if is_foreign(directory):
+        torch_dtype = None if dtype is None else getattr(torch, dtype)
         with bridge.quiet(bridge._transformers()):
-            return tsq.import_checkpoint(
-                directory, dtype=None if dtype is None else getattr(torch, dtype)
-            )
+            return tsq.import_checkpoint(directory, dtype=torch_dtype)
     return bridge.load_causal_lm(directory, dtype or "float32")
 
 
 def load_quantised(directory: str | Path) -> nn.Module:
-    """The same in the dtypes of its files, if it is quantised.
+    """Load the quantised model of a directory, in the dtypes of its files.
 
     Raises:
         ConfigError: it is a float model.
     """
     path = Path(directory)
-    if (path / "config.json").exists() and not bridge.is_quantised(path) and not is_foreign(path):
+    # A directory without a configuration is refused by the loader, with a better message.
+    has_config = (path / "config.json").exists()
+    if has_config and not bridge.is_quantised(path) and not is_foreign(path):
         raise ConfigError(
             f"{path} holds a float model: quantise it first, with tsq quantize {path} --out …"
         )
@@ -62,7 +66,7 @@ def load_quantised(directory: str | Path) -> nn.Module:
 
 
 def tokenizer_of(directory: str | Path) -> Any:
-    """The tokenizer of a directory, or ``None`` if there is none."""
+    """Load the tokenizer of a directory, or ``None`` if there is none."""
     try:
         return bridge.load_tokenizer(directory)
     except ConfigError:
@@ -80,19 +84,14 @@ def check_out(arguments: argparse.Namespace, sources: Mapping[str, str]) -> None
             as ``--checkpoint-dir``), and no format replaces it.
     """
     out = Path(arguments.out).absolute()
-    for what, source in sources.items():
+    for description, source in sources.items():
         if out.resolve() == Path(source).resolve():
-            raise ConfigError(f"--out {arguments.out} is the directory of {what}: give another one")
+            raise ConfigError(
+                f"--out {arguments.out} is the directory of {description}: give another one"
+            )
     if arguments.format != OWN_FORMAT:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise ConfigError(
-                f"--out {arguments.out} exists and is no empty directory: give another one, or remove it"
-            )
-        journal = getattr(arguments, "checkpoint_dir", None)
-        if journal is not None and Path(journal).resolve().is_relative_to(out.resolve()):
-            raise ConfigError(
-                f"--checkpoint-dir {journal} is in --out {arguments.out}, which must be empty: give another one"
-            )
+        _check_empty(out, arguments)
+    # A temporary directory shows whether files can be made, which permission bits do not on every system.
     existing = next(path for path in (out, *out.parents) if path.exists())
     try:
         with tempfile.TemporaryDirectory(dir=existing, prefix=".tsq-"):
@@ -101,6 +100,19 @@ def check_out(arguments: argparse.Namespace, sources: Mapping[str, str]) -> None
         raise ConfigError(
             f"--out {arguments.out} cannot be written ({existing}: {error.strerror}): give another one"
         ) from error
+
+
+def _check_empty(out: Path, arguments: argparse.Namespace) -> None:
+    """Refuse a directory that holds something, or will; formats of other libraries replace none."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(
+            f"--out {arguments.out} exists and is no empty directory: give another one, or remove it"
+        )
+    journal = getattr(arguments, "checkpoint_dir", None)
+    if journal is not None and Path(journal).resolve().is_relative_to(out.resolve()):
+        raise ConfigError(
+            f"--checkpoint-dir {journal} is in --out {arguments.out}, which must be empty: give another one"
+        )
 
 
 def check_format(

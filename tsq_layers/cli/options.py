@@ -60,21 +60,27 @@ def _group_size(text: str) -> int | None:
         raise argparse.ArgumentTypeError(
             f"{text!r}: give a positive integer, or none for one group per row"
         )
-    return None if text == "none" else int(text)
+    if text == "none":
+        return None
+    return int(text)
 
 
 def configuration(arguments: argparse.Namespace) -> QuantConfig:
-    """The configuration of ``--config``, or the default one, with what the other options change.
+    """Return the configuration of ``--config``, or the default one, with what the other options change.
 
     In another library's ``--format``, ``--method best`` is without what these do not hold.
     """
     base = QuantConfig()
     if arguments.config is not None:
         base = QuantConfig.from_json(texts.read_text(arguments.config))
-    changes = {
-        name: getattr(arguments, name) for name in _CONFIG_OPTIONS if hasattr(arguments, name)
-    }
-    if changes.get("method") == "best" and getattr(arguments, "format", OWN_FORMAT) != OWN_FORMAT:
+    # An option that was not given is no attribute: its default is argparse.SUPPRESS.
+    changes = {}
+    for name in _CONFIG_OPTIONS:
+        if hasattr(arguments, name):
+            changes[name] = getattr(arguments, name)
+    # `tsq plan` has no --format.
+    is_foreign = getattr(arguments, "format", OWN_FORMAT) != OWN_FORMAT
+    if is_foreign and changes.get("method") == "best":
         changes.update(PORTABLE)
     return base.changed(**changes)
 
@@ -109,7 +115,7 @@ def sequences(arguments: argparse.Namespace) -> int:
 
 
 def calibration(arguments: argparse.Namespace, tokenizer: Any) -> list[dict[str, Tensor]]:
-    """The batches of ``--text``."""
+    """Return the batches of ``--text``."""
     tokens = texts.read_tokens(Path(arguments.text), tokenizer)
     return texts.windows(
         tokens, arguments.sequence_length, sequences(arguments), arguments.batch_size
@@ -161,7 +167,7 @@ def add_placement(command: argparse.ArgumentParser) -> None:
 
 
 def add_dtype(command: argparse.ArgumentParser) -> None:
-    """In which dtype a float model is."""
+    """Add the dtype of a float model."""
     command.add_argument(
         "--dtype",
         choices=("float32", "float16", "bfloat16"),
@@ -171,7 +177,7 @@ def add_dtype(command: argparse.ArgumentParser) -> None:
 
 
 def add_format(command: argparse.ArgumentParser, *, own: bool) -> None:
-    """As what a model is written."""
+    """Add the format of the files that are written."""
     formats = (OWN_FORMAT, *FORMATS) if own else tuple(FORMATS)
     default = "; default: tsq, this library's own, which holds every method" if own else ""
     command.add_argument(
@@ -194,12 +200,12 @@ def add_format(command: argparse.ArgumentParser, *, own: bool) -> None:
 
 
 def add_json(command: argparse.ArgumentParser, what: str) -> None:
-    """For programs that read the output."""
+    """Add ``--json``, for programs that read the output."""
     command.add_argument("--json", action="store_true", help=f"{what} as JSON")
 
 
 def placed(model: nn.Module, device: str) -> nn.Module:
-    """A model on ``--device``."""
+    """Move a model to ``--device``."""
     try:
         return model.to(torch.device(device))
     except (RuntimeError, AssertionError) as error:

@@ -11,30 +11,30 @@ from tsq_layers.reports import STEPS, report_of
 
 
 def write(line: str = "") -> None:
-    """One line of result on stdout, at once."""
+    """Write one line of result on stdout, at once."""
     sys.stdout.write(f"{line}\n")
     sys.stdout.flush()
 
 
 def write_summary(model: nn.Module) -> None:
-    """The first lines of a model's report."""
+    """Write the first lines of a model's report."""
     for line in str(report_of(model)).split("\n\n")[0].splitlines():
         write(line)
 
 
 def write_json(values: Any) -> None:
-    """A JSON object."""
+    """Write a JSON object."""
     write(json.dumps(values, ensure_ascii=False, allow_nan=False))
 
 
 def summary(model: nn.Module, out: Path, form: str) -> dict[str, Any]:
     """Return what programs are told about a model that was written."""
     report = report_of(model)
-    losses = {
-        step: sum(values) / len(values)
-        for step in STEPS
-        if (values := [layer.losses[step] for layer in report.quantized if step in layer.losses])
-    }
+    losses = {}
+    for step in STEPS:
+        values = [layer.losses[step] for layer in report.quantized if step in layer.losses]
+        if values:
+            losses[step] = sum(values) / len(values)
     return {
         "out": str(out),
         "format": form,

@@ -15,7 +15,7 @@ from tsq_layers.planning import plan
 
 
 def add(command: argparse.ArgumentParser) -> None:
-    """Its arguments."""
+    """Add the arguments of the command."""
     command.add_argument(
         "model",
         metavar="MODEL_DIR",
@@ -31,19 +31,22 @@ def add(command: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Plan on the model without its weights, if that can be; they are loaded only if its course depends on values."""
-    config, count = options.configuration(arguments), options.sequences(arguments)
+    config = options.configuration(arguments)
+    count = options.sequences(arguments)
     offload = options.offload(arguments, planned=True)
-    example, batches = None, 0
+    example = None
+    batch_count = 0
     if config.needs_calibration:
         tokens = torch.empty(count * arguments.sequence_length, dtype=torch.int64, device="meta")
         windows = texts.windows(tokens, arguments.sequence_length, count, arguments.batch_size)
-        example, batches = windows[0]["input_ids"], len(windows)
+        example = windows[0]["input_ids"]
+        batch_count = len(windows)
     model = bridge.empty_causal_lm(arguments.model, arguments.dtype)
     try:
-        result = plan(model, config, _random_tokens(model, example), batches, offload=offload)
+        result = plan(model, config, _random_tokens(model, example), batch_count, offload=offload)
     except CalibrationError:
         model = bridge.load_causal_lm(arguments.model, arguments.dtype)
-        result = plan(model, config, _random_tokens(model, example), batches, offload=offload)
+        result = plan(model, config, _random_tokens(model, example), batch_count, offload=offload)
     write(result.to_json() if arguments.json else str(result))
 
 

@@ -10,7 +10,7 @@ from tsq_layers.integrations import causal_lm as bridge
 
 
 def add(command: argparse.ArgumentParser) -> None:
-    """Its arguments."""
+    """Add the arguments of the command."""
     command.add_argument(
         "model", metavar="MODEL_DIR", help="directory of the float model and its tokenizer"
     )
@@ -37,10 +37,10 @@ def add(command: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Load, quantise, write."""
-    config, offload = options.configuration(arguments), options.offload(arguments)
-    if (
-        arguments.format != options.OWN_FORMAT
-    ):  # before the model is read; its shapes are looked at then
+    config = options.configuration(arguments)
+    offload = options.offload(arguments)
+    # Before the model is read, so that an error comes at once; shapes are checked later.
+    if arguments.format != options.OWN_FORMAT:
         check_configuration(config, arguments.format)
     models.check_out(arguments, {"the float model": arguments.model})
     if models.is_foreign(arguments.model):
@@ -53,8 +53,12 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.text is not None:
         batches = options.calibration(arguments, tokenizer)
     elif config.needs_calibration or config.distill_epochs:
-        rounding = "channel_scaling" if config.channel_scaling else "distill_epochs"
-        field = rounding if config.method == "rtn" else "method"
+        if config.method != "rtn":
+            field = "method"
+        elif config.channel_scaling:
+            field = "channel_scaling"
+        else:
+            field = "distill_epochs"
         raise ConfigError(
             f"{field}={getattr(config, field)!r} needs calibration text: give --text FILE, or a "
             "configuration that needs none (--method rtn)"

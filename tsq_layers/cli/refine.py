@@ -9,7 +9,7 @@ from tsq_layers.workflow.refinement import DEFAULT
 
 
 def add(command: argparse.ArgumentParser) -> None:
-    """Its arguments."""
+    """Add the arguments of the command."""
     command.add_argument(
         "model", metavar="DIR", help="directory of a quantised model, of tsq or of another tool"
     )

@@ -80,12 +80,11 @@ def check_length(model: nn.Module, length: int, option: str) -> None:
     for name, module in model.named_modules():
         rows = getattr(module, "num_embeddings", None)
         if rows is not None and name.rpartition(".")[2] in _POSITION_TABLES:
-            first = getattr(module, "padding_idx", None)  # RoBERTa counts positions from behind it
-            free = rows if first is None else rows - first - 1
-            limit = min(
-                free,
-                getattr(getattr(model, "config", None), "max_position_embeddings", None) or free,
-            )
+            # RoBERTa counts positions from behind the index of padding.
+            padding = getattr(module, "padding_idx", None)
+            free_rows = rows if padding is None else rows - padding - 1
+            config = getattr(model, "config", None)
+            limit = min(free_rows, getattr(config, "max_position_embeddings", None) or free_rows)
             if length > limit:
                 raise ConfigError(
                     f"{option} {length}: this {type(model).__name__} has learned positions for "

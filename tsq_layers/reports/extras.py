@@ -7,7 +7,7 @@ from tsq_layers.errors import MissingExtraError
 
 
 def required(module: str) -> ModuleType:
-    """A module of an optional package.
+    """Import a module of an optional package.
 
     Raises:
         MissingExtraError: the package is not installed.
@@ -23,7 +23,8 @@ def required(module: str) -> ModuleType:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is not None and error.name.partition(".")[0] != package:
-            raise  # something that the package itself needs
+            # Something that the package itself needs is missing, which no extra of ours brings.
+            raise
         raise MissingExtraError(
             f'this needs {package}: pip install "tsq_layers[report]"'
         ) from error

@@ -1,4 +1,4 @@
-"""The report as a picture: loss, bits and seconds of every quantised layer. Needs matplotlib."""
+"""Draw the report as a picture: loss, bits and seconds of every quantised layer. Needs matplotlib."""
 
 import math
 import os
@@ -21,13 +21,11 @@ _STEP_COLORS = {
 _MORE_COLORS = ("#2a9d6f", "#c2477f", "#6b7280")
 _HELD_OUT = "#c2477f"
 _MEDIAN = "#111827"
-_DOTS = (
-    1.0,
-    1.25,
-    0.75,
-)  # large dots, step by step: a later one leaves a ring of an equal earlier one
+# Scales of large dots, step by step: a later one leaves a ring of an equal earlier one.
+_DOTS = (1.0, 1.25, 0.75)
 _LARGE = 5.0
-_CODES, _OVERHEAD = "#2563c9", "#a9c3ee"
+_CODES = "#2563c9"
+_OVERHEAD = "#a9c3ee"
 
 Panel = tuple[float, Callable[[Any, Sequence[LayerReport]], None]]
 
@@ -52,24 +50,22 @@ def picture(layers: Sequence[LayerReport], bits_per_weight: float | None) -> Any
         bits_per_weight: of the whole model, for the title.
     """
     figures = required("matplotlib.figure")
-    count = len(layers)
-    layers = [layer for layer in layers if layer.is_quantized]
-    panels = _panels(layers)
-    width = min(max(7.0, 5.5 + 0.045 * len(layers)), 18.0)
-    height = 1.6 + sum(share for share, _ in panels)
-    figure = figures.Figure(figsize=(width, height), layout="constrained")
-    figure.suptitle(_title(len(layers), count, bits_per_weight), fontsize=11, parse_math=False)
-    if panels:
-        shares = [share for share, _ in panels]
-        axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=shares)[
-            :, 0
-        ]
-        for panel, (_, fill) in zip(axes, panels, strict=True):
-            _dress(panel)
-            fill(panel, layers)
-        _mark_layers(axes, [layer.name for layer in layers])
-    else:
+    rows = [layer for layer in layers if layer.is_quantized]
+    panels = _panels(rows)
+    heights = [height for height, _ in panels]
+    width = min(max(7.0, 5.5 + 0.045 * len(rows)), 18.0)
+    figure = figures.Figure(figsize=(width, 1.6 + sum(heights)), layout="constrained")
+    title = _title(len(rows), len(layers), bits_per_weight)
+    figure.suptitle(title, fontsize=11, parse_math=False)
+    if not panels:
         figure.text(0.5, 0.4, "nothing to draw: no layer has a loss, bits or seconds", ha="center")
+        return figure
+    grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)
+    axes = grid[:, 0]
+    for panel, (_, fill) in zip(axes, panels, strict=True):
+        _dress(panel)
+        fill(panel, rows)
+    _mark_layers(axes, [layer.name for layer in rows])
     return figure
 
 
@@ -79,70 +75,96 @@ def _title(quantized: int, count: int, bits_per_weight: float | None) -> str:
 
 
 def _panels(layers: Sequence[LayerReport]) -> list[Panel]:
-    """Height in inches and drawing function of each panel that has something to show."""
-    losses = any(
-        series.positive(v)
-        for layer in layers
-        for v in (*layer.losses.values(), *layer.held_out_losses.values())
-    )
-    bits = any(series.bits(layers)[1])
-    seconds = any(series.seconds(layer) > 0 for layer in layers)
-    return [
-        *([(3.6, _losses)] if losses else []),
-        *([(1.3, _bits)] if bits else []),
-        *([(1.8, _seconds)] if seconds else []),
-    ]
+    """Return height in inches and drawing function of each panel that has something to show."""
+    panels: list[Panel] = []
+    if any(map(_has_loss, layers)):
+        panels.append((3.6, _losses))
+    _, stored_bits = series.bits(layers)
+    if any(stored_bits):
+        panels.append((1.3, _bits))
+    if any(series.seconds(layer) > 0 for layer in layers):
+        panels.append((1.8, _seconds))
+    return panels
+
+
+def _has_loss(layer: LayerReport) -> bool:
+    values = [*layer.losses.values(), *layer.held_out_losses.values()]
+    return bool(series.positives(values))
 
 
 def _losses(panel: Any, layers: Sequence[LayerReport]) -> None:
     size = _dot(len(layers))
-    ranges = [(index, _positive(layer.losses.values())) for index, layer in enumerate(layers)]
-    stems = [(index, min(values), max(values)) for index, values in ranges if len(values) > 1]
-    if stems:
-        panel.vlines(*zip(*stems, strict=True), color="#c9d0d8", linewidth=size / 4, zorder=1)
+    _loss_ranges(panel, layers, size)
     for order, step in enumerate(series.steps((layer.losses for layer in layers), STEPS)):
         points = _points([layer.losses.get(step) for layer in layers])
-        style = {"linestyle": "none", "marker": "o", "markeredgewidth": 0, "zorder": 2 + order}
-        style["markersize"] = size * (_DOTS[min(order, 2)] if size > _LARGE else 1.0)
-        panel.plot(*points, color=_color(step, order), label=step, **style)
-    held_out = _points([series.final_held_out(layer) for layer in layers])
-    if held_out[0]:
-        style = {
-            "linestyle": "none",
-            "marker": "o",
-            "markerfacecolor": "none",
-            "markersize": size * 1.5,
-            "zorder": 9,
-        }
+        scale = _DOTS[min(order, 2)] if size > _LARGE else 1.0
         panel.plot(
-            *held_out,
+            *points,
+            color=_color(step, order),
+            label=step,
+            linestyle="none",
+            marker="o",
+            markeredgewidth=0,
+            zorder=2 + order,
+            markersize=size * scale,
+        )
+    held_out_points = _points([series.final_held_out(layer) for layer in layers])
+    if held_out_points[0]:
+        panel.plot(
+            *held_out_points,
             color=_HELD_OUT,
             markeredgewidth=size / 6,
             label="held out, last step",
-            **style,
+            linestyle="none",
+            marker="o",
+            markerfacecolor="none",
+            markersize=size * 1.5,
+            zorder=9,
         )
     _medians(panel, layers)
-    panel.set_yscale("log")
-    low, high = panel.get_ylim()
-    ticks = [(value, text) for value, text in series.log_ticks(low, high) if low <= value <= high]
-    panel.set_yticks([value for value, _ in ticks], [text for _, text in ticks], minor=False)
-    panel.set_yticks([], minor=True)
+    _log_scale(panel)
     panel.set_ylabel("relative output error")
     _legend(panel, markerscale=max(1.0, 4.0 / size))
 
 
+def _loss_ranges(panel: Any, layers: Sequence[LayerReport], size: float) -> None:
+    """Draw a thin line from the lowest to the highest loss of each layer that has several."""
+    places = []
+    lows = []
+    highs = []
+    for index, layer in enumerate(layers):
+        values = series.positives(layer.losses.values())
+        if len(values) > 1:
+            places.append(index)
+            lows.append(min(values))
+            highs.append(max(values))
+    if places:
+        panel.vlines(places, lows, highs, color="#c9d0d8", linewidth=size / 4, zorder=1)
+
+
+def _log_scale(panel: Any) -> None:
+    panel.set_yscale("log")
+    low, high = panel.get_ylim()
+    values = []
+    texts = []
+    for value, text in series.log_ticks(low, high):
+        if low <= value <= high:
+            values.append(value)
+            texts.append(text)
+    panel.set_yticks(values, texts, minor=False)
+    panel.set_yticks([], minor=True)
+
+
 def _medians(panel: Any, layers: Sequence[LayerReport]) -> None:
-    marks = series.layer_axis([layer.name for layer in layers])
-    finals = [series.positive(series.final_loss(layer)) for layer in layers]
-    medians = series.block_medians(finals, marks)
+    axis = series.layer_axis([layer.name for layer in layers])
+    losses = [series.positive(series.final_loss(layer)) for layer in layers]
+    medians = series.block_medians(losses, axis)
     if medians:
-        starts, ends, values = zip(
-            *[(start - 0.5, end - 0.5, value) for start, end, value in medians], strict=True
-        )
+        # Layer i stands at i, so that its column reaches from i - 0.5 to i + 0.5.
         panel.hlines(
-            values,
-            starts,
-            ends,
+            [value for _, _, value in medians],
+            [start - 0.5 for start, _, _ in medians],
+            [end - 0.5 for _, end, _ in medians],
             color=_MEDIAN,
             linewidth=2,
             zorder=10,
@@ -169,7 +191,7 @@ def _seconds(panel: Any, layers: Sequence[LayerReport]) -> None:
 
 
 def _bars(panel: Any, bottom: list[float], top: list[float], color: str, label: str) -> None:
-    """One bar a layer. A single outline where bars are too narrow for gaps between them."""
+    """Draw one bar a layer; a single outline where bars are too narrow for gaps between them."""
     places = range(len(top))
     if len(top) <= 60:
         heights = [high - low for low, high in zip(bottom, top, strict=True)]
@@ -181,13 +203,16 @@ def _bars(panel: Any, bottom: list[float], top: list[float], color: str, label: 
 
 def _mark_layers(axes: Sequence[Any], names: Sequence[str]) -> None:
     marks = series.layer_axis(names)
+    margin = 0.01 * len(names)
+    # A few slanted names need no shading to be told apart.
+    shaded_blocks = marks.blocks[1::2] if not marks.slanted or len(names) > 8 else ()
     for panel in axes:
-        for start, end in marks.blocks[1::2] if not marks.slanted or len(names) > 8 else ():
+        for start, end in shaded_blocks:
             panel.axvspan(start - 0.5, end - 0.5, color="#f3f5f7", linewidth=0, zorder=0)
-        panel.set_xlim(-0.5 - 0.01 * len(names), len(names) - 0.5 + 0.01 * len(names))
-    turned = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if marks.slanted else {}
+        panel.set_xlim(-0.5 - margin, len(names) - 0.5 + margin)
+    rotation = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if marks.slanted else {}
     positions, texts = zip(*marks.ticks, strict=True)
-    axes[-1].set_xticks(positions, texts, parse_math=False, fontsize=8.5, **turned)
+    axes[-1].set_xticks(positions, texts, parse_math=False, fontsize=8.5, **rotation)
     if not marks.slanted:
         axes[-1].set_xlabel(marks.title, parse_math=False)
 
@@ -215,19 +240,17 @@ def _color(step: str, order: int) -> str:
 
 
 def _dot(count: int) -> float:
-    """Diameter of a mark in points: smaller where there are more."""
+    """Return the diameter of a mark in points: smaller where there are more."""
     return min(max(60 / math.sqrt(count), 1.6), 7.0)
 
 
-def _positive(values: Any) -> list[float]:
-    return [value for value in map(series.positive, values) if value is not None]
-
-
 def _points(values: Sequence[float | None]) -> tuple[list[int], list[float]]:
-    """Places and values of what can be drawn on a logarithmic axis."""
-    pairs = [
-        (index, value)
-        for index, value in enumerate(map(series.positive, values))
-        if value is not None
-    ]
-    return [index for index, _ in pairs], [value for _, value in pairs]
+    """Return places and values of what can be drawn on a logarithmic axis."""
+    places = []
+    heights = []
+    for index, value in enumerate(values):
+        height = series.positive(value)
+        if height is not None:
+            places.append(index)
+            heights.append(height)
+    return places, heights

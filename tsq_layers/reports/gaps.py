@@ -33,30 +33,29 @@ class Gap:
 
     @property
     def place(self) -> str:
-        """The name of a single one, or in how many."""
+        """Return the name of a single one, or the number of several."""
         return self.names[0] if len(self.names) == 1 else f"in {len(self.names)} {self.kind}"
 
 
 def share_of_entries(parameters: Sequence[ParameterReport]) -> float:
-    """Quantised entries as a part, 0 to 1, of all entries; 0 if there are none."""
+    """Return quantised entries as a part, 0 to 1, of all entries; 0 if there are none."""
     total = sum(parameter.numel for parameter in parameters)
-    return sum(parameter.quantized for parameter in parameters) / total if total else 0.0
+    quantized = sum(parameter.quantized for parameter in parameters)
+    return quantized / total if total else 0.0
 
 
 def share_of_bytes(parameters: Sequence[ParameterReport]) -> float:
-    """Bytes of the float model whose entries were quantised, as a part of all; 0 if there are none."""
+    """Return bytes of the float model whose entries were quantised, as a part of all; 0 if there are none."""
     total = sum(parameter.bytes for parameter in parameters)
-    return (
-        sum(parameter.quantized * parameter.itemsize for parameter in parameters) / total
-        if total
-        else 0.0
-    )
+    quantized = sum(parameter.quantized * parameter.itemsize for parameter in parameters)
+    return quantized / total if total else 0.0
 
 
 def largest(parameters: Sequence[ParameterReport], count: int) -> tuple[ParameterReport, ...]:
-    """The ``count`` parameters with most entries that were not quantised, most first."""
+    """Return the ``count`` parameters with most entries that were not quantised, most first."""
     partial = [parameter for parameter in parameters if parameter.kept]
-    return tuple(sorted(partial, key=lambda parameter: -parameter.kept)[:count])
+    partial.sort(key=lambda parameter: parameter.kept, reverse=True)
+    return tuple(partial[:count])
 
 
 def by_reason(layers: Sequence[LayerReport], parameters: Sequence[ParameterReport]) -> list[Gap]:
@@ -73,31 +72,41 @@ def by_reason(layers: Sequence[LayerReport], parameters: Sequence[ParameterRepor
         >>> by_reason([], parameters)
         [Gap(reason='… of 4 unused', kind='parameters', names=('1.experts', '2.experts'), entries=10, share=0.625)]
     """
+    items: list[Kept] = []
     if parameters:
         kind = "parameters"
         total = sum(parameter.numel for parameter in parameters)
-        items = [(item.name, item.kept, item.reason) for item in parameters if item.kept]
+        for parameter in parameters:
+            if parameter.kept:
+                items.append((parameter.name, parameter.kept, parameter.reason))
     else:
         kind = "layers"
         total = sum(layer.weights for layer in layers)
-        others = [layer for layer in layers if not layer.is_quantized and layer.weights]
-        items = [(layer.name, layer.weights, layer.reason or layer.status) for layer in others]
+        for layer in layers:
+            if not layer.is_quantized and layer.weights:
+                items.append((layer.name, layer.weights, layer.reason or layer.status))
     gaps = [_gap(group, kind, total) for group in grouped(items)]
-    return sorted(gaps, key=lambda gap: -gap.entries)
+    return sorted(gaps, key=lambda gap: gap.entries, reverse=True)
 
 
 def _gap(items: list[Kept], kind: str, total: int) -> Gap:
-    items = sorted(items, key=lambda item: -item[1])
+    items = sorted(items, key=lambda item: item[1], reverse=True)
     entries = sum(count for _, count, _ in items)
-    reason, names = common([reason for _, _, reason in items]), tuple(name for name, _, _ in items)
-    return Gap(reason=reason, kind=kind, names=names, entries=entries, share=entries / total)
+    return Gap(
+        reason=common([reason for _, _, reason in items]),
+        kind=kind,
+        names=tuple(name for name, _, _ in items),
+        entries=entries,
+        share=entries / total,
+    )
 
 
 def grouped(items: Iterable[Kept]) -> list[list[Kept]]:
-    """Items whose reasons are the same but for numbers in them."""
+    """Group items whose reasons are the same but for numbers in them."""
     groups: dict[tuple[str, ...], list[Kept]] = defaultdict(list)
     for item in items:
-        groups[without_numbers(item[2])].append(item)
+        _, _, reason = item
+        groups[without_numbers(reason)].append(item)
     return list(groups.values())
 
 
@@ -107,6 +116,10 @@ def without_numbers(reason: str) -> tuple[str, ...]:
 
 
 def common(reasons: Sequence[str]) -> str:
-    """Reasons that differ in their numbers only, as one; an ellipsis stands where they differ."""
-    parts = zip(*(_NUMBER.split(reason) for reason in reasons), strict=True)
-    return "".join(part[0] if len(set(part)) == 1 else "…" for part in parts)
+    """Return reasons that differ in their numbers only, as one; an ellipsis stands where they differ."""
+    columns = zip(*map(_NUMBER.split, reasons), strict=True)
+    parts = []
+    for variants in columns:
+        same = len(set(variants)) == 1
+        parts.append(variants[0] if same else "…")
+    return "".join(parts)

@@ -97,19 +97,16 @@ class LayerReport:
 
     @property
     def weights(self) -> int:
-        """Number of entries of the weight matrix."""
+        """Return the number of entries of the weight matrix."""
         return self.rows * self.columns
 
     def to_dict(self) -> dict[str, Any]:
-        """The layer as plain JSON values."""
+        """Return the layer as plain JSON values."""
         values = dataclasses.asdict(self)
-        values.update(
-            {
-                name: {step: json_number(value) for step, value in values[name].items()}
-                for name in _MAPPINGS
-            }
-        )
-        return {**values, "shared_with": list(self.shared_with)}
+        for name in _MAPPINGS:
+            values[name] = {step: json_number(value) for step, value in values[name].items()}
+        values["shared_with"] = list(self.shared_with)
+        return values
 
     @classmethod
     def from_dict(cls, values: object) -> Self:

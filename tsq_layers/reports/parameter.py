@@ -63,34 +63,34 @@ class ParameterReport:
 
     @property
     def numel(self) -> int:
-        """Number of entries."""
+        """Return the number of entries."""
         return math.prod(self.shape)
 
     @property
     def kept(self) -> int:
-        """Number of entries that were not quantised."""
+        """Return the number of entries that were not quantised."""
         return self.numel - self.quantized
 
     @property
     def itemsize(self) -> int:
-        """Bytes of an entry in the float model."""
+        """Return the bytes of an entry in the float model."""
         dtype: torch.dtype = getattr(torch, self.dtype)
         return dtype.itemsize
 
     @property
     def bytes(self) -> int:
-        """Bytes in the float model."""
+        """Return the bytes in the float model."""
         return self.numel * self.itemsize
 
     @property
     def status(self) -> ParameterStatus:
-        """``"quantized"``, ``"partly quantized"`` or ``"kept"``."""
+        """Return ``"quantized"``, ``"partly quantized"`` or ``"kept"``."""
         if not self.quantized:
             return "kept"
         return "partly quantized" if self.kept else "quantized"
 
     def to_dict(self) -> dict[str, Any]:
-        """The parameter as plain JSON values."""
+        """Return the parameter as plain JSON values."""
         return {**dataclasses.asdict(self), "shape": list(self.shape), "layers": list(self.layers)}
 
     @classmethod

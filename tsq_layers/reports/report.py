@@ -66,48 +66,52 @@ class Report:
 
     @property
     def quantized(self) -> list[LayerReport]:
-        """The layers that were quantised, those with less than was asked for included."""
+        """Return the layers that were quantised, those with less than was asked for included."""
         return [layer for layer in self.layers if layer.is_quantized]
 
     @property
     def bits_per_weight(self) -> float | None:
-        """Stored bits per weight over all quantised layers; ``None`` if there are none."""
-        pairs = [
-            (layer.weights, layer.bits_per_weight)
-            for layer in self.quantized
-            if layer.bits_per_weight is not None
-        ]
-        total = sum(weights for weights, _ in pairs)
-        return sum(weights * bits for weights, bits in pairs) / total if total else None
+        """Return stored bits per weight over all quantised layers; ``None`` if there are none."""
+        weights = 0
+        bits = []
+        for layer in self.quantized:
+            if layer.bits_per_weight is not None:
+                weights += layer.weights
+                bits.append(layer.weights * layer.bits_per_weight)
+        # From Python 3.12 `sum` compensates the rounding errors of floats; a running total would not.
+        return sum(bits) / weights if weights else None
 
     @property
     def share_quantized(self) -> float:
-        """Share, 0 to 1, of the weights of the listed layers that were quantised."""
+        """Return the share, 0 to 1, of the weights of the listed layers that were quantised."""
         total = sum(layer.weights for layer in self.layers)
-        return sum(layer.weights for layer in self.quantized) / total if total else 0.0
+        quantized = sum(layer.weights for layer in self.quantized)
+        return quantized / total if total else 0.0
 
     @property
     def coverage(self) -> float:
-        """Share, 0 to 1, of all entries of all parameters that were quantised.
+        """Return the share, 0 to 1, of all entries of all parameters that were quantised.
 
         It is :attr:`share_quantized` if no parameters are listed.
         """
-        return (
-            coverage.share_of_entries(self.parameters) if self.parameters else self.share_quantized
-        )
+        if not self.parameters:
+            return self.share_quantized
+        return coverage.share_of_entries(self.parameters)
 
     @property
     def byte_coverage(self) -> float:
-        """The same of the bytes of the float model's parameters."""
-        return coverage.share_of_bytes(self.parameters) if self.parameters else self.share_quantized
+        """Return :attr:`coverage` of the bytes of the float model's parameters."""
+        if not self.parameters:
+            return self.share_quantized
+        return coverage.share_of_bytes(self.parameters)
 
     def gaps(self, count: int = 5) -> tuple[ParameterReport, ...]:
-        """The ``count`` parameters with most entries that were not quantised, most first."""
+        """Return the ``count`` parameters with most entries that were not quantised, most first."""
         return coverage.largest(self.parameters, count)
 
     @property
     def totals(self) -> Totals:
-        """The figures of the whole model."""
+        """Return the figures of the whole model."""
         return Totals(
             size_before=self.size_before,
             size_after=self.size_after,
@@ -121,7 +125,7 @@ class Report:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain JSON values, with a ``schema_version``."""
+        """Return the report as plain JSON values, with a ``schema_version``."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         values |= {
             "layers": [layer.to_dict() for layer in self.layers],
@@ -134,7 +138,7 @@ class Report:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Inverse of :meth:`to_dict`.
+        """Return the report that :meth:`to_dict` has written.
 
         Raises:
             CheckpointError: another schema version, an unknown or missing key, or a value of the wrong type.
@@ -157,16 +161,16 @@ class Report:
         return cls(**checked)
 
     def to_json(self) -> str:
-        """The report as a JSON object."""
+        """Return the report as a JSON object."""
         return json.dumps(self.to_dict(), indent=2, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Inverse of :meth:`to_json`; raises as :meth:`from_dict` does."""
+        """Return the report that :meth:`to_json` has written; raises as :meth:`from_dict` does."""
         return cls.from_dict(json_object(text, "the report"))
 
     def table(self) -> str:
-        """One aligned line of text for every layer. Columns that would be empty are left out."""
+        """Return one aligned line of text for every layer. Columns that would be empty are left out."""
         return table.layers(self.layers)
 
     def plot(self, path: str | os.PathLike[str]) -> None:

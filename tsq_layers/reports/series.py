@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -15,6 +16,9 @@ _LONGEST = 24  # characters of such a name
 _BLOCK_LABELS = 18
 _LABEL_SPACE = 150  # characters that fit side by side
 _MANY = 400  # more layers than this are a cloud of points
+
+Block = tuple[str, str, int, int]
+"""A run of layers: the part of their names before the first number, that number, start, end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,127 +39,174 @@ class LayerAxis:
 
 
 def positive(value: float | None) -> float | None:
-    """The value, if it has a place on a logarithmic axis."""
-    return value if value is not None and math.isfinite(value) and value > 0 else None
+    """Return the value if it has a place on a logarithmic axis, else ``None``."""
+    if value is None or not math.isfinite(value) or value <= 0:
+        return None
+    return value
+
+
+def positives(values: Iterable[float | None]) -> list[float]:
+    """Return those of the values that have a place on a logarithmic axis, in their order."""
+    places = []
+    for value in values:
+        place = positive(value)
+        if place is not None:
+            places.append(place)
+    return places
 
 
 def final_loss(layer: LayerReport) -> float | None:
-    """The loss after the last step; ``None`` if it is missing or not finite."""
+    """Return the loss after the last step; ``None`` if it is missing or not finite."""
     return _final(layer.losses)
 
 
 def final_held_out(layer: LayerReport) -> float | None:
-    """The same on tokens that the solver did not see."""
+    """Return :func:`final_loss` on tokens that the solver did not see."""
     return _final(layer.held_out_losses)
 
 
 def _final(losses: Mapping[str, float]) -> float | None:
-    value = losses[steps([losses], STEPS)[-1]] if losses else math.nan
+    if not losses:
+        return None
+    last_step = steps([losses], STEPS)[-1]
+    value = losses[last_step]
     return value if math.isfinite(value) else None
 
 
 def seconds(layer: LayerReport) -> float:
-    """Finite seconds over all steps."""
+    """Return the sum of the finite seconds over all steps."""
     return sum(value for value in layer.seconds.values() if math.isfinite(value))
 
 
 def bits(layers: Sequence[LayerReport]) -> tuple[list[float], list[float]]:
-    """Bits of the codes of each layer, and bits per weight with everything that is stored; 0 where unknown."""
-    codes = [float(layer.bits or 0) for layer in layers]
-    totals = [layer.bits_per_weight or 0.0 for layer in layers]
-    return codes, [max(code, whole) for code, whole in zip(codes, totals, strict=True)]
+    """Return bits of the codes of each layer, and stored bits per weight; 0 where unknown.
+
+    The second number counts scales and zero points too, and is never below the first.
+    """
+    code_bits = []
+    stored_bits = []
+    for layer in layers:
+        codes = float(layer.bits or 0)
+        code_bits.append(codes)
+        stored_bits.append(max(codes, layer.bits_per_weight or 0.0))
+    return code_bits, stored_bits
 
 
 def stacked_seconds(layers: Sequence[LayerReport]) -> list[tuple[str, list[float], list[float]]]:
-    """Every step, with the lower and the upper end of its part of each layer's bar."""
-    stacked, base = [], [0.0] * len(layers)
+    """Return every step, with the lower and the upper end of its part of each layer's bar."""
+    stacked = []
+    base = [0.0] * len(layers)
     for step in steps((layer.seconds for layer in layers), TIMED_STEPS):
-        heights = [layer.seconds.get(step, 0.0) for layer in layers]
-        top = [
-            low + value if math.isfinite(value) else low
-            for low, value in zip(base, heights, strict=True)
-        ]
+        top = []
+        for low, layer in zip(base, layers, strict=True):
+            height = layer.seconds.get(step, 0.0)
+            top.append(low + height if math.isfinite(height) else low)
         stacked.append((step, base, top))
         base = top
     return stacked
 
 
 def steps(mappings: Iterable[Mapping[str, float]], known: Sequence[str]) -> list[str]:
-    """All keys: those known in their order, then the others as they come.
+    """Return all keys: those known in their order, then the others as they come.
 
     Example:
         >>> steps([{"polish": 1.0, "assign": 2.0}], STEPS)
         ['assign', 'polish']
     """
-    names = list(dict.fromkeys(key for mapping in mappings for key in mapping))
-    return [key for key in known if key in names] + [key for key in names if key not in known]
+    # A dict keeps the order in which keys were first seen; a set would not.
+    names: dict[str, None] = {}
+    for mapping in mappings:
+        names |= dict.fromkeys(mapping)
+    ordered = dict.fromkeys(key for key in known if key in names)
+    return list(ordered | names)
 
 
 def short_names(names: Sequence[str]) -> list[str]:
-    """The shortest dotted tail of each name that no other name ends with.
+    """Return the shortest dotted tail of each name that no other name ends with.
 
     Example:
         >>> short_names(["model.0.up", "model.1.up", "model.1.down"])
         ['0.up', '1.up', 'down']
     """
-    parts = [name.split(".") for name in names]
-    counts: dict[str, int] = {}
-    for tail in (tail for name in parts for tail in _tails(name)):
-        counts[tail] = counts.get(tail, 0) + 1
-    return [
-        next((tail for tail in _tails(name) if counts[tail] == 1), ".".join(name)) for name in parts
-    ]
+    counts: Counter[str] = Counter()
+    for name in names:
+        counts.update(_tails(name))
+    short = []
+    for name in names:
+        unique_tails = (tail for tail in _tails(name) if counts[tail] == 1)
+        short.append(next(unique_tails, name))
+    return short
 
 
-def _tails(parts: Sequence[str]) -> Iterator[str]:
-    return (".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1))
+def _tails(name: str) -> Iterator[str]:
+    """Yield the dotted tails of a name, shortest first."""
+    parts = name.split(".")
+    for start in range(len(parts) - 1, -1, -1):
+        yield ".".join(parts[start:])
 
 
 def layer_axis(names: Sequence[str]) -> LayerAxis:
-    """Marks for layers with these names: the names, if they are few; else their blocks; else their numbers."""
+    """Return marks for layers with these names.
+
+    The marks are the names, if they are few; else their blocks; else their numbers.
+    """
     blocks = _blocks(names)
     if len(names) <= _NAMED:
-        texts = [
-            text if len(text) <= _LONGEST else f"…{text[1 - _LONGEST :]}"
-            for text in short_names(names)
-        ]
-        ticks = tuple((float(index), text or "(model)") for index, text in enumerate(texts))
-        spans = tuple((start, end) for _, _, start, end in blocks)
-        return LayerAxis(title="layer", ticks=ticks, blocks=spans, slanted=True)
-    if not blocks:
-        numbers = linear_ticks(len(names) - 1, 10)
-        return LayerAxis(title="layer", ticks=tuple((number, f"{number:g}") for number in numbers))
+        return _axis_of_names(names, blocks)
+    if blocks:
+        return _axis_of_blocks(blocks)
+    numbers = linear_ticks(len(names) - 1, 10)
+    return LayerAxis(title="layer", ticks=tuple((number, f"{number:g}") for number in numbers))
+
+
+def _axis_of_names(names: Sequence[str], blocks: Sequence[Block]) -> LayerAxis:
+    ticks = []
+    for index, text in enumerate(short_names(names)):
+        label = text if len(text) <= _LONGEST else f"…{text[1 - _LONGEST :]}"
+        ticks.append((float(index), label or "(model)"))
+    return LayerAxis(title="layer", ticks=tuple(ticks), blocks=_spans(blocks), slanted=True)
+
+
+def _axis_of_blocks(blocks: Sequence[Block]) -> LayerAxis:
     families = list(dict.fromkeys(family for family, _, _, _ in blocks))
-    labels = (
-        dict(zip(families, short_names(families), strict=True))
-        if len(families) > 1
-        else {families[0]: ""}
-    )
+    if len(families) > 1:
+        labels = dict(zip(families, short_names(families), strict=True))
+        title = "block"
+    else:
+        # The title names the only family, so that the numbers alone tell its blocks apart.
+        labels = {families[0]: ""}
+        title = f"{families[0]}.*" if families[0] else "block"
     texts = [f"{labels[family]}.{number}".lstrip(".") for family, number, _, _ in blocks]
-    most = min(_BLOCK_LABELS, _LABEL_SPACE // (max(map(len, texts)) + 2))
+    longest = max(map(len, texts))
+    most = min(_BLOCK_LABELS, _LABEL_SPACE // (longest + 2))
     every = math.ceil(len(blocks) / max(most, 1))
-    marks = zip(texts[::every], blocks[::every], strict=True)
-    ticks = tuple(((start + end - 1) / 2, text) for text, (_, _, start, end) in marks)
-    title = f"{families[0]}.*" if len(families) == 1 and families[0] else "block"
-    return LayerAxis(
-        title=title, ticks=ticks, blocks=tuple((start, end) for _, _, start, end in blocks)
-    )
+    ticks = []
+    for text, (_, _, start, end) in zip(texts[::every], blocks[::every], strict=True):
+        middle = (start + end - 1) / 2
+        ticks.append((middle, text))
+    return LayerAxis(title=title, ticks=tuple(ticks), blocks=_spans(blocks))
 
 
-def _blocks(names: Sequence[str]) -> list[tuple[str, str, int, int]]:
-    """Runs of layers whose names agree up to their first number: what stands before it, the number, start, end.
+def _spans(blocks: Sequence[Block]) -> tuple[tuple[int, int], ...]:
+    return tuple((start, end) for _, _, start, end in blocks)
 
-    None where hardly any layer shares its block with another.
+
+def _blocks(names: Sequence[str]) -> list[Block]:
+    """Return runs of layers whose names agree up to their first number.
+
+    The list is empty where hardly any layer shares its block with another.
     """
-    heads = [_head(name) for name in names]
-    blocks, start = [], 0
-    for (family, number), run in groupby(heads):
+    blocks = []
+    start = 0
+    for (family, number), run in groupby(map(_head, names)):
         end = start + len(list(run))
         if number:
             blocks.append((family, number, start, end))
         start = end
-    covered = sum(end - start for _, _, start, end in blocks)
-    return blocks if len(blocks) > 1 and covered >= 2 * len(blocks) else []
+    layers_in_blocks = sum(end - start for _, _, start, end in blocks)
+    if len(blocks) < 2 or layers_in_blocks < 2 * len(blocks):
+        return []
+    return blocks
 
 
 def _head(name: str) -> tuple[str, str]:
@@ -168,7 +219,9 @@ def _head(name: str) -> tuple[str, str]:
 
 
 def block_medians(values: Sequence[float | None], axis: LayerAxis) -> list[tuple[int, int, float]]:
-    """Start, end and median of each block that has values; nothing where every layer can be told from the next.
+    """Return start, end and median of each block that has values.
+
+    The list is empty for a picture of few layers, in which each can be told from the next.
 
     Example:
         >>> axis = LayerAxis(title="block", ticks=(), blocks=((0, 300), (300, 600)))
@@ -177,15 +230,16 @@ def block_medians(values: Sequence[float | None], axis: LayerAxis) -> list[tuple
     """
     if len(values) <= _MANY:
         return []
-    medians = [
-        (start, end, [value for value in values[start:end] if value is not None])
-        for start, end in axis.blocks
-    ]
-    return [(start, end, statistics.median(inside)) for start, end, inside in medians if inside]
+    medians = []
+    for start, end in axis.blocks:
+        numbers = [value for value in values[start:end] if value is not None]
+        if numbers:
+            medians.append((start, end, statistics.median(numbers)))
+    return medians
 
 
 def linear_ticks(high: float, count: int = 4) -> list[float]:
-    """Round values from 0 up to ``high``, about ``count`` of them.
+    """Return round values from 0 up to ``high``, about ``count`` of them.
 
     Example:
         >>> linear_ticks(0.9), linear_ticks(0.0)
@@ -195,25 +249,33 @@ def linear_ticks(high: float, count: int = 4) -> list[float]:
         return [0.0]
     power = 10.0 ** math.floor(math.log10(high / count))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power * (count + 1) > high)
-    return [round(index * step, 12) for index in range(math.floor(high / step + 1e-9) + 1)]
+    # The margin takes in a last tick that rounding has put just above `high`.
+    last = math.floor(high / step + 1e-9)
+    return [round(index * step, 12) for index in range(last + 1)]
 
 
 def log_ticks(low: float, high: float) -> list[tuple[float, str]]:
-    """Values and texts for a logarithmic axis: powers of ten, and between them if there are few.
+    """Return values and texts for a logarithmic axis: powers of ten, and between them if there are few.
 
     Example:
         >>> log_ticks(0.0005, 0.2), log_ticks(0.04, 0.2)
         ([(0.001, '10⁻³'), (0.01, '10⁻²'), (0.1, '10⁻¹')], [(0.05, '0.05'), (0.1, '0.1'), (0.2, '0.2')])
     """
-    first, last = math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9)
+    first = math.ceil(math.log10(low) - 1e-9)
+    last = math.floor(math.log10(high) + 1e-9)
     if last - first >= 2:
         every = math.ceil((last - first) / 8)
         return [(10.0**power, power_of_ten(power)) for power in range(first, last + 1, every)]
-    values = [factor * 10.0**power for power in range(first - 1, last + 1) for factor in (1, 2, 5)]
-    inside = [value for value in values if low * (1 - 1e-9) <= value <= high * (1 + 1e-9)]
-    return [(value, f"{value:.3g}") for value in inside]
+    ticks = []
+    for power in range(first - 1, last + 1):
+        for factor in (1, 2, 5):
+            value = factor * 10.0**power
+            if low * (1 - 1e-9) <= value <= high * (1 + 1e-9):
+                ticks.append((value, f"{value:.3g}"))
+    return ticks
 
 
 def power_of_ten(power: int) -> str:
-    """For example ``"10⁻³"``."""
-    return "10" + str(power).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    """Return the text of a power of ten, for example ``"10⁻³"``."""
+    superscripts = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+    return "10" + str(power).translate(superscripts)

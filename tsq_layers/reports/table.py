@@ -1,4 +1,4 @@
-"""The report as aligned plain text. Numbers that are missing or not finite show as a dash."""
+"""Write the report as aligned plain text. Numbers that are missing or not finite show as a dash."""
 
 import functools
 import math
@@ -18,16 +18,24 @@ def summary(
     totals: Totals, layers: Sequence[LayerReport], parameters: Sequence[ParameterReport]
 ) -> str:
     """Return a few lines: what was quantised, what was not and why, and what that saved."""
-    ratio = _format(totals.size_before / totals.size_after, ".2f") if totals.size_after else BLANK
-    size = (
-        f"{format_bytes(totals.size_before)} → {format_bytes(totals.size_after)} ({ratio}× smaller)"
-    )
-    run = f"{_format(totals.seconds, '.1f')} s, {'paired passes' if totals.paired else 'one pass'}"
-    versions = ", ".join(f"{package} {version}" for package, version in totals.versions.items())
-    how = "; ".join(filter(None, (run, versions)))
-    return "\n".join(
-        [_counts(totals, layers), *_coverage(totals, layers, parameters), f"model: {size}", how]
-    )
+    ratio = BLANK
+    if totals.size_after:
+        ratio = _format(totals.size_before / totals.size_after, ".2f")
+    before = format_bytes(totals.size_before)
+    after = format_bytes(totals.size_after)
+    passes = "paired passes" if totals.paired else "one pass"
+    run = [f"{_format(totals.seconds, '.1f')} s, {passes}"]
+    if totals.versions:
+        run.append(
+            ", ".join(f"{package} {version}" for package, version in totals.versions.items())
+        )
+    lines = [
+        _counts(totals, layers),
+        *_coverage(totals, layers, parameters),
+        f"model: {before} → {after} ({ratio}× smaller)",
+        "; ".join(run),
+    ]
+    return "\n".join(lines)
 
 
 def _counts(totals: Totals, layers: Sequence[LayerReport]) -> str:
@@ -47,21 +55,20 @@ def _coverage(
     if not parameters:
         return []
     total = sum(parameter.numel for parameter in parameters)
-    lines = [
-        f"coverage: {share(totals.coverage)} of {total:,} parameters, {share(totals.byte_coverage)} of their bytes"
-    ]
+    entries = f"{share(totals.coverage)} of {total:,} parameters"
+    lines = [f"coverage: {entries}, {share(totals.byte_coverage)} of their bytes"]
     gaps = coverage.by_reason(layers, parameters)
     if gaps:
         texts = [f"{share(gap.share)} {gap.place} ({gap.reason})" for gap in gaps[:_GAPS]]
         rest = sum(gap.share for gap in gaps[_GAPS:])
-        lines.append(
-            f"not quantised: {', '.join(texts + [f'{share(rest)} for other reasons'] * (rest > 0))}"
-        )
+        if rest > 0:
+            texts.append(f"{share(rest)} for other reasons")
+        lines.append(f"not quantised: {', '.join(texts)}")
     return lines
 
 
 def share(part: float) -> str:
-    """A share in percent; what is not nothing is not shown as 0%, what is not all not as 100%.
+    """Format a share in percent; what is not nothing is not shown as 0%, what is not all not as 100%.
 
     Example:
         >>> share(0.25), share(0.0001), share(0.0), share(0.9999), share(1.0)
@@ -69,26 +76,32 @@ def share(part: float) -> str:
     """
     if 0 < part < 0.0005:
         return "<0.1%"
-    return ">99.9%" if 0.9995 <= part < 1 else f"{part:.1%}"
+    if 0.9995 <= part < 1:
+        return ">99.9%"
+    return f"{part:.1%}"
 
 
 def layers(rows: Sequence[LayerReport]) -> str:
-    """One aligned line for every layer, under a line of titles. Columns that would be empty are left out."""
-    cells = {title: [cell(layer) for layer in rows] for title, cell in _COLUMNS.items()}
-    columns = {
-        title: column
-        for title, column in cells.items()
-        if any(text not in ("", BLANK) for text in column)
-    }
-    return "\n".join(aligned([[title, *column] for title, column in columns.items()], _LEFT))
+    """Return one aligned line for every layer, under a line of titles.
+
+    Columns that would be empty are left out.
+    """
+    columns = []
+    for title, cell in _COLUMNS.items():
+        texts = [cell(layer) for layer in rows]
+        if any(text not in ("", BLANK) for text in texts):
+            columns.append([title, *texts])
+    return "\n".join(aligned(columns, _LEFT))
 
 
 def _format(value: float | None, spec: str) -> str:
-    return format(value, spec) if value is not None and math.isfinite(value) else BLANK
+    if value is None or not math.isfinite(value):
+        return BLANK
+    return format(value, spec)
 
 
 def format_bytes(count: int) -> str:
-    """A number of bytes in decimal units, for example ``"1.23 MB"``."""
+    """Format a number of bytes in decimal units, for example ``"1.23 MB"``."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= size:
             return f"{count / size:.2f} {unit}"
@@ -96,7 +109,7 @@ def format_bytes(count: int) -> str:
 
 
 def aligned(columns: Sequence[Sequence[str]], left: Collection[str]) -> list[str]:
-    """Lines of a table.
+    """Return the lines of a table.
 
     Args:
         columns: each begins with its title.
@@ -106,11 +119,12 @@ def aligned(columns: Sequence[Sequence[str]], left: Collection[str]) -> list[str
         >>> aligned([["layer", "up"], ["bits", "4"]], ["layer"])
         ['layer  bits', 'up        4']
     """
-    widths = [max(map(len, column)) for column in columns]
-    padded = [
-        [text.ljust(width) if column[0] in left else text.rjust(width) for text in column]
-        for column, width in zip(columns, widths, strict=True)
-    ]
+    padded = []
+    for column in columns:
+        title = column[0]
+        width = max(map(len, column))
+        pad = str.ljust if title in left else str.rjust
+        padded.append([pad(text, width) for text in column])
     return ["  ".join(line).rstrip() for line in zip(*padded, strict=True)]
 
 
@@ -119,7 +133,12 @@ def _loss(step: str, layer: LayerReport) -> str:
 
 
 def _last_held_out(layer: LayerReport) -> float | None:
-    return list(layer.held_out_losses.values())[-1] if layer.held_out_losses else None
+    losses = list(layer.held_out_losses.values())
+    return losses[-1] if losses else None
+
+
+def _all_seconds(layer: LayerReport) -> float | None:
+    return sum(layer.seconds.values()) if layer.seconds else None
 
 
 _LEFT = ("layer", "kind", "status", "method", "reason")
@@ -136,6 +155,6 @@ _COLUMNS: dict[str, Callable[[LayerReport], str]] = {
     "damping": lambda layer: _format(layer.damping, ".2g"),
     **{step: functools.partial(_loss, step) for step in STEPS},
     "held out": lambda layer: _format(_last_held_out(layer), ".3g"),
-    "seconds": lambda layer: _format(sum(layer.seconds.values()) if layer.seconds else None, ".2f"),
+    "seconds": lambda layer: _format(_all_seconds(layer), ".2f"),
     "reason": lambda layer: layer.reason,
 }

@@ -12,7 +12,7 @@ from tsq_layers.integrations.texts import read_text
 
 
 def add(command: argparse.ArgumentParser) -> None:
-    """Its arguments."""
+    """Add the arguments of the command."""
     command.add_argument(
         "--quick",
         action="store_true",

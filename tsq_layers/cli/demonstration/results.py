@@ -43,7 +43,7 @@ class Row:
 
     @property
     def label(self) -> str:
-        """For example ``two-stage, 2 bits, g=64``."""
+        """Return a name, for example ``two-stage, 2 bits, g=64``."""
         return (
             self.method
             if self.group_size is None
@@ -52,12 +52,13 @@ class Row:
 
 
 def fingerprint(*parts: Any) -> str:
-    """A short hash of JSON values: results with the same one came from the same settings and the same data."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+    """Return a short hash of JSON values: results with the same one had the same settings and data."""
+    text = json.dumps(parts, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def library_digest() -> str:
-    """A hash of the library's own source: results of other code under the same version number are not taken."""
+    """Return a hash of the library's own source: results of other code under the same version number are not taken."""
     root = Path(__file__).parents[1]
     return hashlib.sha256(
         b"".join(path.read_bytes() for path in sorted(root.rglob("*.py")))
@@ -66,18 +67,23 @@ def library_digest() -> str:
 
 def keep(path: Path, key: str, row: Row) -> None:
     """Append a result to a file of JSON lines; the file is closed, so an interruption cannot lose it."""
-    torn = path.exists() and not path.read_bytes().endswith(b"\n")
+    line = json.dumps({"key": key, "row": dataclasses.asdict(row)})
+    # An interrupted run may have left half a line, which a line break ends.
+    is_torn = path.exists() and not path.read_bytes().endswith(b"\n")
+    start = "\n" if is_torn else ""
     with path.open("a", encoding="utf-8") as file:
-        file.write(
-            ("\n" if torn else "") + json.dumps({"key": key, "row": dataclasses.asdict(row)}) + "\n"
-        )
+        file.write(f"{start}{line}\n")
 
 
 def kept(path: Path) -> dict[str, Row]:
-    """The results of earlier runs by their keys. A line that is torn or of another format counts as not there."""
+    """Return the results of earlier runs by their keys.
+
+    A line that is torn or of another format counts as not there.
+    """
+    if not path.exists():
+        return {}
     rows: dict[str, Row] = {}
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    for line in lines:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             values = json.loads(line)
             rows[values["key"]] = Row(**values["row"])
@@ -87,7 +93,7 @@ def kept(path: Path) -> dict[str, Row]:
 
 
 def machine() -> dict[str, Any]:
-    """The processor and the threads that torch uses on it."""
+    """Return the processor and the threads that torch uses on it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:  # not Linux
@@ -100,7 +106,10 @@ def machine() -> dict[str, Any]:
 
 
 def table(rows: Sequence[Row]) -> list[str]:
-    """Lines of an aligned Markdown table. The first row is the float model that the others are compared with."""
+    """Return the lines of an aligned Markdown table.
+
+    The first row is the float model, with which the others are compared.
+    """
     texts = list(rows[0].perplexity)
     titles = [
         "method",
@@ -116,44 +125,39 @@ def table(rows: Sequence[Row]) -> list[str]:
 
 
 def _cells(row: Row, base: Row, texts: Sequence[str]) -> list[str]:
-    perplexities = [f"{row.perplexity[text]:.2f}" for text in texts]
-    ratios = [
-        BLANK if row is base else f"{math.log(row.perplexity[text] / base.perplexity[text]):.3f}"
-        for text in texts
-    ]
-    group = BLANK if row.group_size is None else str(row.group_size)
-    seconds = BLANK if row is base else f"{row.seconds:.1f}"
+    is_base = row is base
+    ratios = []
+    for text in texts:
+        ratio = math.log(row.perplexity[text] / base.perplexity[text])
+        ratios.append(BLANK if is_base else f"{ratio:.3f}")
     return [
         row.method,
         str(row.bits),
-        group,
+        BLANK if row.group_size is None else str(row.group_size),
         f"{row.bits_per_weight:.3f}",
         f"{row.size / 1e6:.1f}",
-        *perplexities,
+        *[f"{row.perplexity[text]:.2f}" for text in texts],
         *ratios,
-        seconds,
+        BLANK if is_base else f"{row.seconds:.1f}",
     ]
 
 
 def markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table whose columns are aligned as plain text, too; the first column to the left."""
+    """Return lines of a Markdown table whose columns are aligned as plain text, too.
+
+    The first column stands on the left, the others on the right.
+    """
     widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:
-        return (
-            "| "
-            + " | ".join(
-                [
-                    cells[0].ljust(widths[0]),
-                    *(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)),
-                ]
-            )
-            + " |"
-        )
+        padded = [cells[0].ljust(widths[0])]
+        for cell, width in zip(cells[1:], widths[1:], strict=True):
+            padded.append(cell.rjust(width))
+        return f"| {' | '.join(padded)} |"
 
-    rule = (
-        "|"
-        + "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])])
-        + "|"
-    )
+    # A colon at the right end tells Markdown to align a column there.
+    dashes = ["-" * (widths[0] + 2)]
+    for width in widths[1:]:
+        dashes.append("-" * (width + 1) + ":")
+    rule = f"|{'|'.join(dashes)}|"
     return [line(titles), rule, *map(line, rows)]

@@ -143,34 +143,27 @@ def _material(
 
 
 def _drawn(tokens: Tensor, settings: Settings) -> Tensor:
-    """The evaluation windows of a text, one behind the other: int64 (windows · length,)."""
-    return torch.cat(
-        [
-            batch["input_ids"].flatten()
-            for batch in windows(tokens, settings.length, settings.evaluation_windows)
-        ]
-    )
+    """Return the evaluation windows of a text, one behind the other: int64 (windows · length,)."""
+    batches = windows(tokens, settings.length, settings.evaluation_windows)
+    return torch.cat([batch["input_ids"].flatten() for batch in batches])
 
 
 def _remembered(material: Material, case: Case | None, write: Write) -> Row:
-    """The row of a configuration (``None``: the float model), from an earlier run if it is there."""
-    path, key = material.out / "runs.jsonl", _key(material, case)
+    """Return the row of a configuration (``None``: the float model), from an earlier run if it is there."""
+    path = material.out / "runs.jsonl"
+    key = _key(material, case)
     row = results.kept(path).get(key)
     is_known = row is not None
     if row is None:
         row = _float_row(material) if case is None else _quantised_row(material, case)
         results.keep(path, key, row)
     values = ", ".join(f"{value:.2f} on {text}" for text, value in row.perplexity.items())
-    write(
-        f"{row.label}: perplexity {values}"
-        + (
-            " (from an earlier run)"
-            if is_known
-            else f"; quantised in {row.seconds:.1f} s"
-            if case
-            else ""
-        )
-    )
+    line = f"{row.label}: perplexity {values}"
+    if is_known:
+        line += " (from an earlier run)"
+    elif case is not None:
+        line += f"; quantised in {row.seconds:.1f} s"
+    write(line)
     return row
 
 
@@ -211,12 +204,10 @@ def _quantised_row(material: Material, case: Case) -> Row:
     model = load_causal_lm(material.model)
     start = time.perf_counter()
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", FewTokensWarning
-        )  # the quick demo has few tokens on purpose
-        model = tsq.quantize(
-            model, case.config, material.calibration if case.config.needs_calibration else None
-        )
+        # The quick demo has few tokens on purpose.
+        warnings.simplefilter("ignore", FewTokensWarning)
+        batches = material.calibration if case.config.needs_calibration else None
+        model = tsq.quantize(model, case.config, batches)
     seconds = time.perf_counter() - start
     report = report_of(model)
     row = Row(

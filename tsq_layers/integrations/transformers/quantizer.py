@@ -67,12 +67,11 @@ class TsqHfQuantizer(HfQuantizer):
     def update_weight_conversions(
         self, weight_conversions: list[Any], model: nn.Module
     ) -> list[Any]:
-        """None for a quantised checkpoint: its names are those of the modules."""
-        return (
-            []
-            if self.pre_quantized
-            else super().update_weight_conversions(weight_conversions, model)
-        )
+        """Return no conversions for a quantised checkpoint: its names are those of the modules."""
+        if self.pre_quantized:
+            return []
+        conversions: list[Any] = super().update_weight_conversions(weight_conversions, model)
+        return conversions
 
     def _process_model_before_weight_loading(
         self,
@@ -91,20 +90,19 @@ class TsqHfQuantizer(HfQuantizer):
             model, outline, headers if files else None, model._get_dtype_plan(dtype)
         )
         self._report = _report(metadata, files)
-        ignored = {
-            rf"^{NON_PERSISTENT}",
-            *(rf"(^|\.){key.replace('.', chr(92) + '.')}$" for key in outline.placeholders),
-        }
-        model._keys_to_ignore_on_load_unexpected = {
-            *(model._keys_to_ignore_on_load_unexpected or ()),
-            *ignored,
-        }
-        tied = model.all_tied_weights_keys.items()
-        model.all_tied_weights_keys = {
-            key: other
-            for key, other in tied
-            if not any(is_under(name, self._skeleton.layers) for name in (key, other))
-        }
+        # transformers takes regular expressions here, not names.
+        patterns = set(model._keys_to_ignore_on_load_unexpected or ())
+        patterns.add(rf"^{NON_PERSISTENT}")
+        for key in outline.placeholders:
+            escaped_key = key.replace(".", r"\.")
+            patterns.add(rf"(^|\.){escaped_key}$")
+        model._keys_to_ignore_on_load_unexpected = patterns
+        layers = self._skeleton.layers
+        tied_keys = {}
+        for key, other in model.all_tied_weights_keys.items():
+            if not is_under(key, layers) and not is_under(other, layers):
+                tied_keys[key] = other
+        model.all_tied_weights_keys = tied_keys
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
         if not self.pre_quantized:
@@ -144,17 +142,11 @@ class TsqHfQuantizer(HfQuantizer):
         _forget_outlines(model)
         model.config.quantization_config = TsqConfig(recipe, outline=outline)
         model._weight_conversions = []  # the names that are saved are those of the modules
-        # Shared by a packed layer and by float ones.
-        apart = shared_once(model)[1].keys() - outline.aliases.keys()
-        state = {
-            key: tensor.clone() if outline.aliases.get(key, key) in apart else tensor
-            for key, tensor in model.state_dict().items()
-            if key not in outline.aliases or not is_under(key, outline.layers)
-        }
-        empty = dict.fromkeys(outline.placeholders, torch.empty(0))
-        return state | empty, {} if report is None else {
-            REPORT: json.dumps(report.to_dict(), allow_nan=False)
-        }
+        state = _state_to_save(model, outline)
+        metadata = {}
+        if report is not None:
+            metadata[REPORT] = json.dumps(report.to_dict(), allow_nan=False)
+        return state, metadata
 
     def is_serializable(self) -> bool:
         """Return whether ``save_pretrained`` can write the model."""
@@ -181,6 +173,21 @@ def attach(model: nn.Module) -> None:
             continue
         if any(isinstance(inner, QuantLinear) for inner in module.modules()):
             module.hf_quantizer = TsqHfQuantizer(TsqConfig())  # type: ignore[assignment]
+
+
+def _state_to_save(model: nn.Module, outline: Outline) -> dict[str, Tensor]:
+    """Return the tensors of a model, those that packed layers share once, and its placeholders."""
+    # Keys whose tensor a packed layer shares with float ones; they are written as copies.
+    _, all_aliases = shared_once(model)
+    copied_keys = all_aliases.keys() - outline.aliases.keys()
+    state = {}
+    for key, tensor in model.state_dict().items():
+        if key in outline.aliases and is_under(key, outline.layers):
+            continue
+        first_key = outline.aliases.get(key, key)
+        state[key] = tensor.clone() if first_key in copied_keys else tensor
+    placeholders = dict.fromkeys(outline.placeholders, torch.empty(0))
+    return state | placeholders
 
 
 def _forget_outlines(model: nn.Module) -> None:

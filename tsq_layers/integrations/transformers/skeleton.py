@@ -1,7 +1,7 @@
 """A float model of transformers on the meta device, made ready to take the tensors of a quantised checkpoint."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +22,16 @@ from tsq_layers.runtime.spec import LayerSpec
 
 
 class _Later(nn.Module):
-    """Stands where a layer comes later; with a weight, for models that give initial values to those of their parts."""
+    """A module in the place of a layer that comes later.
+
+    It has a weight, for models that give initial values to the weights of their parts.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self._is_hf_initialized, self.weight, self.bias = True, torch.empty(1, 1), None
+        self._is_hf_initialized = True
+        self.weight = torch.empty(1, 1)
+        self.bias = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,25 +70,25 @@ def skeleton(
     Raises:
         CheckpointError: a layer or a tensor is missing or has another shape, with its name.
     """
-    composites = [own for name in outline.composites if (own := _own_name(model, name)) is not None]
-    splits = splits_of(model, composites)
+    splits = splits_of(model, list(_own_names(model, outline.composites).values()))
     replace(model, splits)
-    names = {name: own for name in outline.layers if (own := _own_name(model, name)) is not None}
+    names = _own_names(model, outline.layers)
     if not names:
         first = next(iter(outline.layers), "")
         raise CheckpointError(
             f"layer {first!r} of the checkpoint, like all others, is not in this {type(model).__name__}"
         )
-    specs = {
-        own: _in_dtype(model, own, outline.layers[name], dtypes) for name, own in names.items()
-    }
-    keys = None if stored is None else {_own_key(key, names): spec for key, spec in stored.items()}
-    owners = {
-        _own_key(key, names): _own_key(other, names) for key, other in outline.aliases.items()
-    }
-    layers = new_layers(
-        model, _description(specs, owners if keys is None else present_aliases(owners, keys))
-    )
+    specs = {}
+    for name, own in names.items():
+        specs[own] = _in_dtype(model, own, outline.layers[name], dtypes)
+    aliases = {}
+    for key, other in outline.aliases.items():
+        aliases[_own_key(key, names)] = _own_key(other, names)
+    keys = None
+    if stored is not None:
+        keys = {_own_key(key, names): spec for key, spec in stored.items()}
+        aliases = present_aliases(aliases, keys)
+    layers = new_layers(model, _description(specs, aliases))
     first_layers, later = _apart(layers, keys)
     if keys is not None:
         _check(first_layers, keys)
@@ -97,6 +102,16 @@ def skeleton(
     return Skeleton(layers, later)
 
 
+def _own_names(model: Any, names: Iterable[str]) -> dict[str, str]:
+    """Return name in the checkpoint → name in this model, for those that are in it."""
+    own_names = {}
+    for name in names:
+        own = _own_name(model, name)
+        if own is not None:
+            own_names[name] = own
+    return own_names
+
+
 def _own_name(model: Any, name: str) -> str | None:
     """Return the name of a layer in this model, which may be the saved one's base model, or have one.
 
@@ -107,11 +122,10 @@ def _own_name(model: Any, name: str) -> str | None:
     for own in (name, f"{prefix}{name}", name.removeprefix(prefix)):
         if _has(model, own):
             return own
-    top, base = (
-        name.removeprefix(prefix).partition(".")[0],
-        getattr(model, model.base_model_prefix, model),
-    )
-    if _has(model, top) or _has(base, top):
+    # A layer of a head that this model lacks is left out; one of a part that it has is an error.
+    part = name.removeprefix(prefix).partition(".")[0]
+    base = getattr(model, model.base_model_prefix, model)
+    if _has(model, part) or _has(base, part):
         raise CheckpointError(
             f"layer {name!r} of the checkpoint is not in this {type(model).__name__}: its "
             "config.json is that of another model"
@@ -130,7 +144,7 @@ def _has(model: nn.Module, name: str) -> bool:
 
 
 def _own_key(key: str, names: Mapping[str, str]) -> str:
-    """A tensor's key, with the name of its layer in this model."""
+    """Return a tensor's key, with the name of its layer in this model."""
     parts = key.split(".")
     for end in range(len(parts) - 1, 0, -1):
         own = names.get(".".join(parts[:end]))
@@ -142,12 +156,14 @@ def _own_key(key: str, names: Mapping[str, str]) -> str:
 def _in_dtype(
     model: nn.Module, name: str, spec: LayerSpec, dtypes: Mapping[str, torch.dtype]
 ) -> LayerSpec:
-    """The specification of a layer that computes in the dtype that the model is loaded in."""
-    weight = replaced_weight(model, name, spec)
-    stored_dtype = next(
-        (dtype for part, dtype in dtypes.items() if part in name.split(".")), weight.dtype
-    )
-    return dataclasses.replace(spec, dtype=dtype_name(stored_dtype))
+    """Return the specification of a layer that computes in the dtype that the model is loaded in."""
+    dtype = replaced_weight(model, name, spec).dtype
+    name_parts = name.split(".")
+    for part, part_dtype in dtypes.items():
+        if part in name_parts:
+            dtype = part_dtype
+            break
+    return dataclasses.replace(spec, dtype=dtype_name(dtype))
 
 
 def _description(specs: Mapping[str, LayerSpec], aliases: Mapping[str, str]) -> Description:
@@ -159,35 +175,42 @@ def _description(specs: Mapping[str, LayerSpec], aliases: Mapping[str, str]) -> 
 def _apart(
     layers: Mapping[str, nn.Module], keys: Mapping[str, TensorSpec] | None
 ) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
-    """The first layer with each packed matrix, whose tensors are stored, and the others."""
+    """Split layers into one for each packed matrix, whose tensors are stored, and the others."""
     holders: dict[int, str] = {}
     for name, layer in layers.items():
         (_, _, matrix), *_ = packed(layer)
-        if id(matrix) not in holders or not {f"{name}.words", f"{name}.matrix.words"}.isdisjoint(
-            keys or ()
-        ):
+        word_keys = {f"{name}.words", f"{name}.matrix.words"}
+        is_stored = keys is not None and not word_keys.isdisjoint(keys)
+        if id(matrix) not in holders or is_stored:
             holders[id(matrix)] = name
-    first = set(holders.values())
-    return (
-        {name: layer for name, layer in layers.items() if name in first},
-        {name: layer for name, layer in layers.items() if name not in first},
-    )
+    holder_names = set(holders.values())
+    first_layers = {}
+    later = {}
+    for name, layer in layers.items():
+        if name in holder_names:
+            first_layers[name] = layer
+        else:
+            later[name] = layer
+    return first_layers, later
 
 
 def _check(layers: Mapping[str, nn.Module], keys: Mapping[str, TensorSpec]) -> None:
-    """Every tensor of the packed layers is stored, and as the layer needs it; floating point ones are cast."""
+    """Check that every tensor of the packed layers is stored as the layer needs it.
+
+    The dtype of a floating point tensor is not compared: it is cast.
+    """
     for name, layer in layers.items():
         for entry in entries(layer, name):
-            actual, required = keys.get(entry.key), TensorSpec.of(entry.tensor)
             if entry.key.startswith("non_persistent:"):
                 continue
+            actual = keys.get(entry.key)
+            required = TensorSpec.of(entry.tensor)
             if actual is None:
                 raise CheckpointError(
                     f"layer {name!r}: its tensor {entry.key!r} is not in the checkpoint; {AGAIN}"
                 )
-            if actual.shape != required.shape or (
-                actual.dtype != required.dtype and not entry.tensor.is_floating_point()
-            ):
+            is_castable = actual.dtype == required.dtype or entry.tensor.is_floating_point()
+            if actual.shape != required.shape or not is_castable:
                 raise CheckpointError(
                     f"layer {name!r}: its tensor {entry.key!r} is {actual} in the checkpoint and "
                     f"should be {required}; {AGAIN}"

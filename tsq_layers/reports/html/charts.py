@@ -1,19 +1,22 @@
-"""The pictures of the page that have a column for every quantised layer: coordinates, and no colours."""
+"""Pictures of the page that have a column for every quantised layer: coordinates, and no colours."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tsq_layers.reports import series
 from tsq_layers.reports.html.frame import LEFT, RIGHT, Frame, Height
 from tsq_layers.reports.layer import STEPS, LayerReport
 
-_DOTS = (
-    1.0,
-    1.25,
-    0.75,
-)  # large dots, step by step: a later one leaves a ring of an equal earlier one
+# Scales of large dots, step by step: a later one leaves a ring of an equal earlier one.
+_DOTS = (1.0, 1.25, 0.75)
 _LARGE = 6.0
+
+Losses = Mapping[str, Sequence[float | None]]
+"""Step → the loss of every layer after it."""
+
+Ticks = tuple[tuple[float, str], ...]
+"""Height and text of each mark of a vertical axis."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +58,7 @@ class Chart:
     left: int
     right: int
     step: float
-    y_ticks: tuple[tuple[float, str], ...]
+    y_ticks: Ticks
     x_ticks: tuple[tuple[float, str], ...]
     bands: tuple[tuple[float, float], ...]
     series: tuple[Series, ...]
@@ -64,58 +67,57 @@ class Chart:
 
 
 def loss_chart(layers: Sequence[LayerReport]) -> Chart | None:
-    """Losses of these quantised layers after each step, on a logarithmic scale; ``None`` if there are none."""
-    axis = series.layer_axis([layer.name for layer in layers])
+    """Return the losses of quantised layers after each step, on a logarithmic scale.
+
+    ``None`` where no layer has a loss that is positive and finite.
+    """
     held_out = [series.positive(series.final_held_out(layer)) for layer in layers]
-    by_step = {
-        step: [series.positive(layer.losses.get(step)) for layer in layers]
-        for step in series.steps((layer.losses for layer in layers), STEPS)
-    }
-    everything = [
-        value for values in (*by_step.values(), held_out) for value in values if value is not None
-    ]
-    if not everything:
+    by_step = {}
+    for step in series.steps((layer.losses for layer in layers), STEPS):
+        by_step[step] = [series.positive(layer.losses.get(step)) for layer in layers]
+    numbers = series.positives(held_out)
+    for values in by_step.values():
+        numbers += series.positives(values)
+    if not numbers:
         return None
     frame = Frame(count=len(layers), plot=300)
-    y, ticks = _logarithmic(frame, min(everything), max(everything))
-    ranges = [
-        [value for value in values if value is not None]
-        for values in zip(*by_step.values(), strict=True)
-    ]
-    marks = [
-        Series(label="", style="stem", path=frame.stems(y, ranges), stroke=max(frame.dot / 5, 0.6))
-    ]
+    y, ticks = _logarithmic(frame, min(numbers), max(numbers))
+    axis = series.layer_axis([layer.name for layer in layers])
+    marks = [_stems(frame, y, by_step), *_dots(frame, y, by_step)]
+    rings = frame.rings(y, held_out)
+    marks.append(Series(label="held out, last step", style="ring", path=rings, stroke=1.4))
+    final_losses = [series.positive(series.final_loss(layer)) for layer in layers]
+    medians = frame.levels(y, series.block_medians(final_losses, axis))
+    label = "median of a block, last step"
+    marks.append(Series(label=label, style="median", path=medians, stroke=2.5))
+    title = "Output error of every layer, after each step"
+    return _chart(frame, title, "relative error", ticks, marks, axis)
+
+
+def _stems(frame: Frame, y: Height, by_step: Losses) -> Series:
+    """Return lines from the lowest to the highest loss of each layer."""
+    ranges = [series.positives(values) for values in zip(*by_step.values(), strict=True)]
+    stroke = max(frame.dot / 5, 0.6)
+    return Series(label="", style="stem", path=frame.stems(y, ranges), stroke=stroke)
+
+
+def _dots(frame: Frame, y: Height, by_step: Losses) -> list[Series]:
+    dots = []
     for order, (step, values) in enumerate(by_step.items()):
-        size = frame.dot * (_DOTS[min(order, 2)] if frame.dot > _LARGE else 1.0)
-        marks.append(
-            Series(
-                label=step,
-                style=f"dot {_style(step, order)}",
-                path=frame.dots(y, values),
-                stroke=size,
-            )
-        )
-    marks.append(
-        Series(label="held out, last step", style="ring", path=frame.rings(y, held_out), stroke=1.4)
-    )
-    medians = series.block_medians(
-        [series.positive(series.final_loss(layer)) for layer in layers], axis
-    )
-    path = frame.levels(y, medians)
-    marks.append(
-        Series(label="median of a block, last step", style="median", path=path, stroke=2.5)
-    )
-    return _chart(
-        frame, "Output error of every layer, after each step", "relative error", ticks, marks, axis
-    )
+        scale = _DOTS[min(order, 2)] if frame.dot > _LARGE else 1.0
+        style = f"dot {_style(step, order)}"
+        path = frame.dots(y, values)
+        dots.append(Series(label=step, style=style, path=path, stroke=frame.dot * scale))
+    return dots
 
 
 def bar_charts(layers: Sequence[LayerReport]) -> list[Chart]:
-    """Bits and seconds of these quantised layers, where there are any."""
+    """Return bits and seconds of quantised layers, where there are any."""
     if not layers:
         return []
     axis = series.layer_axis([layer.name for layer in layers])
-    return [chart for chart in (_bits(layers, axis), _seconds(layers, axis)) if chart is not None]
+    charts = (_bits(layers, axis), _seconds(layers, axis))
+    return [chart for chart in charts if chart is not None]
 
 
 def _bits(layers: Sequence[LayerReport], axis: series.LayerAxis) -> Chart | None:
@@ -125,13 +127,11 @@ def _bits(layers: Sequence[LayerReport], axis: series.LayerAxis) -> Chart | None
     frame = Frame(count=len(layers), plot=90)
     y, ticks = _linear(frame, max(totals))
     base = [0.0] * len(layers)
+    code_bars = frame.bars(y, base, codes)
+    overhead_bars = frame.bars(y, codes, totals)
     bars = [
-        Series(label="codes", style=f"{frame.bar} codes", path=frame.bars(y, base, codes)),
-        Series(
-            label="scales and zero points",
-            style=f"{frame.bar} overhead",
-            path=frame.bars(y, codes, totals),
-        ),
+        Series(label="codes", style=f"{frame.bar} codes", path=code_bars),
+        Series(label="scales and zero points", style=f"{frame.bar} overhead", path=overhead_bars),
     ]
     return _chart(frame, "Stored bits per weight", "bits", ticks, bars, axis)
 
@@ -143,12 +143,10 @@ def _seconds(layers: Sequence[LayerReport], axis: series.LayerAxis) -> Chart | N
         return None
     frame = Frame(count=len(layers), plot=120)
     y, ticks = _linear(frame, highest)
-    bars = [
-        Series(
-            label=step, style=f"{frame.bar} {_style(step, order)}", path=frame.bars(y, bottom, top)
-        )
-        for order, (step, bottom, top) in enumerate(stacked)
-    ]
+    bars = []
+    for order, (step, bottom, top) in enumerate(stacked):
+        style = f"{frame.bar} {_style(step, order)}"
+        bars.append(Series(label=step, style=style, path=frame.bars(y, bottom, top)))
     return _chart(frame, "Seconds in the solver", "seconds", ticks, bars, axis)
 
 
@@ -156,10 +154,13 @@ def _chart(
     frame: Frame,
     title: str,
     unit: str,
-    y_ticks: tuple[tuple[float, str], ...],
+    y_ticks: Ticks,
     drawn: Iterable[Series],
     axis: series.LayerAxis,
 ) -> Chart:
+    bands = []
+    for start, end in axis.blocks[1::2]:
+        bands.append((frame.x(start - 0.5), (end - start) * frame.step))
     return Chart(
         title=title,
         unit=unit,
@@ -171,21 +172,18 @@ def _chart(
         step=frame.step,
         y_ticks=y_ticks,
         x_ticks=tuple((frame.x(place), text) for place, text in axis.ticks),
-        bands=tuple(
-            (frame.x(start - 0.5), (end - start) * frame.step) for start, end in axis.blocks[1::2]
-        ),
+        bands=tuple(bands),
         series=tuple(part for part in drawn if part.path),
         slanted=axis.slanted,
         x_title="" if axis.slanted else axis.title,
     )
 
 
-def _logarithmic(
-    frame: Frame, low: float, high: float
-) -> tuple[Height, tuple[tuple[float, str], ...]]:
-    """Height of a value, and the marks, for values from ``low`` to ``high``."""
+def _logarithmic(frame: Frame, low: float, high: float) -> tuple[Height, Ticks]:
+    """Return height of a value, and the marks, for values from ``low`` to ``high``."""
     margin = max(0.04 * math.log10(high / low), 0.05)
-    bottom, top = math.log10(low) - margin, math.log10(high) + margin
+    bottom = math.log10(low) - margin
+    top = math.log10(high) + margin
 
     def y(value: float) -> float:
         return frame.bottom - (math.log10(value) - bottom) / (top - bottom) * frame.plot
@@ -193,8 +191,8 @@ def _logarithmic(
     return y, tuple((y(value), text) for value, text in series.log_ticks(10**bottom, 10**top))
 
 
-def _linear(frame: Frame, high: float) -> tuple[Height, tuple[tuple[float, str], ...]]:
-    """The same for values from 0 to ``high``."""
+def _linear(frame: Frame, high: float) -> tuple[Height, Ticks]:
+    """Return height of a value, and the marks, for values from 0 to ``high``."""
 
     def y(value: float) -> float:
         return frame.bottom - value / (high * 1.05) * frame.plot
@@ -203,5 +201,7 @@ def _linear(frame: Frame, high: float) -> tuple[Height, tuple[tuple[float, str],
 
 
 def _style(step: str, order: int) -> str:
-    """CSS class of a step; unknown ones get one of three spare colours."""
-    return f"step-{step}" if step in series.TIMED_STEPS else f"step-more-{order % 3}"
+    """Return the CSS class of a step; unknown ones get one of three spare colours."""
+    if step in series.TIMED_STEPS:
+        return f"step-{step}"
+    return f"step-more-{order % 3}"

@@ -32,81 +32,89 @@ class Frame:
 
     @property
     def bottom(self) -> int:
-        """Lower edge of the plot, y."""
+        """Return the lower edge of the plot, y."""
         return self.top + self.plot
 
     @property
     def step(self) -> float:
-        """Width of a column."""
+        """Return the width of a column."""
         return (RIGHT - LEFT) / self.count
 
     @property
     def dot(self) -> float:
-        """Diameter of a dot."""
+        """Return the diameter of a dot."""
         return min(max(0.95 * self.step, 2.2), 9.0)
 
     @property
     def bar(self) -> str:
-        """CSS classes of bars."""
+        """Return the CSS classes of bars."""
         return "bar outline" if self.count > _BAR_GAPS else "bar"
 
     def x(self, index: float) -> float:
-        """Middle of a column."""
+        """Return the middle of a column, x."""
         return LEFT + (index + 0.5) * self.step
 
     def dots(self, y: Height, values: Sequence[float | None]) -> str:
-        """Lines without length, to be drawn with round caps."""
-        return "".join(
-            f"M{_n(self.x(i))} {_n(y(value))}h0"
-            for i, value in enumerate(values)
-            if value is not None
-        )
+        """Return lines without length, to be drawn with round caps."""
+        path = ""
+        for i, value in enumerate(values):
+            if value is not None:
+                path += f"M{_n(self.x(i))} {_n(y(value))}h0"
+        return path
 
     def rings(self, y: Height, values: Sequence[float | None]) -> str:
-        """Circles, half as wide again as dots."""
-        r, d = _n(0.75 * self.dot), _n(1.5 * self.dot)
-        return "".join(
-            f"M{_n(self.x(i))} {_n(y(value))}m-{r} 0a{r} {r} 0 1 0 {d} 0a{r} {r} 0 1 0-{d} 0"
-            for i, value in enumerate(values)
-            if value is not None
-        )
+        """Return circles, half as wide again as dots."""
+        radius = _n(0.75 * self.dot)
+        diameter = _n(1.5 * self.dot)
+        half = f"a{radius} {radius} 0 1 0"
+        path = ""
+        for i, value in enumerate(values):
+            if value is not None:
+                start = f"M{_n(self.x(i))} {_n(y(value))}m-{radius} 0"
+                path += f"{start}{half} {diameter} 0{half}-{diameter} 0"
+        return path
 
     def stems(self, y: Height, ranges: Sequence[Sequence[float]]) -> str:
-        """A line from the lowest to the highest value of each column that has several."""
-        return "".join(
-            f"M{_n(self.x(i))} {_n(y(min(values)))}V{_n(y(max(values)))}"
-            for i, values in enumerate(ranges)
-            if len(values) > 1
-        )
+        """Return a line from the lowest to the highest value of each column that has several."""
+        path = ""
+        for i, values in enumerate(ranges):
+            if len(values) > 1:
+                path += f"M{_n(self.x(i))} {_n(y(min(values)))}V{_n(y(max(values)))}"
+        return path
 
     def levels(self, y: Height, spans: Sequence[tuple[int, int, float]]) -> str:
-        """A line at a value, over the columns from a start up to an end."""
+        """Return a line at a value, over the columns from a start up to an end."""
         return "".join(
             f"M{_n(self.x(a - 0.5))} {_n(y(value))}H{_n(self.x(b - 0.5))}" for a, b, value in spans
         )
 
     def bars(self, y: Height, bottom: Sequence[float], top: Sequence[float]) -> str:
-        """A bar for each column; one outline for all, where they are too narrow for gaps between them."""
+        """Return a bar for each column; one outline for all, if they are too narrow for gaps."""
         pairs = list(zip(bottom, top, strict=True))
         if all(high <= low for low, high in pairs):
             return ""
         if self.count > _BAR_GAPS:
-            there = "".join(
-                f"V{_n(y(high))}H{_n(self.x(i + 0.5))}" for i, (_, high) in enumerate(pairs)
-            )
-            back = "".join(
-                f"V{_n(y(low))}H{_n(self.x(i - 0.5))}"
-                for i, (low, _) in reversed(list(enumerate(pairs)))
-            )
-            return f"M{_n(self.x(-0.5))} {_n(y(bottom[0]))}{there}{back}z"
+            return self._outline(y, pairs)
         width = 0.74 * self.step
-        return "".join(
-            f"M{_n(self.x(i) - width / 2)} {_n(y(low))}V{_n(y(high))}h{_n(width)}V{_n(y(low))}z"
-            for i, (low, high) in enumerate(pairs)
-            if high > low
-        )
+        path = ""
+        for i, (low, high) in enumerate(pairs):
+            if high > low:
+                left = _n(self.x(i) - width / 2)
+                path += f"M{left} {_n(y(low))}V{_n(y(high))}h{_n(width)}V{_n(y(low))}z"
+        return path
+
+    def _outline(self, y: Height, pairs: Sequence[tuple[float, float]]) -> str:
+        """Return a path along the upper ends of all bars, and back along the lower ones."""
+        first_low, _ = pairs[0]
+        path = f"M{_n(self.x(-0.5))} {_n(y(first_low))}"
+        for i, (_, high) in enumerate(pairs):
+            path += f"V{_n(y(high))}H{_n(self.x(i + 0.5))}"
+        for i in range(len(pairs) - 1, -1, -1):
+            low, _ = pairs[i]
+            path += f"V{_n(y(low))}H{_n(self.x(i - 0.5))}"
+        return f"{path}z"
 
 
 def _n(value: float) -> str:
-    """Two decimals at most: a hundredth of a pixel."""
+    """Format a number with two decimals at most: a hundredth of a pixel."""
     return f"{value:.2f}".rstrip("0").rstrip(".")

@@ -1,4 +1,4 @@
-"""The upper part of the page: the headline numbers, the bars of size and of coverage."""
+"""Upper part of the page: the headline numbers, the bars of size and of coverage."""
 
 import math
 import statistics
@@ -37,25 +37,19 @@ class Part:
 
 def how(config: QuantConfig) -> str:
     """Return the configuration in a line."""
-    group = (
-        f"groups of {config.group_size}" if config.group_size is not None else "one group per row"
-    )
+    group = "one group per row"
+    if config.group_size is not None:
+        group = f"groups of {config.group_size}"
     if config.tables is not None:
         kind = "with look-up tables"
     elif config.has_offsets:
         kind = "with float offsets"
     else:
         kind = "symmetric" if config.symmetric else "with zero points"
-    exceptions = (
-        f"{len(config.overrides)} overrides" if len(config.overrides) != 1 else "1 override"
-    )
-    parts = [
-        config.method,
-        f"{config.bits} bits",
-        group,
-        kind,
-        *([exceptions] if config.overrides else []),
-    ]
+    parts = [config.method, f"{config.bits} bits", group, kind]
+    count = len(config.overrides)
+    if count:
+        parts.append("1 override" if count == 1 else f"{count} overrides")
     return " · ".join(parts)
 
 
@@ -63,36 +57,43 @@ def tiles(
     totals: Totals, layers: Sequence[LayerReport], parameters: Sequence[ParameterReport]
 ) -> list[Tile]:
     """Return size, bits, coverage, error and time."""
-    quantized = [layer for layer in layers if layer.is_quantized]
-    smaller = f"{totals.size_before / totals.size_after:.2f}×" if totals.size_after else _BLANK
-    sizes = f"{table.format_bytes(totals.size_before)} → {table.format_bytes(totals.size_after)}"
-    bits = sorted({layer.bits for layer in quantized if layer.bits is not None})
-    codes = (
-        f"codes of {', '.join(map(str, bits))} bits, with their scales"
-        if bits
-        else "no layer was quantised"
-    )
-    bits_text = f"{totals.bits_per_weight:.2f}" if totals.bits_per_weight is not None else _BLANK
-    counts = f"{len(quantized)} of {len(layers)} layers"
-    share = table.share(totals.coverage)
-    covered = "of all parameters" if parameters else "of the layers' weights"
+    packed_layers = [layer for layer in layers if layer.is_quantized]
+    base = "of all parameters" if parameters else "of the layers' weights"
+    counts = f"{len(packed_layers)} of {len(layers)} layers"
     solver = sum(map(series.seconds, layers))
     passes = "paired passes" if totals.paired else "one pass"
+    time_note = f"{passes}; {duration(solver)} in the solver"
     return [
-        Tile(label="Smaller", value=smaller, note=sizes),
-        Tile(label="Bits per weight", value=bits_text, note=codes),
-        Tile(label="Quantised", value=share, note=f"{covered}, {counts}"),
-        _error_tile(quantized),
-        Tile(
-            label="Time",
-            value=duration(totals.seconds),
-            note=f"{passes}; {duration(solver)} in the solver",
-        ),
+        _size_tile(totals),
+        _bits_tile(totals, packed_layers),
+        Tile(label="Quantised", value=table.share(totals.coverage), note=f"{base}, {counts}"),
+        _error_tile(packed_layers),
+        Tile(label="Time", value=duration(totals.seconds), note=time_note),
     ]
 
 
-def _error_tile(quantized: Sequence[LayerReport]) -> Tile:
-    losses = [loss for loss in map(series.final_loss, quantized) if loss is not None]
+def _size_tile(totals: Totals) -> Tile:
+    ratio = _BLANK
+    if totals.size_after:
+        ratio = f"{totals.size_before / totals.size_after:.2f}×"
+    before = table.format_bytes(totals.size_before)
+    after = table.format_bytes(totals.size_after)
+    return Tile(label="Smaller", value=ratio, note=f"{before} → {after}")
+
+
+def _bits_tile(totals: Totals, packed_layers: Sequence[LayerReport]) -> Tile:
+    bits = sorted({layer.bits for layer in packed_layers if layer.bits is not None})
+    note = "no layer was quantised"
+    if bits:
+        note = f"codes of {', '.join(map(str, bits))} bits, with their scales"
+    value = _BLANK
+    if totals.bits_per_weight is not None:
+        value = f"{totals.bits_per_weight:.2f}"
+    return Tile(label="Bits per weight", value=value, note=note)
+
+
+def _error_tile(packed_layers: Sequence[LayerReport]) -> Tile:
+    losses = [loss for loss in map(series.final_loss, packed_layers) if loss is not None]
     if not losses:
         return Tile(label="Output error", value=_BLANK, note="not measured")
     note = f"median of {len(losses)} layers; worst {short(max(losses))}"
@@ -103,32 +104,30 @@ def sizes(
     totals: Totals, layers: Sequence[LayerReport], parameters: Sequence[ParameterReport]
 ) -> list[tuple[str, int, list[Part]]]:
     """Return before and after: label, bytes, and what they hold, as shares of the larger."""
-    whole = max(totals.size_before, totals.size_after, 1)
-    replaced = sum(item.quantized * item.itemsize for item in parameters)
-    if parameters:  # what was not replaced is still there
-        packed_bytes = max(totals.size_after - (totals.size_before - replaced), 0)
+    length = max(totals.size_before, totals.size_after, 1)
+    float_bytes = sum(item.quantized * item.itemsize for item in parameters)
+    if parameters:
+        # What was not replaced is still there, and the rest of the model is packed.
+        packed_bytes = max(totals.size_after - (totals.size_before - float_bytes), 0)
     else:
+        packed_layers = [layer for layer in layers if layer.is_quantized]
         packed_bytes = round(
-            sum(
-                layer.weights * (layer.bits_per_weight or 0.0) / 8
-                for layer in layers
-                if layer.is_quantized
-            )
+            sum(layer.weights * (layer.bits_per_weight or 0.0) / 8 for layer in packed_layers)
         )
-    bars = []
-    for label, total, quantized, name in (
-        ("before", totals.size_before, replaced, "to be quantised"),
-        ("after", totals.size_after, packed_bytes, "packed"),
-    ):
-        inside = min(quantized, total)
-        parts = [(name, inside, "quantized"), ("as it was", total - inside, "gap-0")]
-        slices = [
-            Part(label=text, share=size / whole, note=table.format_bytes(size), style=style)
-            for text, size, style in parts
-            if size
-        ]
-        bars.append((label, total, slices))
-    return bars
+    before = _size_parts("to be quantised", float_bytes, totals.size_before, length)
+    after = _size_parts("packed", packed_bytes, totals.size_after, length)
+    return [("before", totals.size_before, before), ("after", totals.size_after, after)]
+
+
+def _size_parts(label: str, size: int, total: int, length: int) -> list[Part]:
+    """Return the two parts of a bar of ``total`` bytes, in which ``length`` bytes are all the width."""
+    size = min(size, total)
+    parts = []
+    for text, count, style in ((label, size, "quantized"), ("as it was", total - size, "gap-0")):
+        if count:
+            note = table.format_bytes(count)
+            parts.append(Part(label=text, share=count / length, note=note, style=style))
+    return parts
 
 
 def coverage_parts(
@@ -136,35 +135,32 @@ def coverage_parts(
 ) -> list[Part]:
     """Return what was quantised, and what was not, by reason."""
     gaps = coverage.by_reason(layers, parameters)
-    parts = (
-        [Part(label="quantised", share=totals.coverage, note="", style="quantized")]
-        if totals.coverage
-        else []
-    )
+    parts = []
+    if totals.coverage:
+        parts.append(Part(label="quantised", share=totals.coverage, note="", style="quantized"))
     for index, gap in enumerate(gaps[:_SLICES]):
         parts.append(Part(label=gap.reason, share=gap.share, note=gap.place, style=f"gap-{index}"))
     rest = gaps[_SLICES:]
     if rest:
-        names = sum(len(gap.names) for gap in rest)
-        label = f"{len(rest)} other reasons"
-        parts.append(
-            Part(
-                label=label,
-                share=sum(gap.share for gap in rest),
-                note=f"in {names}",
-                style="gap-rest",
-            )
+        part = Part(
+            label=f"{len(rest)} other reasons",
+            share=sum(gap.share for gap in rest),
+            note=f"in {sum(len(gap.names) for gap in rest)}",
+            style="gap-rest",
         )
+        parts.append(part)
     return parts
 
 
 def short(value: float | None) -> str:
-    """Three digits, or a dash for what is missing."""
-    return f"{value:.3g}" if value is not None and math.isfinite(value) else _BLANK
+    """Format a number with three digits; a dash stands for what is missing."""
+    if value is None or not math.isfinite(value):
+        return _BLANK
+    return f"{value:.3g}"
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person would say them.
+    """Format seconds as a person would say them.
 
     Example:
         >>> duration(0.042), duration(75.0), duration(5025.0)

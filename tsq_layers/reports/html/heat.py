@@ -1,7 +1,7 @@
-"""The loss of every layer as a map: what a layer is called from top to bottom, its block from left to right."""
+"""A map of the loss of every layer: names of layers from top to bottom, blocks from left to right."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tsq_layers.reports import series
@@ -11,7 +11,8 @@ LEVELS = 9
 
 _MOST_ROWS = 48
 _FEWEST_COLUMNS = 3
-_LOWEST = 0.05  # this part of the fields shares the lowest shade: a few tiny losses must not take most of the shades
+# This part of the fields shares the lowest shade: a few tiny losses must not take most of the shades.
+_LOWEST = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,7 @@ class HeatMap:
 
 
 def heat_map(layers: Sequence[LayerReport]) -> HeatMap | None:
-    """The map of the final losses, or ``None`` for a model that is not made of blocks of several layers.
+    """Return the map of the final losses, or ``None`` for a model not made of blocks of several layers.
 
     The first number in a layer's name is its column, the rest of the name its row. Layers that
     differ only in a later number (experts, say) share a field, which shows the highest loss.
@@ -46,24 +47,20 @@ def heat_map(layers: Sequence[LayerReport]) -> HeatMap | None:
     Args:
         layers: all layers of a report; a :class:`Cell` gives the index of its layer among them.
     """
-    fields: dict[tuple[str, str], list[tuple[float, int]]] = {}
-    for index, layer in enumerate(layers):
-        place, loss = _place(layer.name), series.positive(series.final_loss(layer))
-        if place is not None and loss is not None:
-            fields.setdefault(place, []).append((loss, index))
+    fields = _fields(layers)
     rows = list(dict.fromkeys(row for row, _ in fields))
     columns = sorted({column for _, column in fields}, key=int)
-    if (
-        not 2 <= len(rows) <= _MOST_ROWS
-        or len(columns) < _FEWEST_COLUMNS
-        or len(fields) < 2 * len(rows)
-    ):
+    if not 2 <= len(rows) <= _MOST_ROWS or len(columns) < _FEWEST_COLUMNS:
         return None
-    worst = {place: max(place_losses) for place, place_losses in fields.items()}
-    losses = sorted(loss for loss, _ in worst.values())
-    low, high = losses[int(_LOWEST * len(losses))], losses[-1]
-    cells = [
-        Cell(
+    if len(fields) < 2 * len(rows):
+        return None
+    highest = {place: max(layers_there) for place, layers_there in fields.items()}
+    losses = sorted(loss for loss, _ in highest.values())
+    low = losses[int(_LOWEST * len(losses))]
+    high = losses[-1]
+    cells = []
+    for (row, column), (loss, index) in highest.items():
+        cell = Cell(
             row=rows.index(row),
             column=columns.index(column),
             level=_level(loss, low, high),
@@ -71,22 +68,30 @@ def heat_map(layers: Sequence[LayerReport]) -> HeatMap | None:
             layers=len(fields[row, column]),
             loss=loss,
         )
-        for (row, column), (loss, index) in worst.items()
-    ]
-    return HeatMap(
-        rows=tuple(_labels(rows)), columns=tuple(columns), cells=tuple(cells), low=low, high=high
-    )
+        cells.append(cell)
+    labels = tuple(_labels(rows))
+    return HeatMap(rows=labels, columns=tuple(columns), cells=tuple(cells), low=low, high=high)
+
+
+def _fields(layers: Sequence[LayerReport]) -> dict[tuple[str, str], list[tuple[float, int]]]:
+    """Return row and column → final loss and index of each layer there."""
+    fields: dict[tuple[str, str], list[tuple[float, int]]] = {}
+    for index, layer in enumerate(layers):
+        place = _place(layer.name)
+        loss = series.positive(series.final_loss(layer))
+        if place is not None and loss is not None:
+            fields.setdefault(place, []).append((loss, index))
+    return fields
 
 
 def _place(name: str) -> tuple[str, str] | None:
-    """Row and column of a layer: its name with a star for each number, and the first number."""
+    """Return row and column of a layer: its name with a star for each number, and the first number."""
     parts = name.split(".")
     numbers = [part for part in parts if part.isdecimal()]
-    return (
-        (".".join("*" if part.isdecimal() else part for part in parts), numbers[0])
-        if numbers
-        else None
-    )
+    if not numbers:
+        return None
+    row = ".".join("*" if part.isdecimal() else part for part in parts)
+    return row, numbers[0]
 
 
 def _level(loss: float, low: float, high: float) -> int:
@@ -95,8 +100,10 @@ def _level(loss: float, low: float, high: float) -> int:
     return min(int(LEVELS * math.log(loss / low) / math.log(high / low)), LEVELS - 1)
 
 
-def _labels(rows: Iterable[str]) -> list[str]:
-    """Rows without what stands up to the first star, if they can still be told apart."""
-    rows = list(rows)
-    short = [row.split("*", 1)[1].lstrip(".") or row for row in rows]
-    return short if len(set(short)) == len(short) else rows
+def _labels(rows: Sequence[str]) -> Sequence[str]:
+    """Return rows without what stands up to the first star, if they can still be told apart."""
+    labels = []
+    for row in rows:
+        _, _, tail = row.partition("*")
+        labels.append(tail.lstrip(".") or row)
+    return labels if len(set(labels)) == len(labels) else rows

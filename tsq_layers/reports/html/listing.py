@@ -1,8 +1,9 @@
-"""The table of layers of the page: columns that differ, values to sort by, and what is the same for all."""
+"""Table of layers of the page: columns that differ, values to sort by, and what is the same for all."""
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 from tsq_layers.reports import series
 from tsq_layers.reports.layer import STEPS, LayerReport
@@ -33,7 +34,7 @@ class Column:
 
     @property
     def key(self) -> str:
-        """The title as a CSS class."""
+        """Return the title as a CSS class."""
         return self.title.replace(" ", "-").replace("/", "-")
 
 
@@ -61,15 +62,18 @@ class Listing:
 
 
 def listing(layers: Sequence[LayerReport]) -> Listing:
-    """The table. Columns without any value are left out."""
-    quantized = [layer for layer in layers if layer.is_quantized]
-    columns, common, fields, numeric = [], [], [], []
+    """Return the table. Columns without any value are left out."""
+    rows_with_codes = [layer for layer in layers if layer.is_quantized]
+    columns = []
+    common = []
+    fields = []
+    numeric = []
     for column in _COLUMNS:
         values = [column.value(layer) for layer in layers]
         if all(value in (None, "") for value in values):
             continue
-        texts = {_text(column, layer) for layer in quantized}
-        if column.shared and len(quantized) > 1 and len(texts) == 1:
+        texts = {_text(column, layer) for layer in rows_with_codes}
+        if column.shared and len(rows_with_codes) > 1 and len(texts) == 1:
             common.append((column.title, texts.pop()))
             continue
         columns.append(column)
@@ -80,15 +84,34 @@ def listing(layers: Sequence[LayerReport]) -> Listing:
 
 
 def _fields(column: Column, layers: Sequence[LayerReport], values: Sequence[Value]) -> list[Field]:
-    numbers = [value for value in map(_loggable, values) if value is not None] if column.bar else []
-    low, high = (math.log(min(numbers)), math.log(max(numbers))) if numbers else (0.0, 0.0)
+    heights = _bar_heights(values) if column.bar else [None] * len(values)
     fields = []
-    for layer, value in zip(layers, values, strict=True):
-        place = _loggable(value) if column.bar else None
-        bar = None if place is None else 0.06 + 0.94 * (math.log(place) - low) / (high - low or 1.0)
-        order = float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
-        fields.append(Field(text=_text(column, layer), order=order, bar=bar))
+    for layer, value, height in zip(layers, values, heights, strict=True):
+        order = float(value) if _is_finite(value) else None
+        fields.append(Field(text=_text(column, layer), order=order, bar=height))
     return fields
+
+
+def _bar_heights(values: Sequence[Value]) -> list[float | None]:
+    """Return how far the bar behind each number reaches, 0 to 1, on a logarithmic scale."""
+    places = [_loggable(value) for value in values]
+    numbers = series.positives(places)
+    if not numbers:
+        return [None] * len(values)
+    low = math.log(min(numbers))
+    # All bars are short where all values are equal; the 1.0 keeps the division possible.
+    span = math.log(max(numbers)) - low or 1.0
+    heights: list[float | None] = []
+    for place in places:
+        if place is None:
+            heights.append(None)
+        else:
+            heights.append(0.06 + 0.94 * (math.log(place) - low) / span)
+    return heights
+
+
+def _is_finite(value: Value) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _loggable(value: Value) -> float | None:
@@ -101,11 +124,20 @@ def _text(column: Column, layer: LayerReport) -> str:
     value = column.value(layer)
     if isinstance(value, str):
         return value
-    return format(value, column.spec) if value is not None and math.isfinite(value) else BLANK
+    if value is None or not math.isfinite(value):
+        return BLANK
+    return format(value, column.spec)
 
 
 def _size(layer: LayerReport) -> float | None:
-    return None if layer.bits_per_weight is None else layer.weights * layer.bits_per_weight / 8
+    if layer.bits_per_weight is None:
+        return None
+    return layer.weights * layer.bits_per_weight / 8
+
+
+def _size_text(layer: LayerReport) -> str:
+    size = _size(layer)
+    return BLANK if size is None else format_bytes(round(size))
 
 
 def _loss(step: str) -> Column:
@@ -128,7 +160,7 @@ _COLUMNS = (
     Column(
         title="size",
         value=_size,
-        text=lambda layer: BLANK if (size := _size(layer)) is None else format_bytes(round(size)),
+        text=_size_text,
     ),
     Column(title="tokens", value=lambda layer: layer.tokens, spec=",d", shared=True),
     Column(title="damping", value=lambda layer: layer.damping, spec=".2g", shared=True),

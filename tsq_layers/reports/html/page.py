@@ -1,4 +1,4 @@
-"""The report as one HTML file: what the template is filled with. Needs jinja2."""
+"""Fill the template of the page, one HTML file, with the contents of a report. Needs jinja2."""
 
 import base64
 import hashlib
@@ -94,9 +94,11 @@ def _source(name: str) -> str:
 
 def _context(contents: Contents) -> dict[str, Any]:
     """Return the variables of the template."""
-    totals, layers, parameters = contents.totals, contents.layers, contents.parameters
+    totals = contents.totals
+    layers = contents.layers
+    parameters = contents.parameters
     columns = [index for index, layer in enumerate(layers) if layer.is_quantized]
-    quantized = [layer for layer in layers if layer.is_quantized]
+    packed_layers = [layers[index] for index in columns]
     gaps = kept_parameters(parameters)
     return {
         "layers": layers,
@@ -110,8 +112,8 @@ def _context(contents: Contents) -> dict[str, Any]:
         "parts": headlines.coverage_parts(totals, layers, parameters),
         "notes": _notes(layers),
         "worst": _worst(layers),
-        "losses": loss_chart(quantized),
-        "bars": bar_charts(quantized),
+        "losses": loss_chart(packed_layers),
+        "bars": bar_charts(packed_layers),
         "columns": " ".join(map(str, columns)),
         "heat": heat_map(layers),
         "chips": _chips(layers),
@@ -125,42 +127,43 @@ def _context(contents: Contents) -> dict[str, Any]:
 
 
 def _notes(layers: Sequence[LayerReport]) -> list[tuple[str, int, str]]:
-    """Status, number and reason of the layers that did not get what was asked for."""
-    incomplete = [layer for layer in layers if layer.status in ("fallback", "never called")]
-    notes: list[tuple[str, int, str]] = []
-    for status in dict.fromkeys(layer.status for layer in incomplete):
-        items = [
-            (layer.name, layer.weights, layer.reason)
-            for layer in incomplete
-            if layer.status == status
-        ]
-        notes += [
-            (status, len(group), coverage.common([reason for _, _, reason in group]))
-            for group in coverage.grouped(items)
-        ]
+    """Return status, number and reason of the layers that did not get what was asked for."""
+    by_status: dict[str, list[coverage.Kept]] = {}
+    for layer in layers:
+        if layer.status in ("fallback", "never called"):
+            item = (layer.name, layer.weights, layer.reason)
+            by_status.setdefault(layer.status, []).append(item)
+    notes = []
+    for status, items in by_status.items():
+        for group in coverage.grouped(items):
+            reason = coverage.common([reason for _, _, reason in group])
+            notes.append((status, len(group), reason))
     return notes
 
 
 def _worst(layers: Sequence[LayerReport]) -> list[tuple[int, LayerReport, float, float]]:
-    """Index, layer, loss, and loss as a share of the highest, for the layers with the highest."""
-    losses = [
-        (loss, index)
-        for index, loss in enumerate(map(series.final_loss, layers))
-        if loss is not None
-    ]
-    highest = sorted(losses, reverse=True)[:_WORST]
-    return [
-        (index, layers[index], loss, loss / highest[0][0] if highest[0][0] else 0.0)
-        for loss, index in highest
-    ]
+    """Return index, layer, loss, and loss as a share of the highest, for the layers with the highest."""
+    losses = []
+    for index, layer in enumerate(layers):
+        loss = series.final_loss(layer)
+        if loss is not None:
+            losses.append((loss, index))
+    losses.sort(reverse=True)
+    rows = []
+    for loss, index in losses[:_WORST]:
+        highest, _ = losses[0]
+        rows.append((index, layers[index], loss, loss / highest if highest else 0.0))
+    return rows
 
 
 def _chips(layers: Sequence[LayerReport]) -> list[tuple[str, int]]:
-    """Last parts of names that several layers have, and how many."""
+    """Return last parts of names that several layers have, and how many."""
     tails = Counter(layer.name.rpartition(".")[2] for layer in layers)
-    return [(tail, count) for tail, count in tails.items() if count > 1 and not tail.isdecimal()][
-        :_CHIPS
-    ]
+    chips = []
+    for tail, count in tails.items():
+        if count > 1 and not tail.isdecimal():
+            chips.append((tail, count))
+    return chips[:_CHIPS]
 
 
 def kept_parameters(parameters: Sequence[ParameterReport]) -> list[KeptParameters]:
@@ -171,27 +174,36 @@ def kept_parameters(parameters: Sequence[ParameterReport]) -> list[KeptParameter
     groups: dict[tuple[object, ...], list[ParameterReport]] = {}
     for item in parameters:
         if item.kept:
-            name = ".".join("*" if part.isdecimal() else part for part in item.name.split("."))
-            groups.setdefault(
-                (name, item.shape, item.dtype, coverage.without_numbers(item.reason)), []
-            ).append(item)
-    rows = [
-        KeptParameters(
-            name=items[0].name if len(items) == 1 else str(name),
-            count=len(items),
-            shape="×".join(map(str, items[0].shape)) or "scalar",
-            dtype=items[0].dtype,
-            size=sum(item.bytes for item in items),
-            share=sum(item.kept for item in items) / sum(item.numel for item in items),
-            reason=coverage.common([item.reason for item in items]),
-        )
-        for (name, *_), items in groups.items()
-    ]
+            reason = coverage.without_numbers(item.reason)
+            key = (_starred(item.name), item.shape, item.dtype, reason)
+            groups.setdefault(key, []).append(item)
+    rows = [_kept_row(items) for items in groups.values()]
     return sorted(rows, key=lambda row: -row.size * row.share)
 
 
+def _starred(name: str) -> str:
+    """Return a name with a star for each number."""
+    return ".".join("*" if part.isdecimal() else part for part in name.split("."))
+
+
+def _kept_row(items: Sequence[ParameterReport]) -> KeptParameters:
+    first = items[0]
+    kept_entries = sum(item.kept for item in items)
+    entries = sum(item.numel for item in items)
+    return KeptParameters(
+        name=first.name if len(items) == 1 else _starred(first.name),
+        count=len(items),
+        shape="×".join(map(str, first.shape)) or "scalar",
+        dtype=first.dtype,
+        size=sum(item.bytes for item in items),
+        share=kept_entries / entries,
+        reason=coverage.common([item.reason for item in items]),
+    )
+
+
 def _settings(config: QuantConfig) -> list[tuple[str, str, bool]]:
-    """Every field of the configuration, its value, and whether it is not the default."""
+    """Return every field of the configuration, its value, and whether it is not the default."""
+    # A method brings defaults of its own, which are no choice of the user; the method itself is one.
     default = QuantConfig(method=config.method).values() | {"method": QuantConfig().method}
     values = config.values()
     del values["overrides"]
@@ -199,12 +211,12 @@ def _settings(config: QuantConfig) -> list[tuple[str, str, bool]]:
 
 
 def _overrides(config: QuantConfig) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Every pattern with the fields that it changes."""
-    patterns = config.overrides.items()
-    return [
-        (pattern, [(name, _setting(value)) for name, value in changes.items()])
-        for pattern, changes in patterns
-    ]
+    """Return every pattern with the fields that it changes."""
+    rows = []
+    for pattern, changes in config.overrides.items():
+        fields = [(name, _setting(value)) for name, value in changes.items()]
+        rows.append((pattern, fields))
+    return rows
 
 
 def _setting(value: object) -> str:
@@ -212,4 +224,6 @@ def _setting(value: object) -> str:
         return ", ".join(map(str, value)) or _BLANK
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return "none" if value is None else str(value)
+    if value is None:
+        return "none"
+    return str(value)
