@@ -67,7 +67,9 @@ def steps(weight: Tensor, hessian: Tensor, config: QuantConfig) -> dict[str, Cal
     assigned = gptq.assign(weight, built.factor, built.order, scales, zeros, bits, group)
 
     def refined() -> Tensor:
-        pulled = in_original_order(gptq.pulled(assigned.whitened, built.factor), built.order)
+        pulled = in_original_order(
+            gptq.error_times_hessian(assigned.whitened, built.factor), built.order
+        )
         integers = grid.centered(assigned.codes, zeros, group)
         small = stage2.small_problem(
             integers, pulled, built.hessian, scales, group, config.refine_ridge

@@ -49,7 +49,7 @@ def loss_of(weight, quantised, statistics):
 @pytest.mark.parametrize("options", BASES.values(), ids=BASES)
 def test_changed_problem_has_the_same_loss(options):
     weight, statistics = problem()
-    changed = rebasing.rebase(weight, statistics, statistics, tsq.QuantConfig(**options))
+    changed = rebasing.change_basis(weight, statistics, statistics, tsq.QuantConfig(**options))
     candidate = weight + 0.1 * torch.randn_like(weight)
     there = loss_of(changed.weight, changed.basis.change(candidate), changed.statistics)
     torch.testing.assert_close(there, loss_of(weight, candidate, statistics), rtol=1e-3, atol=1e-3)
@@ -59,7 +59,7 @@ def test_changed_problem_has_the_same_loss(options):
 
 def test_that_check_fails_without_the_change_of_the_deviation():
     weight, statistics = problem()
-    changed = rebasing.rebase(weight, statistics, None, tsq.QuantConfig(rotation=16))
+    changed = rebasing.change_basis(weight, statistics, None, tsq.QuantConfig(rotation=16))
     wrong = LayerStatistics(changed.statistics.hessian, statistics.count, statistics.deviation)
     candidate = weight + 0.1 * torch.randn_like(weight)
     there = loss_of(changed.weight, changed.basis.change(candidate), wrong)
@@ -67,13 +67,13 @@ def test_that_check_fails_without_the_change_of_the_deviation():
 
 
 def test_no_other_basis_is_no_change():
-    assert rebasing.rebase(*problem(), None, tsq.QuantConfig()) is None
+    assert rebasing.change_basis(*problem(), None, tsq.QuantConfig()) is None
 
 
 @pytest.mark.parametrize("options", BASES.values(), ids=BASES)
 def test_blocks_are_changed_one_by_one(options):
     weight, statistics = problem(blocks=3)
-    changed = rebasing.rebase(weight, statistics, None, tsq.QuantConfig(**options))
+    changed = rebasing.change_basis(weight, statistics, None, tsq.QuantConfig(**options))
     for block in range(3):
         expected = changed.basis.change_metric(statistics.deviation[block])
         torch.testing.assert_close(changed.statistics.deviation[block], expected)
@@ -85,8 +85,8 @@ def test_other_tokens_are_changed_alike_and_the_scales_are_those_of_all(options)
     weight, statistics = problem()
     other = problem(seed=5, spread=0.5)[1]
     config = tsq.QuantConfig(bits=3, group_size=10, **options)
-    changed = rebasing.rebase(weight, statistics, None, config, other)
-    both = rebasing.rebase(weight, statistics + other, None, config)
+    changed = rebasing.change_basis(weight, statistics, None, config, other)
+    both = rebasing.change_basis(weight, statistics + other, None, config)
     assert torch.equal(changed.weight, both.weight)
     total = changed.statistics + changed.validation
     torch.testing.assert_close(total.hessian, both.statistics.hessian, rtol=1e-4, atol=1e-2)

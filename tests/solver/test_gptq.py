@@ -331,7 +331,7 @@ def left(cases: list[Case], free: Tensor | None = None) -> tuple[Tensor, Tensor,
         torch.cat([getattr(c, name) for c in cases]) for name in ("target", "scales", "zeros")
     )
     found = gptq.assign(target, factor, order, scales, zeros, cases[0].bits, cases[0].g, free)
-    pulled = in_original_order(gptq.pulled(found.whitened, factor), order)
+    pulled = in_original_order(gptq.error_times_hessian(found.whitened, factor), order)
     return found.whitened.mT.flatten(0, 1), pulled, found.loss
 
 
@@ -415,7 +415,7 @@ def test_errors_in_float32_are_within_rounding_of_full_products_in_float64(K: in
     # K roundings of each sum, and one of the weight, twice: in E = (Q − W') V, and in E Vᵀ; |V| |Vᵀ| bounds H and both.
     sizes = (error.abs() + target.abs().double())[:, c.order] @ factor.double().abs()
     bound = in_original_order(2 * K * 2**-24 * sizes @ factor.double().abs().mT, c.order)
-    pulled = in_original_order(gptq.pulled(found.whitened, factor), c.order).double()
+    pulled = in_original_order(gptq.error_times_hessian(found.whitened, factor), c.order).double()
     assert ((pulled - error @ damped).abs() <= bound).all()
     assert ((pulled.roll(1, 1) - error @ damped).abs() > bound).any()
     assert bound.max() < 0.05 * pulled.abs().max()

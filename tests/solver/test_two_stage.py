@@ -568,7 +568,7 @@ def test_what_stage_2_is_given_by_gptq_is_that_of_full_products(changes: dict, b
     solver.assign_codes()
     state, layer = solver._state, solver._layer
     assert state.whitened is not None
-    losses, found = solver.row_losses(), state.pulled(layer)
+    losses, found = solver.row_losses(), state.error_H(layer)
     assert state.whitened is None  # its memory is free again
     state.change()
     difference, expected = state.errors(layer)

@@ -20,7 +20,7 @@ from tsq_layers.numerics.weight import QuantizedWeight, out_of_range, stacked
 from tsq_layers.reports import LayerReport
 from tsq_layers.runtime.linear import QuantLinear
 from tsq_layers.solver import SolverResult, TwoStageGroupQuantizer, selection
-from tsq_layers.solver.basis_change import rebase
+from tsq_layers.solver.basis_change import change_basis
 
 TOKENS_PER_COLUMN = (
     16  # fewer tokens than this many times K: H is noisy, and refinement fits the noise
@@ -111,7 +111,7 @@ def _solve_stack(
 
     basis = None
     if has_inputs:
-        problem = rebase(weight, statistics, held_out, config, validation)
+        problem = change_basis(weight, statistics, held_out, config, validation)
         if problem is not None:
             weight, basis = problem.weight, problem.basis
             statistics, held_out = problem.statistics, problem.held_out

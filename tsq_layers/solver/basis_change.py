@@ -24,8 +24,8 @@ _LEAST = 1e-8  # of the mean of E[x²]: columns without inputs get a scale all t
 
 
 @dataclass(frozen=True, eq=False)
-class Rebased:
-    """A problem in the basis that comes with it; the fields are those of :func:`rebase`."""
+class BasisChange:
+    """A problem in the basis that comes with it; the fields are those of :func:`change_basis`."""
 
     weight: Tensor
     statistics: LayerStatistics | None
@@ -35,14 +35,14 @@ class Rebased:
 
 
 @full_precision()
-def rebase(
+def change_basis(
     weight: Tensor,
     statistics: LayerStatistics | None,
     held_out: LayerStatistics | None,
     config: QuantConfig,
     validation: LayerStatistics | None = None,
-) -> Rebased | None:
-    """A layer's weight and statistics in the basis that the configuration asks for.
+) -> BasisChange | None:
+    """Return a layer's weight and statistics in the basis that the configuration asks for.
 
     Args:
         weight: any float dtype (N, K); of all layers of a stack, which have one basis.
@@ -57,8 +57,8 @@ def rebase(
     Example:
         >>> x, weight = torch.randn(500, 24), torch.randn(8, 24)
         >>> statistics = LayerStatistics(x.T @ x, torch.tensor(500))
-        >>> changed = rebase(weight, statistics, None, QuantConfig(rotation=8))
-        >>> changed.basis.rotation, torch.allclose(changed.basis.restore(changed.weight), weight, atol=1e-5)
+        >>> result = change_basis(weight, statistics, None, QuantConfig(rotation=8))
+        >>> result.basis.rotation, torch.allclose(result.basis.restore(result.weight), weight, atol=1e-5)
         (8, True)
     """
     if config.rotation is None and not config.channel_scaling:
@@ -72,13 +72,13 @@ def rebase(
             weight, statistics if validation is None else statistics + validation, config
         )
     basis = Basis(config.rotation, signs, scaling)
-    main, report, other = (_changed(sums, basis) for sums in (statistics, held_out, validation))
-    return Rebased(basis.change(weight), main, report, other, basis)
+    main, report, other = (_in_basis(sums, basis) for sums in (statistics, held_out, validation))
+    return BasisChange(basis.change(weight), main, report, other, basis)
 
 
 @full_precision()
 def choose_scaling(weight: Tensor, statistics: LayerStatistics, config: QuantConfig) -> Tensor:
-    """The column scales of AWQ (arXiv 2306.00978, equations 4 and 5), with a loss that knows H.
+    """Choose the column scales of AWQ (arXiv 2306.00978, equations 4 and 5), with a loss that knows H.
 
     d = E[x²]^(α/2), made to have the geometric mean 1, for each of :data:`STRENGTHS`. Taken is the one for
     which plain rounding of the changed weight, on grids of the least weight error, has the least layer
@@ -103,7 +103,9 @@ def choose_scaling(weight: Tensor, statistics: LayerStatistics, config: QuantCon
 
 
 def rounding_loss(weight: Tensor, hessian: Tensor, scaling: Tensor, config: QuantConfig) -> Tensor:
-    """Layer loss, a scalar, of plain rounding of a weight whose columns are scaled, and rotated if so configured.
+    """Return the layer loss, a scalar, of plain rounding of a weight in a changed basis.
+
+    Its columns are scaled, and rotated if so configured.
 
     Args:
         weight: float32 (N, K).
@@ -138,7 +140,7 @@ def _scales(hessian: Tensor, strength: float) -> Tensor:
     return (logarithms - logarithms.mean()).exp()
 
 
-def _changed(statistics: LayerStatistics | None, basis: Basis) -> LayerStatistics | None:
+def _in_basis(statistics: LayerStatistics | None, basis: Basis) -> LayerStatistics | None:
     if statistics is None:
         return None
     hessian = basis.change_metric(statistics.hessian)

@@ -19,7 +19,7 @@ PANEL_COLUMNS = 256
 
 
 def stack(metric: Tensor) -> Tensor:
-    """A metric with its block axis: (L, K) or (B, L, K) → (B, L, K), B = 1 if there was none."""
+    """Return a metric with its block axis: (L, K) or (B, L, K) → (B, L, K), B = 1 if there was none."""
     return metric.unsqueeze(0) if metric.dim() == 2 else metric
 
 
@@ -29,7 +29,7 @@ def fold(rows: Tensor, blocks: int) -> Tensor:
 
 
 def product(rows: Tensor, metric: Tensor) -> Tensor:
-    """Every row times the metric of its block: (N, L) and (L, K) or (B, L, K) → (N, K).
+    """Return every row times the metric of its block: (N, L) and (L, K) or (B, L, K) → (N, K).
 
     Example:
         >>> import torch
@@ -45,7 +45,7 @@ def product(rows: Tensor, metric: Tensor) -> Tensor:
 
 
 def scaled(rows: Tensor, factors: Tensor) -> Tensor:
-    """Every row times the number of its block: (N, K) and a scalar tensor or (B,) → (N, K)."""
+    """Return every row times the number of its block: (N, K) and a scalar tensor or (B,) → (N, K)."""
     return (
         rows * factors
         if factors.dim() == 0
@@ -54,7 +54,10 @@ def scaled(rows: Tensor, factors: Tensor) -> Tensor:
 
 
 def take_rows(values: Tensor, order: Tensor) -> Tensor:
-    """Rows of a matrix, or of every matrix of a stack: (R, C) or (B, R, C), int64 (L,) or (B, L) → (…, L, C)."""
+    """Take rows of a matrix, or of every matrix of a stack.
+
+    (R, C) or (B, R, C), int64 (L,) or (B, L) → (…, L, C).
+    """
     if values.dim() == 2:
         return values.index_select(0, order)
     firsts = torch.arange(values.shape[0], device=values.device).unsqueeze(1) * values.shape[1]
@@ -66,7 +69,10 @@ def take_rows(values: Tensor, order: Tensor) -> Tensor:
 
 
 def take_columns(values: Tensor, order: Tensor) -> Tensor:
-    """Columns of a matrix, or of every matrix of a stack: (R, C) or (B, R, C), int64 (L,) or (B, L) → (…, R, L)."""
+    """Take columns of a matrix, or of every matrix of a stack.
+
+    (R, C) or (B, R, C), int64 (L,) or (B, L) → (…, R, L).
+    """
     return values.gather(-1, order.unsqueeze(-2).expand(*values.shape[:-1], order.shape[-1]))
 
 

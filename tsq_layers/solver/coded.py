@@ -42,16 +42,16 @@ class Coded(NamedTuple):
     group_size: int
     free: Tensor | None = None
 
-    def steps(self) -> Tensor:
-        """The integers code − zero, in the dtype of the target, (N, K)."""
+    def levels(self) -> Tensor:
+        """Return the integers code − zero, in the dtype of the target, (N, K)."""
         return grid.centered(self.codes, self.zeros, self.group_size, self.target.dtype)
 
     def dequantized(self) -> Tensor:
-        """Q (N, K), in the dtype of the target."""
+        """Return Q (N, K), in the dtype of the target."""
         return grid.dequantize(
             self.codes, self.scales, self.zeros, self.group_size, self.target.dtype
         )
 
     def error(self) -> Tensor:
-        """Q − W' (N, K)."""
+        """Return Q − W' (N, K)."""
         return self.dequantized() - self.target

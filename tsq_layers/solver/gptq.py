@@ -130,8 +130,8 @@ def _assign(
     return Assigned(take_rows(codes, order.argsort(-1)).mT.contiguous(), loss, whitened)
 
 
-def pulled(whitened: Tensor, factor: Tensor) -> Tensor:
-    """(Q − W') H = E Vᵀ, columns in processing order, (N, K).
+def error_times_hessian(whitened: Tensor, factor: Tensor) -> Tensor:
+    """Return (Q − W') H = E Vᵀ, columns in processing order, (N, K).
 
     Args:
         whitened: E, as in :class:`Assigned`.
@@ -177,20 +177,20 @@ class _Grids:
         self._memory = scales.new_empty(5, blocks * min(BLOCK_COLUMNS, group_of.shape[1]), rows)
 
     def of(self, start: int, stop: int) -> tuple[Tensor, ...]:
-        """Scales, zero points, least and largest steps, and room for the steps, (b, stop − start, n) each."""
+        """Return scales, zero points, least and largest levels, and room for the levels, (b, stop − start, n) each."""
         places = self.places[:, start:stop].flatten()
-        scale, zero, low, high, steps = self._memory[:, : len(places)]
+        scale, zero, low, high, levels = self._memory[:, : len(places)]
         torch.index_select(self.scales, 0, places, out=scale)
         torch.index_select(self.zeros, 0, places, out=zero)
         torch.neg(zero, out=low)
         torch.add(low, self.most, out=high)
-        found = tuple(
-            values.unflatten(0, (-1, stop - start)) for values in (scale, zero, low, high, steps)
+        memory = tuple(
+            values.unflatten(0, (-1, stop - start)) for values in (scale, zero, low, high, levels)
         )
         if self.free is not None:
-            for limit in found[2:4]:
+            for limit in memory[2:4]:
                 limit.mul_(self.free[:, start:stop])
-        return found
+        return memory
 
 
 class _Block:
@@ -221,16 +221,16 @@ class _Block:
         carry = factor[:, :stop, part] / self.diagonal.unsqueeze(1)
         self.carry, self.best = carry[:, start:], whitened[:, part]
         _added(self.error, carry[:, :start], left[:, :start], self.best)
-        self.scale, self.zero, self.low, self.high, self.steps = grids.of(start, stop)
+        self.scale, self.zero, self.low, self.high, self.levels = grids.of(start, stop)
 
     def solve(self) -> Tensor:
         """Choose the codes and leave their errors; what these columns add to the loss of each row, (b, n)."""
         self._range(0, self.best.shape[1])
-        whitened = self.best.addcmul_(self.steps, self.scale, value=-1).mul_(
+        whitened = self.best.addcmul_(self.levels, self.scale, value=-1).mul_(
             -self.diagonal.unsqueeze(-1)
         )
-        self.codes.copy_(self.steps.add_(self.zero))
-        return torch.square(whitened, out=self.steps).sum(1)
+        self.codes.copy_(self.levels.add_(self.zero))
+        return torch.square(whitened, out=self.levels).sum(1)
 
     def _range(self, start: int, stop: int) -> None:
         """Columns to which everything before ``start`` has been added."""
@@ -247,18 +247,18 @@ class _Block:
         self._range(middle, stop)
 
     def _columns(self, start: int, stop: int) -> None:
-        working = (self.best, self.steps, self.error, self.scale, self.low, self.high)
+        working = (self.best, self.levels, self.error, self.scale, self.low, self.high)
         columns = zip(*(values[:, start:stop].unbind(1) for values in working), strict=True)
-        for column, (best, steps, error, scale, low, high) in enumerate(columns, start=start):
+        for column, (best, levels, error, scale, low, high) in enumerate(columns, start=start):
             if column > start:
                 _add(
                     best.unsqueeze(1),
                     self.carry[:, start:column, column : column + 1],
                     self.error[:, start:column],
                 )
-            torch.div(best, scale, out=steps)
-            torch.clamp(steps.round_(), low, high, out=steps)
-            error.addcmul_(steps, scale, value=-1)
+            torch.div(best, scale, out=levels)
+            torch.clamp(levels.round_(), low, high, out=levels)
+            error.addcmul_(levels, scale, value=-1)
 
 
 def _added(values: Tensor, carry: Tensor, errors: Tensor, out: Tensor) -> None:

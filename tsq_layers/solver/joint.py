@@ -54,7 +54,7 @@ def refine(
         problem = problem._replace(codes=cyclic.descend(problem, sweeps))
         error_H = product(problem.error(), hessian)
         small = stage2.small_problem(
-            problem.steps(), error_H, hessian, problem.scales, group_size, ridge
+            problem.levels(), error_H, hessian, problem.scales, group_size, ridge
         )
         scales = stage2.accept(small, stage2.exact(small, fallback=small.start), dtype)
         problem = problem._replace(scales=scales)
@@ -64,7 +64,7 @@ def refine(
 def refine_with_zeros(
     problem: Coded, *, rounds: int, sweeps: int, ridge: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`refine` where, in each round, zero points move by one before all scales are refined.
+    """Run :func:`refine` where, in each round, zero points move by one before all scales are refined.
 
     Returns:
         codes uint8 (N, K), scales (N, G) and zero points (N, G).
@@ -80,7 +80,7 @@ def refine_with_zeros(
 def refine_with_offsets(
     problem: Coded, added: Tensor, *, rounds: int, sweeps: int, ridge: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`refine` for grids with offsets in the place of zero points.
+    """Run :func:`refine` for grids with offsets in the place of zero points.
 
     Args:
         problem: as for :func:`refine`, zero points all 0; its target is W' with the offsets in it.

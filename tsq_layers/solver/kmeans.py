@@ -12,7 +12,7 @@ _ITERATIONS = 20
 
 
 def levels(values: Tensor, weights: Tensor, count: int, iterations: int = _ITERATIONS) -> Tensor:
-    """Levels that approximate the values of each set, in ascending order.
+    """Return levels that approximate the values of each set, in ascending order.
 
     The start is halfway between quantiles and an even spacing: quantiles alone leave the ends of a
     long-tailed set to few levels, which Lloyd's iteration is slow to mend.
@@ -41,7 +41,7 @@ def levels(values: Tensor, weights: Tensor, count: int, iterations: int = _ITERA
 
 
 def _start(values: Tensor, count: int) -> Tensor:
-    """Levels in ascending order, (…, count), of sorted values."""
+    """Return start levels in ascending order, (…, count), of sorted values."""
     places = (torch.arange(count, device=values.device, dtype=values.dtype) + 0.5) / count
     size = values.shape[-1]
     quantiles = values[..., (places * size).long().clamp(max=size - 1)]
@@ -50,7 +50,10 @@ def _start(values: Tensor, count: int) -> Tensor:
 
 
 def _means(values: Tensor, mass: Tensor, moment: Tensor, old: Tensor) -> Tensor:
-    """The mean of each cell, held between the least and the largest value in it; an empty cell keeps its level."""
+    """Return the mean of each cell, held between the least and the largest value in it.
+
+    An empty cell keeps its level.
+    """
     size = values.shape[-1]
     inner = torch.searchsorted(values, midpoints(old).contiguous())
     edges = torch.cat(
@@ -65,5 +68,5 @@ def _means(values: Tensor, mass: Tensor, moment: Tensor, old: Tensor) -> Tensor:
 
 
 def midpoints(sorted_levels: Tensor) -> Tensor:
-    """Halfway between neighbouring levels, (…, L) → (…, L−1)."""
+    """Return the points halfway between neighbouring levels, (…, L) → (…, L−1)."""
     return (sorted_levels[..., 1:] + sorted_levels[..., :-1]) / 2

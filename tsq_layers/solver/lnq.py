@@ -46,7 +46,7 @@ def solve(
     sweeps: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Codes and tables.
+    """Return codes and tables.
 
     Args:
         target: W' float (N, K).
@@ -103,20 +103,20 @@ def start(
 
 
 def rounded(tables: Tensor, dtype: torch.dtype) -> Tensor:
-    """Values as they will be once stored in ``dtype``, held inside its range, in their present dtype."""
+    """Return values as they will be once stored in ``dtype``, held inside its range, in their present dtype."""
     most = torch.finfo(dtype).max
     return tables.clamp(-most, most).to(dtype).to(tables.dtype)
 
 
 def nearest(target: Tensor, tables: Tensor, group_size: int) -> Tensor:
-    """The codes of the nearest levels, uint8 (N, K); tables (N, T, L) in ascending order."""
+    """Return the codes of the nearest levels, uint8 (N, K); tables (N, T, L) in ascending order."""
     grouped = grid.to_groups(target, _width(target, tables, group_size)).contiguous()
     codes = torch.searchsorted(kmeans.midpoints(tables).contiguous(), grouped)
     return codes.to(torch.uint8).flatten(1).narrow(1, 0, target.shape[1]).contiguous()
 
 
 def dequantize(codes: Tensor, tables: Tensor, group_size: int) -> Tensor:
-    """The levels that codes stand for, (N, K), in the dtype of the tables.
+    """Return the levels that codes stand for, (N, K), in the dtype of the tables.
 
     Example:
         >>> dequantize(torch.tensor([[0, 3, 1]], dtype=torch.uint8), torch.tensor([[[-1.0, 0.0, 1.0, 2.0]]]), 2)
@@ -142,7 +142,7 @@ def improve(
     sweeps: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Tables and codes in turn, and tables once more; arguments as in :func:`solve`.
+    """Improve tables and codes in turn, and tables once more; arguments as in :func:`solve`.
 
     Returns:
         codes uint8 (N, K) and tables (N, T, L); no row has a larger loss than at the start.
@@ -162,7 +162,7 @@ def fit(
     group_size: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Step (i): tables for these codes, group after group.
+    """Fit (step i) tables for these codes, group after group.
 
     Returns:
         tables (N, T, L) in ascending order, and the codes that name the same levels in them, uint8 (N, K).
@@ -182,22 +182,22 @@ def fit(
 
 
 def _fitted(
-    codes: Tensor, pulled: Tensor, metric: Tensor, table: Tensor, dtype: torch.dtype
+    codes: Tensor, error_H: Tensor, metric: Tensor, table: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """New tables for a group: codes and (Q − W') H (N, g), (g, g) or (B, g, g), tables (N, L) → (N, L)."""
+    """Return new tables for a group: codes and (Q − W') H (N, g), (g, g) or (B, g, g), tables (N, L) → (N, L)."""
     count = table.shape[1]
     lower = stack(metric).tril()
     lower.diagonal(dim1=-2, dim2=-1).mul_(0.5)
     gram = torch.cat(
         [_gram(*piece, count) for piece in chunks(codes, lower, _CHUNK_ELEMENTS // count)]
     )
-    slope = torch.zeros_like(table).scatter_add_(1, codes.long(), -pulled)
+    slope = torch.zeros_like(table).scatter_add_(1, codes.long(), -error_H)
     small = stage2.SmallProblem(gram, slope, table, RIDGE)
     return stage2.accepted(small, rounded(stage2.exact(small, fallback=table, positive=0), dtype))
 
 
 def _gram(codes: Tensor, lower: Tensor, count: int) -> Tensor:
-    """A = Pᵀ H P of some rows, (C, L, L), from the lower triangle of H, (b, g, g), its diagonal halved."""
+    """Return A = Pᵀ H P of some rows, (C, L, L), from the lower triangle of H, (b, g, g), its diagonal halved."""
     blocks, columns = lower.shape[:2]
     indicators = F.one_hot(fold(codes, blocks).long(), count).to(lower.dtype)  # (b, n, g, L)
     chosen_first = indicators.transpose(1, 2).flatten(2)  # (b, g, n·L)
@@ -214,7 +214,7 @@ def _gram(codes: Tensor, lower: Tensor, count: int) -> Tensor:
 def descend(
     codes: Tensor, target: Tensor, hessian: Tensor, tables: Tensor, group_size: int, sweeps: int
 ) -> Tensor:
-    """Step (ii): codes for these tables, uint8 (N, K); no row has a larger loss than at the start."""
+    """Choose (step ii) codes for these tables, uint8 (N, K); no row has a larger loss than at the start."""
     metrics = stack(hessian)
     blocks = metrics.shape[0]
     together = max(1, _TOGETHER * blocks // max(1, target.numel()))
@@ -239,7 +239,7 @@ def _descend(
     )
     for _ in range(sweeps):
         run.sweep(_nearest_level)
-    return turned(run.steps)
+    return turned(run.levels)
 
 
 def _nearest_level(best: Tensor, middle: Tensor, table: Tensor, out: Tensor) -> None:

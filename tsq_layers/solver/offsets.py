@@ -28,18 +28,18 @@ _SINGULAR = (
 
 
 def spread(values: Tensor, group_size: int, columns: int) -> Tensor:
-    """One number for each column from one for each group: (N, G) → (N, K)."""
+    """Return one number for each column from one for each group: (N, G) → (N, K)."""
     return values.repeat_interleave(group_size, 1).narrow(1, 0, columns)
 
 
 def storable(offsets: Tensor, dtype: torch.dtype) -> Tensor:
-    """Offsets as they will be once stored in ``dtype``, held inside its range, in their present dtype."""
+    """Return offsets as they will be once stored in ``dtype``, held inside its range, in their present dtype."""
     most = torch.finfo(dtype).max
     return offsets.clamp(-most, most).to(dtype).to(offsets.dtype)
 
 
 def fit_grids(target: Tensor, metric: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
-    """Scales and offsets that minimise the loss of each group under a metric.
+    """Return scales and offsets that minimise the loss of each group under a metric.
 
     Args:
         target: W' float32 (N, K).
@@ -62,7 +62,7 @@ def fit_grids(target: Tensor, metric: Tensor, bits: int, group_size: int) -> tup
 
 
 def _fit_chunk(target: Tensor, metric: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
-    """The best of all candidates for some rows (b·c, K); metric (b, G, g, g) or (b, G, 1, g)."""
+    """Return the best of all candidates for some rows (b·c, K); metric (b, G, g, g) or (b, G, 1, g)."""
     blocks = metric.shape[0]
     metric = metric.flatten(0, 1)
     weight_Gcg = rearrange(
@@ -100,14 +100,14 @@ def _range(weight_Gcg: Tensor, short: int, blocks: int, bits: int) -> tuple[Tens
 
 
 def _rounded(weight_Gcg: Tensor, scale: Tensor, centre: Tensor, bits: int) -> Tensor:
-    """The nearest codes less m."""
+    """Return the nearest codes less m."""
     middle = grid.code_max(bits) / 2
     codes = (weight_Gcg - centre.unsqueeze(-1)).div_(scale.unsqueeze(-1)).add_(middle).round_()
     return codes.clamp_(0, grid.code_max(bits)).sub_(middle)
 
 
 def _loss(weight_Gcg: Tensor, scale: Tensor, centre: Tensor, metric: Tensor, bits: int) -> Tensor:
-    """The loss of the nearest codes, (b G, c)."""
+    """Return the loss of the nearest codes, (b G, c)."""
     codes = _rounded(weight_Gcg, scale, centre, bits)
     error = codes.mul_(scale.unsqueeze(-1)).add_(centre.unsqueeze(-1)).sub_(weight_Gcg)
     loss: Tensor = torch.linalg.vecdot(error, stage1.weigh(error, metric))
@@ -117,18 +117,21 @@ def _loss(weight_Gcg: Tensor, scale: Tensor, centre: Tensor, metric: Tensor, bit
 def _refitted(
     weight_Gcg: Tensor, scale: Tensor, centre: Tensor, metric: Tensor, bits: int
 ) -> tuple[Tensor, Tensor]:
-    """The best scale and middle for the codes of these; these, where the best are none or not determined."""
+    """Return the best scale and middle for the codes of the given ones.
+
+    The given ones stay where the best are not positive or not determined.
+    """
     codes = _rounded(weight_Gcg, scale, centre, bits)
     error = codes * scale.unsqueeze(-1) + centre.unsqueeze(-1) - weight_Gcg
     ones = torch.ones_like(weight_Gcg[:, :1])
-    pulled_codes, pulled_ones = stage1.weigh(codes, metric), stage1.weigh(ones, metric)
+    weighed_codes, weighed_ones = stage1.weigh(codes, metric), stage1.weigh(ones, metric)
     a, b, d = (
-        (left * right).sum(-1)
-        for left, right in ((codes, pulled_codes), (codes, pulled_ones), (ones, pulled_ones))
+        (values * weighed).sum(-1)
+        for values, weighed in ((codes, weighed_codes), (codes, weighed_ones), (ones, weighed_ones))
     )
     u, v = (
-        torch.linalg.vecdot(error, error_H.expand_as(error))
-        for error_H in (pulled_codes, pulled_ones)
+        torch.linalg.vecdot(error, weighed.expand_as(error))
+        for weighed in (weighed_codes, weighed_ones)
     )
     determinant = a * d - b.square()
     new_scale, new_centre = (
@@ -141,7 +144,7 @@ def _refitted(
 
 def small_problem(
     codes: Tensor,
-    pulled: Tensor,
+    error_H: Tensor,
     hessian: Tensor,
     scales: Tensor,
     offsets: Tensor,
@@ -153,14 +156,14 @@ def small_problem(
 
     Args:
         codes: uint8 (N, K).
-        pulled: (Q° − W') H, with Q° the weight of these codes and grids, float32 (N, K).
+        error_H: (Q° − W') H, with Q° the weight of these codes and grids, float32 (N, K).
         hessian: damped H, float32 (K, K), or (B, K, K) for blocks of rows.
         scales: s°, float32 (N, G).
         offsets: float32 (N, G).
         ridge: weight of the pull towards s° and p°.
     """
-    centred = codes.to(pulled.dtype) - grid.code_max(bits) / 2
-    first = stage2.small_problem(centred, pulled, hessian, scales, group_size, ridge)
+    centred = codes.to(error_H.dtype) - grid.code_max(bits) / 2
+    first = stage2.small_problem(centred, error_H, hessian, scales, group_size, ridge)
     columns, metrics = codes.shape[1], stack(hessian)
     groups = grid.to_groups(metrics, group_size).sum(-1)  # (B, K, G): H times 1 of each group
     both = [
@@ -169,11 +172,11 @@ def small_problem(
     ]
     mixed = torch.cat(both)  # (N, G, G): c − m of one group, 1 of another
     member = spread(
-        torch.eye(scales.shape[1], dtype=pulled.dtype, device=pulled.device), group_size, columns
+        torch.eye(scales.shape[1], dtype=error_H.dtype, device=error_H.device), group_size, columns
     )
     ones = (member @ groups).repeat_interleave(len(codes) // len(metrics), 0)
     gram = torch.cat([torch.cat([first.gram, mixed], 2), torch.cat([mixed.mT, ones], 2)], 1)
-    slope = torch.cat([first.slope, -grid.to_groups(pulled, group_size).sum(-1)], 1)
+    slope = torch.cat([first.slope, -grid.to_groups(error_H, group_size).sum(-1)], 1)
     start = torch.cat([scales, offsets + scales * (grid.code_max(bits) / 2)], 1)
     return stage2.SmallProblem(gram, slope, start, ridge)
 
@@ -191,7 +194,10 @@ def _against_ones(centred: Tensor, groups: Tensor, group_size: int) -> Tensor:
 def accept(
     problem: stage2.SmallProblem, unknowns: Tensor, offsets: Tensor, bits: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Scales and offsets as they will be stored, for the rows whose loss falls; those of the start elsewhere.
+    """Return scales and offsets as they will be stored, for the rows whose loss falls.
+
+    The other rows keep those of the start.
+
 
     Args:
         problem: from :func:`small_problem`; its scales and ``offsets`` are made of values that can be stored.

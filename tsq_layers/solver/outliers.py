@@ -58,7 +58,7 @@ class Budget:
         return mask.view_as(values)
 
     def stored(self, sparse: Tensor, places: Tensor, dtype: torch.dtype) -> Outliers:
-        """Values and places (N, K) as they are stored; as many as the budget says, whatever the values are."""
+        """Return values and places (N, K) as they are stored; as many as the budget says, whatever the values are."""
         rank = places.to(torch.uint8)
         if self.columns:
             columns = rank[0].topk(min(self.columns, sparse.shape[1])).indices.sort().values
@@ -68,7 +68,9 @@ class Budget:
 
 
 def largest_eigenvalue(hessian: Tensor) -> Tensor:
-    """λ_max of a positive definite matrix, or of each of a stack, by power iteration: (K, K) or (B, K, K) → () or (B,).
+    """Estimate λ_max of a positive definite matrix, or of each of a stack, by power iteration.
+
+    (K, K) or (B, K, K) → () or (B,).
 
     Never above the true one. It starts from the row sums of |H|, which are not orthogonal to what is sought.
 
@@ -85,14 +87,14 @@ def largest_eigenvalue(hessian: Tensor) -> Tensor:
 
 
 def start(target: Tensor, budget: Budget) -> Tensor:
-    """The entries of the target that are its outliers at first, the largest, and 0 elsewhere, (N, K)."""
+    """Return the entries of the target that are its outliers at first, the largest, and 0 elsewhere, (N, K)."""
     return target * budget.places(target)
 
 
 def solve(
     problem: Coded, *, sparse: Tensor, budget: Budget, sweeps: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Outliers]:
-    """Better codes and outliers, on given grids.
+    """Find better codes and outliers, on given grids.
 
     Args:
         problem: where to start, see :class:`Coded`; its target is W', its grids are for the weights
@@ -141,23 +143,23 @@ class _State:
     places: Tensor
 
     def rounded(self, dtype: torch.dtype) -> "_State":
-        """With outliers as they are stored."""
+        """Return the state with outliers as they are stored."""
         most = torch.finfo(dtype).max
         return _State(
             self.codes, self.sparse.clamp(-most, most).to(dtype).to(self.sparse.dtype), self.places
         )
 
     def error(self, problem: Coded) -> Tensor:
-        """D (N, K)."""
+        """Return D (N, K)."""
         return problem._replace(codes=self.codes).dequantized() + self.sparse - problem.target
 
     def loss(self, problem: Coded) -> Tensor:
-        """Of the layer, a scalar."""
+        """Return the loss of the layer, a scalar."""
         error = self.error(problem)
         return (product(error, problem.hessian) * error).sum()
 
     def or_else(self, other: "_State", lower: Tensor) -> "_State":
-        """The other state if it is better, without a read from the device."""
+        """Return the other state if it is better, without a read from the device."""
         pairs = (
             (other.codes, self.codes),
             (other.sparse, self.sparse),
@@ -167,7 +169,7 @@ class _State:
 
 
 def _moved(state: _State, problem: Coded, rate: Tensor, budget: Budget) -> _State:
-    """Steps (ii) and (iii)."""
+    """Move outliers: steps (ii) and (iii)."""
     error = state.error(problem)
     sparse = state.sparse - scaled(product(error, problem.hessian), rate)
     places = budget.places(sparse)
@@ -178,7 +180,7 @@ def _moved(state: _State, problem: Coded, rate: Tensor, budget: Budget) -> _Stat
 
 
 def _settled(sparse: Tensor, places: Tensor, rest: Tensor, hessian: Tensor) -> Tensor:
-    """Values that lower the loss of each row in these places, (N, K); ``rest`` is Q − W'."""
+    """Return values that lower the loss of each row in these places, (N, K); ``rest`` is Q − W'."""
     diagonal = stack(hessian).diagonal(dim1=-2, dim2=-1)
     weight = torch.where(diagonal > 0, diagonal, torch.ones_like(diagonal)).reciprocal()
     weight = weight.repeat_interleave(len(sparse) // len(weight), 0) * places

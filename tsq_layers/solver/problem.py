@@ -75,7 +75,7 @@ class Problem:
 def build(
     weight: Tensor, statistics: LayerStatistics, config: QuantConfig, name: str = "layer"
 ) -> Problem:
-    """Check what was given, damp and factorise H, and shift the target.
+    """Check weight and statistics, damp and factorise H, and shift the target.
 
     Args:
         weight: W, any float dtype (N, K).
@@ -184,7 +184,10 @@ def _which(info: Tensor, failed: int) -> str:
 
 
 def _factors(damped: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-    """V of every block, and 0 for each that could be factorised (V means nothing where it could not)."""
+    """Return V of every block, and 0 for each that could be factorised.
+
+    Where a block could not be factorised, its V means nothing.
+    """
     if damped.dim() == 2:
         return _factor(damped, order)
     count = max(1, _CHUNK_ELEMENTS // damped[0].numel())
@@ -201,7 +204,7 @@ def _factor(damped: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
 def shift_target(
     weight: Tensor, deviation: Tensor, factor: Tensor, order: Tensor, strength: float
 ) -> Tensor:
-    """W' = W − strength · W R H⁻¹, (N, K); ``factor`` and ``order`` as in :class:`Problem`.
+    """Return W' = W − strength · W R H⁻¹, (N, K); ``factor`` and ``order`` as in :class:`Problem`.
 
     At strength 1 this is the least-squares refit of the full-precision outputs from the
     quantised stream's inputs; a smaller strength is the propagation strength of QEP (arXiv
@@ -218,7 +221,7 @@ def shift_target(
 
 
 def _divided(rows: Tensor, factor: Tensor, order: Tensor) -> Tensor:
-    """Rows (N, K) times H⁻¹ of their block."""
+    """Return rows (N, K) times H⁻¹ of their block."""
     factors, orders = stack(factor), order.reshape(-1, order.shape[-1])
     quotient = take_columns(fold(rows, len(factors)), orders)
     quotient = torch.linalg.solve_triangular(factors.mT, quotient, upper=False, left=False)
@@ -227,7 +230,7 @@ def _divided(rows: Tensor, factor: Tensor, order: Tensor) -> Tensor:
 
 
 def squared_error(difference: Tensor, hessian: Tensor, ridge: Tensor | None = None) -> Tensor:
-    """Mean squared output error of each row, diag(D H Dᵀ), for a weight difference D (N, K) → (N,).
+    """Return diag(D H Dᵀ), the mean squared output error of each row: D (N, K) → (N,).
 
     H is symmetric, so only what is left of and on its diagonal blocks is looked at: half the work of D H.
 

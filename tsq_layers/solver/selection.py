@@ -39,7 +39,7 @@ def settle(
     other: LayerStatistics | None,
     name: str = "layer",
 ) -> QuantConfig:
-    """The configuration with a number in the place of every ``"auto"``.
+    """Return the configuration with a number in the place of every ``"auto"``.
 
     Args:
         config: of the layer.
@@ -68,13 +68,13 @@ def settle(
 
 
 def _filled(config: QuantConfig) -> QuantConfig:
-    """With a usual number in the place of every ``"auto"``."""
+    """Return the configuration with a usual number in the place of every ``"auto"``."""
     changes = {name: value for name, value in _USUAL.items() if config.option(name) == "auto"}
     return config.changed(**changes)
 
 
 def error(difference: Tensor, weight: Tensor, statistics: LayerStatistics) -> Tensor:
-    """Mean squared output error of a weight difference Q − W, but for a constant: a scalar tensor."""
+    """Return the mean squared output error of a weight difference Q − W, but for a constant: a scalar tensor."""
     count = statistics.count
     total = (
         product(difference, (statistics.hessian / count).to(difference.dtype))
@@ -94,7 +94,7 @@ def error(difference: Tensor, weight: Tensor, statistics: LayerStatistics) -> Te
 def _best_deviation(
     config: QuantConfig, weight: Tensor, fitted: LayerStatistics, other: LayerStatistics, name: str
 ) -> QuantConfig:
-    """The configuration with the strength and the damping of the deviation that leave the least error."""
+    """Return the configuration with the strength and the damping of the deviation that leave the least error."""
     if fitted.deviation is None:
         return _filled(config)
     weight = weight.detach().to(torch.float32)

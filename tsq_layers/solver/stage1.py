@@ -47,7 +47,7 @@ _WEIGHT_CLIP_COUNT = 20
 
 
 def feedback_metric(factor: Tensor, order: Tensor) -> Tensor:
-    """V_jj² of every column, in original order; arguments as in ``objective.Problem``.
+    """Return V_jj² of every column, in original order; arguments as in ``objective.Problem``.
 
     Returns:
         float32 (K,), or (B, 1, K) for a factor (B, K, K).
@@ -60,7 +60,7 @@ def feedback_metric(factor: Tensor, order: Tensor) -> Tensor:
 def fit_grids(
     target: Tensor, metric: Tensor, bits: int, group_size: int, symmetric: bool
 ) -> tuple[Tensor, Tensor]:
-    """Scales and zero points that minimise the loss of each group under a metric.
+    """Return scales and zero points that minimise the loss of each group under a metric.
 
     Clipping factors are tried with the integer zero points on both sides of the exact one in turn.
 
@@ -79,7 +79,7 @@ def fit_grids(
 def weight_grids(
     weight: Tensor, bits: int, group_size: int, symmetric: bool
 ) -> tuple[Tensor, Tensor]:
-    """Scales and zero points by the error of the weights alone: the grids that GPTQ is given here.
+    """Return scales and zero points by the error of the weights alone: the grids that GPTQ is given here.
 
     Weight-MSE clipping of the range, its zero point kept; each clipping factor with its best scale.
 
@@ -96,7 +96,7 @@ def weight_grids(
 
 
 def clip_factors(bits: int, count: int) -> list[float]:
-    """Fractions of a group's range that are worth trying at a width, from the largest to the least."""
+    """Return fractions of a group's range that are worth trying at a width, from the largest to the least."""
     most, least = _CLIP_RANGE.get(bits, (1.0, 0.85))
     return [most + (least - most) * i / (count - 1) for i in range(count)]
 
@@ -120,7 +120,7 @@ def _fit(
 
 
 def grouped(metric: Tensor, group_size: int) -> Tensor:
-    """The groups' part of a metric: (B, G, g, g), or (B, G, 1, g) of a diagonal."""
+    """Return the groups' part of a metric: (B, G, g, g), or (B, G, 1, g) of a diagonal."""
     metric = stack(metric if metric.dim() > 1 else metric.unsqueeze(0))
     if metric.shape[1] == 1:
         return grid.to_groups(metric, group_size).transpose(1, 2)
@@ -136,7 +136,7 @@ def _fit_chunk(
     factors: list[float],
     both_zeros: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The best of all candidates for some rows (b·c, K); ``metric`` as from :func:`grouped`, B = b."""
+    """Return the best of all candidates for some rows (b·c, K); ``metric`` as from :func:`grouped`, B = b."""
     blocks = metric.shape[0]
     metric = metric.flatten(0, 1)
     weight_Gcg = rearrange(
@@ -148,21 +148,21 @@ def _fit_chunk(
         _by_group(zero_NG, blocks),
     )
     best_gain = torch.full_like(best_scale, -torch.inf)
-    pulled_Gcg = weigh(weight_Gcg, metric)
-    steps, work = (
+    weighed_Gcg = weigh(weight_Gcg, metric)
+    levels, work = (
         torch.empty_like(weight_Gcg),
         torch.empty_like(weight_Gcg),
     )  # fresh memory costs more than a candidate
     tie = _tie(weight_Gcg)
     for scale, zero in _candidates(weight_Gcg, first_scale, first_zero, bits, factors, both_zeros):
-        torch.div(weight_Gcg, scale.unsqueeze(-1), out=steps)
+        torch.div(weight_Gcg, scale.unsqueeze(-1), out=levels)
         low = -zero.unsqueeze(-1)
         torch.maximum(
-            steps.round_(), low, out=steps
+            levels.round_(), low, out=levels
         )  # clamp with bounds that broadcast is ten times slower
-        torch.minimum(steps, low + grid.code_max(bits), out=steps)
-        along = torch.mul(steps, pulled_Gcg, out=work).sum(-1)
-        across = weigh(steps, metric, out=work).mul_(steps).sum(-1)
+        torch.minimum(levels, low + grid.code_max(bits), out=levels)
+        along = torch.mul(levels, weighed_Gcg, out=work).sum(-1)
+        across = weigh(levels, metric, out=work).mul_(levels).sum(-1)
         gain = along.square() / across
         better = (along > 0) & (across > 0) & (gain > best_gain * tie)
         best_gain = torch.where(better, gain, best_gain)
@@ -184,7 +184,7 @@ def _by_row(values: Tensor, blocks: int) -> Tensor:
 
 
 def weigh(values_Gcg: Tensor, metric: Tensor, out: Tensor | None = None) -> Tensor:
-    """Values (b G, c, g) times the metric of their group, (b G, g, g) or a diagonal (b G, 1, g)."""
+    """Return values (b G, c, g) times the metric of their group, (b G, g, g) or a diagonal (b G, 1, g)."""
     return (
         torch.bmm(values_Gcg, metric, out=out)
         if metric.shape[1] > 1
@@ -195,7 +195,7 @@ def weigh(values_Gcg: Tensor, metric: Tensor, out: Tensor | None = None) -> Tens
 def _candidates(
     weight: Tensor, scale: Tensor, zero: Tensor, bits: int, factors: list[float], both_zeros: bool
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Clipped ranges: scales and zero points (b G, c). Clipping both ends alike keeps the zero point."""
+    """Yield clipped ranges: scales and zero points (b G, c). Clipping both ends alike keeps the zero point."""
     zeros = [zero]
     if both_zeros:
         exact = weight.amin(-1).clamp(max=0) / -scale
@@ -208,7 +208,10 @@ def _candidates(
 
 
 def diagonal_blocks(hessian: Tensor, group_size: int) -> Tensor:
-    """The groups' diagonal blocks of H, (…, K, K) → (…, G, g, g); a short last group is filled up with zeros."""
+    """Return the groups' diagonal blocks of H, (…, K, K) → (…, G, g, g).
+
+    A short last group is filled up with zeros.
+    """
     rows_GgK = rearrange(
         grid.to_groups(hessian, group_size), "... K G g -> ... G g K"
     )  # H is symmetric

@@ -54,52 +54,52 @@ class SmallProblem:
     ridge: float
 
     def objective(self, scales: Tensor) -> Tensor:
-        """F of each row at these scales, 0 at the start: (N, G) → (N,)."""
+        """Return F of each row at these scales, 0 at the start: (N, G) → (N,)."""
         return self.loss(scales) + self.ridge * (
             self.gram.diagonal(dim1=1, dim2=2) * (scales - self.start).square()
         ).sum(1)
 
     def loss(self, scales: Tensor) -> Tensor:
-        """Change of the layer-wise loss of each row from the start, without the pull: (N, G) → (N,)."""
+        """Return the change of the layer-wise loss of each row from the start, without the ridge: (N, G) → (N,)."""
         change = scales - self.start
         curvature = torch.bmm(self.gram, change.unsqueeze(-1)).squeeze(-1)
         return (change * (curvature - 2 * self.slope)).sum(1)
 
 
 def small_problem(
-    steps: Tensor, pulled: Tensor, hessian: Tensor, start: Tensor, group_size: int, ridge: float
+    levels: Tensor, error_H: Tensor, hessian: Tensor, start: Tensor, group_size: int, ridge: float
 ) -> SmallProblem:
     """Build A and r.
 
     Args:
-        steps: the integers code − zero point, float32 (N, K).
-        pulled: (Q° − W') H, with Q° the weight of these integers and scales, float32 (N, K).
+        levels: the integers code − zero point, float32 (N, K).
+        error_H: (Q° − W') H, with Q° the weight of these integers and scales, float32 (N, K).
         hessian: damped H, float32 (K, K), or (B, K, K) for blocks of rows.
         start: s°, float32 (N, G).
     """
-    count = grid.group_count(steps.shape[1], group_size)
-    gram, slope = steps.new_empty(len(steps), count, count), steps.new_empty(len(steps), count)
+    count = grid.group_count(levels.shape[1], group_size)
+    gram, slope = levels.new_empty(len(levels), count, count), levels.new_empty(len(levels), count)
     first = 0
-    for part, metrics in chunks(steps, stack(hessian), GRAM_WEIGHTS):
+    for part, metrics in chunks(levels, stack(hessian), GRAM_WEIGHTS):
         rows = slice(first, first + len(part))
         _gram(part, metrics, group_size, out=gram[rows])
-        torch.neg(grid.to_groups(part * pulled[rows], group_size).sum(-1), out=slope[rows])
+        torch.neg(grid.to_groups(part * error_H[rows], group_size).sum(-1), out=slope[rows])
         first += len(part)
     return SmallProblem(gram, slope, start, ridge)
 
 
-def _gram(steps: Tensor, hessian: Tensor, group_size: int, out: Tensor) -> None:
-    """A of some rows, (b·c, G, G): steps (b·c, K), hessian (b, K, K).
+def _gram(levels: Tensor, hessian: Tensor, group_size: int, out: Tensor) -> None:
+    """Build A of some rows, (b·c, G, G): levels (b·c, K), hessian (b, K, K).
 
     The lower triangle is computed, a panel of groups against each group from their first on. Rows lie side by
     side, so that sums over a group add up vectors; and a panel stays in the cache until they are taken.
     """
-    blocks, columns = hessian.shape[0], steps.shape[1]
-    steps_bKc = fold(steps, blocks).mT.contiguous()
-    count, rows = out.shape[1], steps_bKc.shape[2]
-    gram_bGGc = steps.new_empty(blocks, count, count, rows)
+    blocks, columns = hessian.shape[0], levels.shape[1]
+    levels_bKc = fold(levels, blocks).mT.contiguous()
+    count, rows = out.shape[1], levels_bKc.shape[2]
+    gram_bGGc = levels.new_empty(blocks, count, count, rows)
     wide = max(1, PANEL_COLUMNS // group_size)
-    room = steps.new_empty(blocks * min(columns, wide * group_size) * rows)
+    room = levels.new_empty(blocks * min(columns, wide * group_size) * rows)
     for first, past in _panels(columns, group_size, wide):
         for i in range(first, count):
             stop = min(i + 1, past)  # of the groups of the panel
@@ -110,28 +110,32 @@ def _gram(steps: Tensor, hessian: Tensor, group_size: int, out: Tensor) -> None:
             width = other.stop - other.start
             products = room[: blocks * width * rows].view(blocks, width, rows)
             if blocks == 1:
-                torch.mm(hessian[0, other, own], steps_bKc[0, own], out=products[0])
+                torch.mm(hessian[0, other, own], levels_bKc[0, own], out=products[0])
             else:
-                torch.bmm(hessian[:, other, own], steps_bKc[:, own], out=products)
-            block = products.mul_(steps_bKc[:, other]).unflatten(1, (stop - first, -1)).sum(2)
+                torch.bmm(hessian[:, other, own], levels_bKc[:, own], out=products)
+            block = products.mul_(levels_bKc[:, other]).unflatten(1, (stop - first, -1)).sum(2)
             gram_bGGc[:, i, first:stop] = gram_bGGc[:, first:stop, i] = block
     fold(out, blocks).flatten(2).copy_(gram_bGGc.flatten(1, 2).mT)
 
 
 def _panels(columns: int, group_size: int, wide: int) -> list[tuple[int, int]]:
-    """First and past the last group of each panel of at most ``wide`` groups; a short group is one of its own.
+    """Return the first and past the last group of each panel of at most ``wide`` groups.
+
+    A short group is a panel of its own.
 
     Example:
         >>> _panels(columns=22, group_size=4, wide=2)
         [(0, 2), (2, 4), (4, 5), (5, 6)]
     """
-    whole = columns // group_size
-    short = [(whole, whole + 1)] if columns % group_size else []
-    return [(first, min(first + wide, whole)) for first in range(0, whole, wide)] + short
+    full_groups = columns // group_size
+    short = [(full_groups, full_groups + 1)] if columns % group_size else []
+    return [
+        (first, min(first + wide, full_groups)) for first in range(0, full_groups, wide)
+    ] + short
 
 
 def descent(problem: SmallProblem, sweeps: int, positive: int | None = None) -> Tensor:
-    """The paper's coordinate descent: ``sweeps`` passes over the groups of every row, (N, G).
+    """Run the paper's coordinate descent: ``sweeps`` passes over the groups of every row, (N, G).
 
     A group without curvature (all its integers 0), and a step to a scale that is not positive,
     leave the scale as it is.
@@ -157,7 +161,7 @@ def descent(problem: SmallProblem, sweeps: int, positive: int | None = None) -> 
 
 
 def exact(problem: SmallProblem, fallback: Tensor, positive: int | None = None) -> Tensor:
-    """The scales of every row that minimise F, (N, G): batched Cholesky solves.
+    """Return the scales of every row that minimise F, (N, G): batched Cholesky solves.
 
     A row whose solution has a scale that is not positive, or whose system is singular, takes the
     scales of ``fallback`` (N, G) as a whole: part of a joint minimum is no minimum.
@@ -178,7 +182,7 @@ def exact(problem: SmallProblem, fallback: Tensor, positive: int | None = None) 
 
 
 def _exact(problem: SmallProblem, fallback: Tensor, positive: int | None) -> Tensor:
-    """:func:`exact` for some rows."""
+    """Run :func:`exact` for some rows."""
     system = problem.gram.clone()
     diagonal = system.diagonal(dim1=1, dim2=2)
     diagonal += torch.where(diagonal > 0, problem.ridge * diagonal, torch.ones_like(diagonal))
@@ -189,7 +193,7 @@ def _exact(problem: SmallProblem, fallback: Tensor, positive: int | None) -> Ten
 
 
 def accept(problem: SmallProblem, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """Scales as they will be stored, for the rows whose layer-wise loss falls; the start elsewhere.
+    """Return scales as they will be stored, for the rows whose layer-wise loss falls; the start elsewhere.
 
     Args:
         problem: its start is made of values that can be stored.
@@ -200,5 +204,5 @@ def accept(problem: SmallProblem, scales: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def accepted(problem: SmallProblem, rounded: Tensor) -> Tensor:
-    """:func:`accept` for values that are rounded already: those of the rows whose loss falls, (N, G)."""
+    """Run :func:`accept` for values that are rounded already: those of the rows whose loss falls, (N, G)."""
     return torch.where((problem.loss(rounded) < 0).unsqueeze(1), rounded, problem.start)

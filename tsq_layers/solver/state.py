@@ -41,7 +41,7 @@ class Layer:
 
     @property
     def known(self) -> Problem:
-        """The problem, where there must be one."""
+        """Return the problem, where there must be one."""
         if self.problem is None:
             raise StateError(
                 f"{self.name}: no statistics were given, so there is no loss to speak of; pass LayerStatistics"
@@ -115,7 +115,7 @@ class State:
         self.zeros = weight.zeros.to(torch.float32)
 
     def grids(self, layer: Layer) -> tuple[Tensor, Tensor]:
-        """Scales and zero points."""
+        """Return scales and zero points."""
         if self.scales is None or self.zeros is None:
             raise StateError(
                 f"{layer.name}: there are no scales yet; call initialize_scales() first, or run()"
@@ -123,7 +123,7 @@ class State:
         return self.scales, self.zeros
 
     def chosen(self, layer: Layer) -> Tensor:
-        """The codes."""
+        """Return the codes."""
         if self.codes is None:
             raise StateError(
                 f"{layer.name}: there are no codes yet; call assign_codes() first, or run()"
@@ -131,7 +131,7 @@ class State:
         return self.codes
 
     def reduced(self, layer: Layer, target: Tensor) -> Tensor:
-        """A target less what is added to the grid's values: W' itself, (N, K), without offsets and outliers."""
+        """Return a target less what is added to the grid's values: W' itself, (N, K), without offsets and outliers."""
         if self.offsets is not None:
             target = target - offsets.spread(self.offsets, layer.group_size, target.shape[1])
         return target if self.sparse is None else target - self.sparse
@@ -146,7 +146,7 @@ class State:
         )
 
     def nearest(self, layer: Layer, target: Tensor) -> Tensor:
-        """The codes of the present grids or tables that are nearest to a target, uint8 (N, K)."""
+        """Return the codes of the present grids or tables that are nearest to a target, uint8 (N, K)."""
         if self.tables is not None:
             return codebook.nearest(target, self.tables, layer.group_size)
         scales, zeros = self.grids(layer)
@@ -155,7 +155,7 @@ class State:
         )
 
     def dequantized(self, layer: Layer, rows: slice = slice(None)) -> Tensor:
-        """Q (N, K), or some rows of it; of the nearest codes, if there are none yet."""
+        """Return Q (N, K), or some rows of it; of the nearest codes, if there are none yet."""
         if self.tables is None:
             self.grids(layer)
         codes = self.codes
@@ -190,28 +190,28 @@ class State:
         self.residual = self.whitened = self.loss = None
 
     def difference(self, layer: Layer) -> Tensor:
-        """Q − W', (N, K)."""
+        """Return Q − W', (N, K)."""
         if self.residual is not None:
             return self.residual[0]
         return self.dequantized(layer).sub_(layer.known.refine_target)
 
     def errors(self, layer: Layer) -> tuple[Tensor, Tensor]:
-        """Q − W' and (Q − W') H, H damped; computed once for each state."""
+        """Return Q − W' and (Q − W') H, H damped; computed once for each state."""
         if self.residual is None:
             difference = self.difference(layer)
             self.residual = difference, product(difference, layer.known.hessian)
         return self.residual
 
-    def pulled(self, layer: Layer) -> Tensor:
-        """(Q − W') H, H damped, by the cheaper of the ways that there are."""
+    def error_H(self, layer: Layer) -> Tensor:
+        """Return (Q − W') H, H damped, by the cheaper of the ways that there are."""
         problem = layer.known
         if self.whitened is None:
             return self.errors(layer)[1]
-        found, self.whitened = gptq.pulled(self.whitened, problem.factor), None
-        return in_original_order(found, problem.order)
+        error_H, self.whitened = gptq.error_times_hessian(self.whitened, problem.factor), None
+        return in_original_order(error_H, problem.order)
 
     def losses(self, layer: Layer) -> Tensor:
-        """(Q − W') H (Q − W')ᵀ of each row, H not damped, (N,)."""
+        """Return (Q − W') H (Q − W')ᵀ of each row, H not damped, (N,)."""
         ridge = layer.known.ridge
         if self.loss is not None:
             damping = scaled(self._squares(layer).unsqueeze(1), ridge).squeeze(1)
@@ -228,7 +228,7 @@ class State:
         return squared_error(difference, layer.known.hessian, ridge)
 
     def _squares(self, layer: Layer) -> Tensor:
-        """‖Q − W'‖² of each row, (N,)."""
+        """Return ‖Q − W'‖² of each row, (N,)."""
         target = layer.known.refine_target
         height = max(1, _CHUNK_ELEMENTS // target.shape[1])
         pieces = [slice(start, start + height) for start in range(0, len(target), height)]
@@ -237,7 +237,7 @@ class State:
         )
 
     def stored(self, layer: Layer) -> QuantizedWeight:
-        """The present codes and grids, or tables, as they are stored."""
+        """Return the present codes and grids, or tables, as they are stored."""
         dtype, config = layer.config.torch_scale_dtype, layer.config
         if self.tables is None:
             scales, zeros = self.grids(layer)

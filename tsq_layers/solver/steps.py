@@ -232,7 +232,7 @@ def refine(layer: Layer, state: State, options: TwoStage) -> None:
     """
     config = layer.config
     positive = state.grids(layer)[0].shape[1]
-    error_H = state.pulled(layer)
+    error_H = state.error_H(layer)
     loss = state.loss
     if loss is None:
         loss = (error_H * state.difference(layer)).sum(1)

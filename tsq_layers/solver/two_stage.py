@@ -169,7 +169,7 @@ class TwoStageGroupQuantizer:
     def run(
         self, held_out: LayerStatistics | None = None, start: QuantizedWeight | None = None
     ) -> SolverResult:
-        """All steps, with the loss after each; ``held_out`` adds losses on tokens not fitted.
+        """Run all steps, with the loss after each; ``held_out`` adds losses on tokens not fitted.
 
         With ``start`` its codes and grids take the place of steps 1 and 2.
         """
@@ -189,17 +189,17 @@ class TwoStageGroupQuantizer:
             weight=self.quantized_weight(),
             losses=losses,
             held_out_losses=held_out_losses,
-            signal=None if self.problem is None else self._signal(),
+            signal=None if self.problem is None else self._target_energy(),
             held_out_signal=None
             if self.problem is None or held_out is None
-            else self._signal(held_out),
+            else self._target_energy(held_out),
             objective=self._state.objective,
             damping=None if self.problem is None else self.problem.damping,
             seconds=self._state.seconds,
         )
 
     def loss(self, statistics: LayerStatistics | None = None) -> Tensor:
-        """Mean squared output error per token, summed over rows, of the present state (a scalar).
+        """Return the mean squared output error per token, summed over rows, of the present state (a scalar).
 
         Measured against the target under the undamped H of the fitted statistics, or of the
         given (held-out) ones. Before :meth:`assign_codes` the nearest codes are taken.
@@ -208,7 +208,7 @@ class TwoStageGroupQuantizer:
 
     @full_precision()
     def row_losses(self, statistics: LayerStatistics | None = None) -> Tensor:
-        """:meth:`loss` of each row, float32 (N,).
+        """Return :meth:`loss` of each row, float32 (N,).
 
         Raises:
             LayerError: statistics that do not fit the weight.
@@ -224,12 +224,12 @@ class TwoStageGroupQuantizer:
         )
 
     def quantized_weight(self) -> QuantizedWeight:
-        """The present codes, with scales and zero points or tables."""
+        """Return the present codes, with scales and zero points or tables."""
         return self._state.stored(self._layer)
 
     @property
     def target(self) -> Tensor:
-        """W', what grids and codes approximate, float32 (N, K)."""
+        """Return W', what grids and codes approximate, float32 (N, K)."""
         return self._layer.known.grid_target
 
     def _is_next(self, step: str) -> bool:
@@ -238,7 +238,7 @@ class TwoStageGroupQuantizer:
         return remaining[:1] == [step]
 
     @full_precision()
-    def _signal(self, statistics: LayerStatistics | None = None) -> Tensor:
+    def _target_energy(self, statistics: LayerStatistics | None = None) -> Tensor:
         problem = self._layer.known
         if statistics is None:
             return objective.squared_error(problem.refine_target, problem.hessian, problem.ridge)

@@ -22,7 +22,7 @@ _STEPS = (-1, 0, 1)
 
 
 def descend(problem: Coded, *, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """One pass over the groups.
+    """Make one pass over the groups.
 
     Args:
         problem: where to start, see :class:`Coded`; scales are values that ``dtype`` holds, and zero points integers
@@ -38,56 +38,56 @@ def descend(problem: Coded, *, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tens
         >>> problem = Coded(grid.quantize(w, scales, zeros, 2, 16), w, x.T @ x, scales, zeros, 2, 16)
         >>> codes, scales, zeros = descend(problem, dtype=torch.float32)
         >>> better = problem._replace(codes=codes, scales=scales, zeros=zeros)
-        >>> before, after = (x @ found.error().T for found in (problem, better))
+        >>> before, after = (x @ each.error().T for each in (problem, better))
         >>> bool(after.norm() < before.norm())
         True
     """
     _, target, hessian, scales, zeros, bits, group_size = problem[:-1]
-    steps, scales, zeros = problem.steps(), scales.clone(), zeros.clone()
+    levels, scales, zeros = problem.levels(), scales.clone(), zeros.clone()
     error_H = product(problem.error(), hessian)
     for group in range(scales.shape[1]):
         part = slice(group * group_size, min((group + 1) * group_size, target.shape[1]))
         metric, own = hessian[..., part, part], slice(group, group + 1)
-        values = steps[:, part] * scales[:, own]
-        present = (scales[:, own], zeros[:, own], steps[:, part])
+        values = levels[:, part] * scales[:, own]
+        present = (scales[:, own], zeros[:, own], levels[:, part])
         free_part = None if problem.free is None else problem.free[:, part]
         scale, zero, new = _best(values, error_H[:, part], metric, present, bits, dtype, free_part)
         error_H[:, part.stop :] += product(new * scale - values, hessian[..., part, part.stop :])
-        steps[:, part], scales[:, own], zeros[:, own] = new, scale, zero
-    return grid.recoded(steps, zeros, group_size), scales, zeros
+        levels[:, part], scales[:, own], zeros[:, own] = new, scale, zero
+    return grid.recoded(levels, zeros, group_size), scales, zeros
 
 
 def _best(
     values: Tensor,
-    pulled: Tensor,
+    error_H: Tensor,
     metric: Tensor,
     present: tuple[Tensor, Tensor, Tensor],
     bits: int,
     dtype: torch.dtype,
     free: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Scale and zero point (N, 1) and steps (N, g) of a group with the least loss of each row."""
-    scale, zero, steps = present
+    """Return scale and zero point (N, 1) and levels (N, g) of a group with the least loss of each row."""
+    scale, zero, levels = present
     old_scale, old_zero, least = scale, zero, torch.zeros_like(scale)
-    goal = values - clipping.divided(pulled, metric)
+    goal = values - clipping.divided(error_H, metric)
     weighed = product(values, metric)
-    force = weighed - pulled
+    force = weighed - error_H
     rounding = torch.finfo(values.dtype).eps * (weighed * values).sum(
         1, keepdim=True
     )  # a gain of less is none
     for step in _STEPS:
         new_zero = (old_zero + step).clamp(0, grid.code_max(bits))
-        integers = grid.nearest_levels(goal, old_scale, new_zero, bits)
+        new_levels = grid.nearest_levels(goal, old_scale, new_zero, bits)
         if free is not None:
-            integers = integers * free
-        best = (integers * force).sum(1, keepdim=True) / (product(integers, metric) * integers).sum(
-            1, keepdim=True
-        )
+            new_levels = new_levels * free
+        best = (new_levels * force).sum(1, keepdim=True) / (
+            product(new_levels, metric) * new_levels
+        ).sum(1, keepdim=True)
         best = grid.storable(torch.where((best > 0) & torch.isfinite(best), best, old_scale), dtype)
-        shift = integers * best - values
-        loss = ((product(shift, metric) + 2 * pulled) * shift).sum(1, keepdim=True)
+        shift = new_levels * best - values
+        loss = ((product(shift, metric) + 2 * error_H) * shift).sum(1, keepdim=True)
         lower = loss < least - rounding
         least = torch.where(lower, loss, least)
         scale, zero = torch.where(lower, best, scale), torch.where(lower, new_zero, zero)
-        steps = torch.where(lower, integers, steps)
-    return scale, zero, steps
+        levels = torch.where(lower, new_levels, levels)
+    return scale, zero, levels

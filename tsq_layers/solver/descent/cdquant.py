@@ -14,7 +14,7 @@ from tsq_layers.solver.descent.rows import Rows, advance, largest, worthwhile
 
 
 def descend(problem: Coded, steps: int) -> Tensor:
-    """In each step the best move of the best column of every row, until none gains.
+    """Make in each step the best move of the best column of every row, until none gains.
 
     Args:
         problem: where to start, see :class:`Coded`.
@@ -29,7 +29,7 @@ def descend(problem: Coded, steps: int) -> Tensor:
         >>> scales, zeros = grid.minmax(w, 3, 16, symmetric=False)
         >>> problem = Coded(grid.quantize(w, scales, zeros, 3, 16), w, x.T @ x, scales, zeros, 3, 16)
         >>> better = problem._replace(codes=descend(problem, steps=64))
-        >>> before, after = (x @ found.error().T for found in (problem, better))
+        >>> before, after = (x @ each.error().T for each in (problem, better))
         >>> bool(after.norm() < before.norm())
         True
     """

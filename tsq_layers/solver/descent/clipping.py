@@ -30,7 +30,7 @@ PASSES = 2
 def descend(
     problem: Coded, *, dtype: torch.dtype, nearest: bool, passes: int = PASSES
 ) -> tuple[Tensor, Tensor]:
-    """Better scales, and the codes that go with them, group by group.
+    """Find better scales, and the codes that go with them, group by group.
 
     Args:
         problem: where to start, see :class:`Coded`; scales are values that ``dtype`` holds.
@@ -48,18 +48,18 @@ def descend(
         >>> problem = Coded(grid.quantize(w, scales, zeros, 2, 16), w, x.T @ x, scales, zeros, 2, 16)
         >>> codes, scales = descend(problem, dtype=torch.float32, nearest=True)
         >>> better = problem._replace(codes=codes, scales=scales)
-        >>> before, after = (x @ found.error().T for found in (problem, better))
+        >>> before, after = (x @ each.error().T for each in (problem, better))
         >>> bool(after.norm() < before.norm())
         True
     """
     _, target, hessian, scales, zeros, bits, group_size = problem[:-1]
-    steps, scales, zeros = problem.steps(), scales.clone(), zeros.to(target.dtype)
+    levels, scales, zeros = problem.levels(), scales.clone(), zeros.to(target.dtype)
     for _ in range(passes):
-        error_H = product(grid.scaled(steps, scales, group_size) - target, hessian)
+        error_H = product(grid.scaled(levels, scales, group_size) - target, hessian)
         for group in range(scales.shape[1]):
             part = slice(group * group_size, min((group + 1) * group_size, target.shape[1]))
             old, zero, metric = (
-                steps[:, part],
+                levels[:, part],
                 zeros[:, group : group + 1],
                 hessian[..., part, part],
             )
@@ -77,31 +77,31 @@ def descend(
             error_H[:, part.stop :] += product(
                 new * scale - values, hessian[..., part, part.stop :]
             )
-            steps[:, part], scales[:, group : group + 1] = new, scale
-    return grid.recoded(steps, zeros, group_size), scales
+            levels[:, part], scales[:, group : group + 1] = new, scale
+    return grid.recoded(levels, zeros, group_size), scales
 
 
 def _best(
     values: Tensor,
-    pulled: Tensor,
+    error_H: Tensor,
     metric: Tensor,
     present: tuple[Tensor, Tensor],
-    tried: list[tuple[Tensor, Tensor]],
+    candidates: list[tuple[Tensor, Tensor]],
 ) -> tuple[Tensor, Tensor]:
-    """Scale (N, 1) and steps (N, g) of a group with the least loss of each row, of those tried and the present ones."""
-    scale, steps = present
+    """Return scale (N, 1) and levels (N, g) of a group with the least loss of each row."""
+    scale, levels = present
     least = torch.zeros_like(scale)
-    for new_scale, new_steps in tried:
-        shift = new_steps * new_scale - values
-        loss = ((product(shift, metric) + 2 * pulled) * shift).sum(1, keepdim=True)
+    for new_scale, new_levels in candidates:
+        shift = new_levels * new_scale - values
+        loss = ((product(shift, metric) + 2 * error_H) * shift).sum(1, keepdim=True)
         lower = loss < least
         least = torch.where(lower, loss, least)
-        scale, steps = torch.where(lower, new_scale, scale), torch.where(lower, new_steps, steps)
-    return scale, steps
+        scale, levels = torch.where(lower, new_scale, scale), torch.where(lower, new_levels, levels)
+    return scale, levels
 
 
-def divided(pulled: Tensor, metric: Tensor) -> Tensor:
-    """P_j / H_jj, (N, g); P_j where the column was never seen."""
+def divided(error_H: Tensor, metric: Tensor) -> Tensor:
+    """Return P_j / H_jj, (N, g); P_j where the column was never seen."""
     curvature = stack(metric).diagonal(dim1=-2, dim2=-1)
     curvature = torch.where(curvature > 0, curvature, torch.ones_like(curvature)).unsqueeze(1)
-    return (fold(pulled, len(curvature)) / curvature).flatten(0, 1)
+    return (fold(error_H, len(curvature)) / curvature).flatten(0, 1)

@@ -44,9 +44,9 @@ class Sweeper:
     Args:
         hessian: (b, K, K).
         target: W' (b, n, K).
-        steps: where to start, in units of the scale, (b, n, K).
+        levels: where to start, in units of the scale, (b, n, K).
         scale: of each group, (b, G, n).
-        levels: two tensors (b, G, n, …) that are handed to the choice of a column of the group.
+        bounds: two tensors (b, G, n, …) that are handed to the choice of a column of the group.
         group_size: columns of a group.
         free: 0 where Q is to be zero, else 1, (b, K, n); ``None``: 1 everywhere.
     """
@@ -55,9 +55,9 @@ class Sweeper:
         self,
         hessian: Tensor,
         target: Tensor,
-        steps: Tensor,
+        levels: Tensor,
         scale: Tensor,
-        levels: tuple[Tensor, Tensor],
+        bounds: tuple[Tensor, Tensor],
         group_size: int,
         free: Tensor | None = None,
     ) -> None:
@@ -67,15 +67,15 @@ class Sweeper:
         )
         self.coupling = hessian / -self.curvature
         self.coupling.diagonal(dim1=-2, dim2=-1).zero_()
-        self.target, self.steps, self.scale, self.levels = (
+        self.target, self.levels, self.scale, self.bounds = (
             turned(target),
-            turned(steps),
+            turned(levels),
             scale,
-            levels,
+            bounds,
         )
         self.free = free
         if free is not None:
-            self.steps.mul_(free)
+            self.levels.mul_(free)
         self.error = torch.empty_like(self.target)
         self.blocks = _blocks(target.shape[-1], group_size)
         for leaf in itertools.chain.from_iterable(self.blocks):
@@ -90,13 +90,13 @@ class Sweeper:
             self._solve(leaves, choose, best, change)
 
     def better(self, kept: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-        """The better of the present steps and those kept, for each row, (b, K, n), and its loss (b, 1, n)."""
+        """Return the better of the present levels and those kept, for each row, (b, K, n), and its loss (b, 1, n)."""
         error_H = self.error - self.coupling.bmm(self.error)
         loss = error_H.mul_(self.error).mul_(self.curvature).sum(1, keepdim=True)
         if kept is None:
-            return self.steps.clone(), loss
+            return self.levels.clone(), loss
         lower = loss < kept[1]
-        return torch.where(lower, self.steps, kept[0]), torch.where(lower, loss, kept[1])
+        return torch.where(lower, self.levels, kept[0]), torch.where(lower, loss, kept[1])
 
     def _solve(self, leaves: list[_Leaf], choose: Choice, best: Tensor, change: Tensor) -> None:
         """Choose the columns of these leaves; ``best`` and ``change`` begin with the first of them."""
@@ -113,8 +113,8 @@ class Sweeper:
 
     def _columns(self, leaf: _Leaf, choose: Choice, best: Tensor, change: Tensor) -> None:
         group, width = leaf.group, leaf.stop - leaf.start
-        scale, low, high = (values[:, group].contiguous() for values in (self.scale, *self.levels))
-        before = self.steps[:, leaf.start : leaf.stop]
+        scale, low, high = (values[:, group].contiguous() for values in (self.scale, *self.bounds))
+        before = self.levels[:, leaf.start : leaf.stop]
         codes = torch.empty_like(before)
         coupling = self.coupling[:, leaf.start : leaf.stop, leaf.start : leaf.stop].unsqueeze(-1)
         best.div_(scale.unsqueeze(1))
@@ -133,16 +133,19 @@ class Sweeper:
         self._settle(leaf)
 
     def _settle(self, leaf: _Leaf) -> None:
-        """Q − W' of a leaf from its steps, so that rounding does not build up from sweep to sweep."""
+        """Compute Q − W' of a leaf from its levels, so that rounding does not build up from sweep to sweep."""
         part = slice(leaf.start, leaf.stop)
         error = self.error[:, part]
-        torch.mul(self.steps[:, part], self.scale[:, leaf.group].unsqueeze(1), out=error)
+        torch.mul(self.levels[:, part], self.scale[:, leaf.group].unsqueeze(1), out=error)
         error.sub_(self.target[:, part])
 
 
 @functools.cache
 def _blocks(columns: int, group_size: int) -> list[list[_Leaf]]:
-    """All columns in order: blocks of at most _BLOCK columns, of leaves of at most _LEAF columns of one group."""
+    """Return all columns in order, as blocks of leaves.
+
+    A block has at most _BLOCK columns, a leaf at most _LEAF columns of one group.
+    """
     leaves = [
         _Leaf(start, min(start + _LEAF, first + group_size, columns), first // group_size)
         for first in range(0, columns, group_size)
@@ -164,7 +167,7 @@ def turned(values: Tensor) -> Tensor:
 
 
 def _added(values: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Values + left @ right of every block; a single one by the faster kernel."""
+    """Return values + left @ right of every block; a single one by the faster kernel."""
     if values.shape[0] == 1:
         return torch.addmm(values[0], left[0], right[0]).unsqueeze(0)
     return torch.baddbmm(values, left, right)

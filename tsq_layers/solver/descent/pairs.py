@@ -22,7 +22,7 @@ from tsq_layers.solver.descent.rows import Rows, advance, largest, worthwhile
 
 
 def descend(problem: Coded, steps: int, reach: int | None = None) -> Tensor:
-    """Step by step, the best move of each column together with its best partner, until no pair gains.
+    """Make, step by step, the best move of each column together with its best partner, until no pair gains.
 
     Args:
         problem: where to start, see :class:`Coded`.

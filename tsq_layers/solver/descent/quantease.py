@@ -38,7 +38,7 @@ def descend(problem: Coded, sweeps: int, *, relax: bool = False) -> Tensor:
         >>> scales, zeros = grid.minmax(w, 3, 16, symmetric=False)
         >>> problem = Coded(grid.quantize(w, scales, zeros, 3, 16), w, x.T @ x, scales, zeros, 3, 16)
         >>> better = problem._replace(codes=descend(problem, sweeps=3))
-        >>> before, after = (x @ found.error().T for found in (problem, better))
+        >>> before, after = (x @ each.error().T for each in (problem, better))
         >>> bool(after.norm() < before.norm())
         True
     """
@@ -46,7 +46,7 @@ def descend(problem: Coded, sweeps: int, *, relax: bool = False) -> Tensor:
     metrics = stack(hessian)
     blocks = metrics.shape[0]
     together = max(1, _CHUNK_ELEMENTS * blocks // max(1, target.numel()))
-    tensors = target, problem.steps(), scales.to(target.dtype), zeros.to(target.dtype)
+    tensors = target, problem.levels(), scales.to(target.dtype), zeros.to(target.dtype)
     rows = [
         fold(values, blocks)
         for values in (
@@ -74,7 +74,7 @@ def is_relaxed(sweep: int, sweeps: int) -> bool:
 def _descend(
     hessian: Tensor,
     target: Tensor,
-    steps: Tensor,
+    levels: Tensor,
     scales: Tensor,
     zeros: Tensor,
     free: Tensor | None = None,
@@ -84,15 +84,15 @@ def _descend(
     sweeps: int,
     relax: bool,
 ) -> Tensor:
-    """:func:`descend` for some blocks: (b, K, K), twice (b, n, K), twice (b, n, G) and (b, n, K) → steps (b, n, K)."""
+    """:func:`descend` for some blocks: (b, K, K), twice (b, n, K), twice (b, n, G) and (b, n, K) → levels (b, n, K)."""
     low = turned(-zeros)
-    levels = low, low + grid.code_max(bits)
+    bounds = low, low + grid.code_max(bits)
     run = Sweeper(
         hessian,
         target,
-        steps,
-        turned(scales),
         levels,
+        turned(scales),
+        bounds,
         group_size,
         None if free is None else turned(free),
     )
@@ -103,14 +103,14 @@ def _descend(
             run.sweep(_stay)
         else:
             run.sweep(_round)
-    return turned(run.steps if best_state is None else run.better(best_state)[0])
+    return turned(run.levels if best_state is None else run.better(best_state)[0])
 
 
 def _round(best: Tensor, low: Tensor, high: Tensor, out: Tensor) -> None:
-    """The paper's step: the nearest level."""
+    """Take the paper's step: the nearest level."""
     torch.clamp(torch.round(best, out=out), low, high, out=out)
 
 
 def _stay(best: Tensor, low: Tensor, high: Tensor, out: Tensor) -> None:  # noqa: ARG001
-    """The relaxed step: no grid."""
+    """Take the relaxed step: no grid."""
     out.copy_(best)

@@ -73,7 +73,7 @@ class Rows:
             setattr(self, name, getattr(self, name).index_select(0, chosen))
 
     def codes(self) -> Tensor:
-        """The present codes, uint8 (n, K)."""
+        """Return the present codes, uint8 (n, K)."""
         return (-self.low).narrow(1, 0, self.columns).to(torch.uint8)
 
 
@@ -100,7 +100,7 @@ def advance(problem: Coded, step: Step, steps: int, patience: int) -> Tensor:
     return codes
 
 
-def _advance(step: Step, rows: Rows, found: Tensor, steps: int, patience: int) -> None:
+def _advance(step: Step, rows: Rows, codes: Tensor, steps: int, patience: int) -> None:
     every = max(_FEWEST, rows.columns // _CHECKS)
     for number in range(steps):
         rows.idle = torch.where(step(rows, number), 0, rows.idle + 1)
@@ -108,15 +108,15 @@ def _advance(step: Step, rows: Rows, found: Tensor, steps: int, patience: int) -
             going = (rows.idle < patience).squeeze(1)
             count = int(to_host(going.sum())[0])
             if count < len(going):
-                found.index_copy_(0, rows.index, rows.codes())
+                codes.index_copy_(0, rows.index, rows.codes())
                 rows.keep(going.to(torch.uint8).argsort(descending=True, stable=True)[:count])
             if count == 0:
                 return
-    found.index_copy_(0, rows.index, rows.codes())
+    codes.index_copy_(0, rows.index, rows.codes())
 
 
 def _pieces(problem: Coded) -> Iterator[Rows]:
-    """Rows in pieces of a bounded size, ready to start."""
+    """Yield rows in pieces of a bounded size, ready to start."""
     codes, target, hessian, scales, _, bits, group_size = problem[:-1]
     metrics, columns = stack(hessian), target.shape[1]
     curvature = metrics.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
@@ -150,13 +150,13 @@ def _pieces(problem: Coded) -> Iterator[Rows]:
 
 
 def _filled(values: Tensor) -> Tensor:
-    """(n, K) → (n, L) with zeros."""
+    """Fill up (n, K) → (n, L) with zeros."""
     columns = values.shape[1]
     return F.pad(values, (0, -columns % LANE)) if columns > LANE else values
 
 
 def largest(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Maximum of each row and where it is, twice (n, 1).
+    """Return the maximum of each row and where it is, twice (n, 1).
 
     Example:
         >>> [found.tolist() for found in largest(torch.tensor([[1.0, 3.0, 2.0]]))]
